@@ -1,0 +1,217 @@
+"""Hugging Face model directories: weights read in row chunks onto the device, and written back one shard at a time."""
+
+import json
+import math
+import shutil
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from jaxft.convert.table import Name
+from jaxft.errors import InputError
+from jaxft.trees import Tree, flatten, unflatten
+
+CHUNK_BYTES = 64 << 20  # host memory that a load holds beside what stays
+SHARD_BYTES = 2 << 30
+INDEX = "model.safetensors.index.json"
+# buffers that older checkpoints carry and that the configuration determines
+COMPUTED = ("rotary_emb.inv_freq", "attn.masked_bias", "attn.bias")
+
+
+class Place(NamedTuple):
+    """Where one Hugging Face tensor lives in our tree: the leaf's path and, in a stacked leaf, its row."""
+
+    path: str
+    row: int | None
+
+
+def places(names: tuple[Name, ...], shapes: Tree) -> dict[str, Place]:
+    """Hugging Face name -> place, for every leaf of a tree of shapes, in the order of the leaves.
+
+    A stacked leaf `layers/<first>/rest` of length L holds layers first … first + L − 1. Raises KeyError for a leaf
+    that the table does not know.
+    """
+    by_path = {name.path: name.hf for name in names}
+    found = {}
+    for path, leaf in flatten(shapes):
+        parts = path.split("/")
+        if parts[0] != "layers":
+            found[by_path[path]] = Place(path, None)
+            continue
+        hf = by_path["/".join(["layers", *parts[2:]])]
+        for row in range(leaf.shape[0]):
+            found[hf.format(i=int(parts[1]) + row)] = Place(path, row)
+    return found
+
+
+def weight_files(directory: Path) -> list[Path]:
+    """The safetensors files of a model directory: one file, or the shards that its index names."""
+    index, single = directory / INDEX, directory / "model.safetensors"
+    if index.is_file():
+        try:
+            shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, AttributeError, TypeError) as error:
+            raise InputError(f"{index} is no index of shards: {error!r}") from error
+        missing = [shard for shard in shards if not (directory / shard).is_file()]
+        if missing:
+            raise InputError(f"{index} names {len(missing)} files that are not there: {', '.join(missing[:3])}")
+        return [directory / shard for shard in shards]
+    if single.is_file():
+        return [single]
+    raise InputError(f"{directory} has no weights: neither model.safetensors nor {INDEX} is there")
+
+
+def open_weights(files: list[Path]) -> dict[str, Any]:
+    """Tensor name -> the open file that holds it. Raises InputError for a file that is not whole."""
+    where: dict[str, Any] = {}
+    for path in files:
+        try:
+            handle = safe_open(path, framework="np")
+        except SafetensorError as error:
+            raise InputError(f"{path} is not a whole safetensors file: {error}; download or copy it again") from error
+        for name in handle.keys():  # noqa: SIM118  not a dict
+            if name in where:
+                raise InputError(f"{path}: tensor {name} stands in another file too")
+            where[name] = handle
+    return where
+
+
+def chunks(handle: Any, name: str) -> Iterator[tuple[int, np.ndarray]]:
+    """(first row, rows) of a tensor, at most CHUNK_BYTES at a time, in the file's dtype."""
+    view = handle.get_slice(name)
+    shape = view.get_shape()
+    if len(shape) < 2:
+        yield 0, handle.get_tensor(name)
+        return
+    rows = max(1, CHUNK_BYTES // (4 * math.prod(shape[1:])))
+    for start in range(0, shape[0], rows):
+        yield start, view[start : min(start + rows, shape[0])]
+
+
+@partial(jax.jit, donate_argnums=0)
+def _write(whole: jax.Array, chunk: jax.Array, at: jax.Array) -> jax.Array:
+    """`whole` with `chunk` cast and put at index `at`; in place, because whole is donated."""
+    chunk = chunk.astype(whole.dtype).reshape((1,) * (whole.ndim - chunk.ndim) + chunk.shape)
+    return jax.lax.dynamic_update_slice(whole, chunk, tuple(at))
+
+
+def _empty(shape: tuple[int, ...], dtype: Any, sharding: Any) -> jax.Array:
+    return jax.jit(partial(jnp.zeros, shape, dtype), out_shardings=sharding)()
+
+
+def check_names(expected: dict[str, tuple[int, ...]], where: dict[str, Any], source: Path | str) -> None:
+    """Raises InputError where a tensor is missing, left over, of the wrong shape or not floating point."""
+    missing = sorted(set(expected) - set(where))
+    extra = sorted(name for name in set(where) - set(expected) if not name.endswith(COMPUTED))
+    if missing:
+        raise InputError(f"{source}: {len(missing)} tensors are missing, e.g. {', '.join(missing[:3])}")
+    if extra:
+        raise InputError(f"{source}: {len(extra)} tensors belong to no part of this model, e.g. {', '.join(extra[:3])}")
+    for name, shape in expected.items():
+        view = where[name].get_slice(name)
+        if tuple(view.get_shape()) != shape:
+            raise InputError(f"{source}: {name} has shape {tuple(view.get_shape())}, config.json says {shape}")
+        if view.get_dtype() not in ("F32", "F16", "BF16"):
+            raise InputError(f"{source}: {name} is {view.get_dtype()}; only F32, F16 and BF16 weights are read")
+
+
+def expected_tensors(names: tuple[Name, ...], shapes: Tree) -> dict[str, tuple[int, ...]]:
+    """Hugging Face name -> shape of every tensor of a model."""
+    leaves = dict(flatten(shapes))
+    return {
+        hf: leaves[place.path].shape if place.row is None else leaves[place.path].shape[1:]
+        for hf, place in places(names, shapes).items()
+    }
+
+
+def load_params(
+    directory: Path, names: tuple[Name, ...], shapes: Tree, dtype: Any, shardings: Tree | None = None
+) -> Tree:
+    """The parameters of a model directory as a tree of arrays of `dtype`, each made on its devices and filled in place.
+
+    Host memory beside the result stays below two chunks of CHUNK_BYTES. shapes: the model's tree; shardings: a tree
+    like it, or None for the default device. Raises InputError for files or tensors that are missing, left over,
+    damaged or of the wrong shape.
+    """
+    where = open_weights(weight_files(directory))
+    expected = expected_tensors(names, shapes)
+    if "lm_head.weight" not in expected:  # a tied head may have been written all the same; it is the embedding
+        where.pop("lm_head.weight", None)
+    check_names(expected, where, directory)
+    places_of = dict(flatten(shardings)) if shardings is not None else {}
+    leaves = dict(flatten(shapes))
+    arrays: dict[str, jax.Array] = {}
+    for hf, place in places(names, shapes).items():
+        shape = leaves[place.path].shape
+        if place.path not in arrays:
+            arrays[place.path] = _empty(shape, dtype, places_of.get(place.path))
+        for start, chunk in chunks(where[hf], hf):
+            at = [0] * len(shape) if place.row is None else [place.row, *[0] * (len(shape) - 1)]
+            at[0 if place.row is None else 1] += start
+            arrays[place.path] = _write(arrays[place.path], chunk, np.array(at, np.int32))
+            # the host buffer may be read until the copy is done; without waiting, chunks would pile up
+            arrays[place.path].block_until_ready()
+    return unflatten({path: arrays[path] for path, _ in flatten(shapes)})
+
+
+def save_params(directory: Path, names: tuple[Name, ...], params: Tree, dtype: Any) -> None:
+    """Writes model.safetensors, or shards of at most SHARD_BYTES with an index, into an existing directory.
+
+    One shard's tensors are on the host at a time, cast to dtype. Raises OSError where the disk does.
+    """
+    leaves = dict(flatten(params))
+    shards: list[list[tuple[str, Place]]] = [[]]
+    size = 0
+    for hf, place in places(names, params).items():
+        leaf = leaves[place.path]
+        tensor = leaf.size // (1 if place.row is None else leaf.shape[0]) * np.dtype(dtype).itemsize
+        if size + tensor > SHARD_BYTES and shards[-1]:
+            shards.append([])
+            size = 0
+        shards[-1].append((hf, place))
+        size += tensor
+    total = 0
+    weight_map = {}
+    for number, shard in enumerate(shards, 1):
+        one = len(shards) == 1
+        file = "model.safetensors" if one else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        tensors = {}
+        for hf, place in shard:
+            leaf = leaves[place.path]
+            tensors[hf] = np.asarray((leaf if place.row is None else leaf[place.row]).astype(dtype))
+            weight_map[hf] = file
+            total += tensors[hf].nbytes
+        save_file(tensors, directory / file, metadata={"format": "pt"})
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+class whole_directory:  # noqa: N801  used like a function
+    """Context: a temporary directory beside `target`, renamed to it at the end, removed on any error.
+
+    Nothing half made is ever at `target`. An existing `target` directory receives the files instead, each moved whole.
+    """
+
+    def __init__(self, target: Path):
+        self.target = target
+        self.temporary = target.with_name(f".{target.name}.partial")
+
+    def __enter__(self) -> Path:
+        shutil.rmtree(self.temporary, ignore_errors=True)
+        self.temporary.mkdir(parents=True)
+        return self.temporary
+
+    def __exit__(self, kind, value, traceback):
+        if kind is None:
+            self.target.mkdir(parents=True, exist_ok=True)
+            for file in self.temporary.iterdir():
+                file.replace(self.target / file.name)
+        shutil.rmtree(self.temporary, ignore_errors=True)

@@ -1,0 +1,37 @@
+"""Fast, exact, low-memory fine-tuning of Llama, Qwen and Gemma models in JAX.
+
+The public functions of a run, in the order in which a script calls them; each lives in the module it is imported from.
+"""
+
+from jaxft.load import (
+    load_adapter,
+    load_model,
+    load_tokenizer,
+    save_adapter,
+    save_model,
+)
+from jaxft.lora import LoraConfig, add_lora
+from jaxft.loss import sft_loss
+from jaxft.models import Model, describe_model, init_params
+from jaxft.optim import make_optimizer, make_schedule
+from jaxft.step import make_eval_step, make_train_step
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "LoraConfig",
+    "Model",
+    "add_lora",
+    "describe_model",
+    "init_params",
+    "load_adapter",
+    "load_model",
+    "load_tokenizer",
+    "make_eval_step",
+    "make_optimizer",
+    "make_schedule",
+    "make_train_step",
+    "save_adapter",
+    "save_model",
+    "sft_loss",
+]

@@ -1,0 +1,231 @@
+"""Renders conversations through a tokenizer's chat template and finds the spans of text that are trained."""
+
+import os.path
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
+
+from jaxft.errors import InputError
+from jaxft.packing import Sample
+
+Message = Mapping[str, Any]
+Span = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """A text and its trained spans: (start, stop) in characters, in order, not overlapping."""
+
+    text: str
+    spans: list[Span]
+
+
+def render_conversation(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Message],
+    train_on: str = "responses",
+    tools: list[Any] | None = None,
+    template_kwargs: Mapping[str, Any] | None = None,
+    first_trained: int = 0,
+) -> list[Rendered]:
+    """The texts that a conversation trains, one where the template allows it.
+
+    With `train_on="responses"` the assistant's turns from message `first_trained` on are trained: each from what the
+    model is prompted with (the messages before it and the generation prompt) to the end of the turn, whose
+    end-of-turn token is trained and the template's white space after it is not. With "all" every character is.
+
+    The template is rendered turn by turn. As long as a turn's rendering begins with the one before, both share a
+    text. Where it does not (a template that drops earlier thinking, moves the system message, or ends every
+    rendering with EOS) the next turn is a text of its own, with the history as the template shows it at that turn;
+    under "all" it trains from the first character that differs, so that no text is trained twice. Messages after the
+    last assistant turn are left out under "responses", as nothing is trained in them or behind them.
+
+    Raises InputError for messages of a wrong form and for what the template itself refuses.
+    """
+    if train_on not in ("responses", "all"):
+        raise InputError(f"train_on is {train_on!r}; understood: responses, all")
+    template = _Template(tokenizer, tools, template_kwargs)
+    checked = _checked(messages)
+    turns = [number for number, message in enumerate(checked) if message["role"] == "assistant"]
+    pieces = [template.turn(checked, number) for number in turns]
+    if not turns or (train_on == "all" and turns[-1] != len(checked) - 1):
+        text = template.render(checked)
+        turns, pieces = [*turns, -1], [*pieces, (text, len(text), len(text))]
+    samples: list[Rendered] = []
+    done = 0  # where the last turn of samples[-1] ends
+    for number, (text, start, stop) in zip(turns, pieces, strict=True):
+        spans = [(start, stop)] if number >= first_trained and stop > start else []
+        if samples and start >= done and text.startswith(samples[-1].text[:done]):
+            samples[-1] = Rendered(text, samples[-1].spans + spans)
+        else:
+            samples.append(Rendered(text, spans))
+        done = stop
+    if train_on == "responses":
+        return [sample for sample in samples if sample.spans] or samples[-1:]
+    shown = ["", *(sample.text for sample in samples)]
+    return [
+        Rendered(text, [(_common_prefix(before, text), len(text))])
+        for before, text in zip(shown, shown[1:], strict=False)
+    ]
+
+
+def left_out(messages: Sequence[Message], rendered: Sequence[Rendered]) -> int:
+    """How many messages have a content that none of their rendered texts shows in full, white space aside."""
+    texts = [sample.text for sample in rendered]
+    missing = [
+        message["content"]
+        for message in _checked(messages)
+        if message["content"] and not any(message["content"].strip() in text for text in texts)
+    ]
+    bare = ["".join(text.split()) for text in texts] if missing else []
+    return sum(not any("".join(content.split()) in text for text in bare) for content in missing)
+
+
+def trained_tokens(
+    tokenizer: PreTrainedTokenizerBase, rendered: Sequence[Rendered], special_tokens: bool = False
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """(ids int32, trained bool) of each text; a token is trained where it overlaps a trained span.
+
+    That is the rule of transformers' own `assistant_tokens_mask`. `special_tokens` adds what the tokenizer itself puts
+    around a text (never trained); a rendered conversation has them already, so it is tokenised without.
+    """
+    if not tokenizer.is_fast:
+        raise InputError(
+            f"the tokenizer ({type(tokenizer).__name__}) cannot say which characters a token stands for, "
+            "so the trained part of a row cannot be found; use a model with a tokenizer.json"
+        )
+    encoded = tokenizer(
+        [sample.text for sample in rendered],
+        add_special_tokens=special_tokens,
+        return_offsets_mapping=True,
+        return_attention_mask=False,
+        return_token_type_ids=False,
+        truncation=False,
+        verbose=False,
+    )
+    found = []
+    for sample, ids, offsets in zip(rendered, encoded["input_ids"], encoded["offset_mapping"], strict=True):
+        begin, end = np.asarray(offsets, np.int64).reshape(-1, 2).T
+        trained = np.zeros(len(begin), bool)
+        for start, stop in sample.spans:
+            trained |= (begin < stop) & (end > start)
+        found.append((np.asarray(ids, np.int32), trained))
+    return found
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, rendered: Rendered) -> Sample:
+    """One rendered conversation as a sample; tokens in trained spans weigh 1, all others and the first one 0."""
+    [(ids, trained)] = trained_tokens(tokenizer, [rendered])
+    if not len(ids):
+        raise InputError("the conversation renders to no token at all")
+    return weighted(ids, trained)
+
+
+def weighted(ids: np.ndarray, trained: np.ndarray) -> Sample:
+    """A sample whose trained tokens weigh 1; the first token has nothing before it and weighs 0."""
+    weights = trained.astype(np.float32)
+    weights[0] = 0
+    return Sample(ids.astype(np.int32), weights)
+
+
+class _Template:
+    """A chat template with its tools and settings bound."""
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, tools: list[Any] | None, settings: Mapping[str, Any] | None
+    ) -> None:
+        if not tokenizer.chat_template:
+            raise InputError(
+                "the tokenizer has no chat template, which messages need; use the instruct model's tokenizer, or put a "
+                "chat_template.jinja beside the model, or give rows as prompt/completion or text"
+            )
+        self._tokenizer, self._tools, self._settings = tokenizer, tools, dict(settings or {})
+
+    def render(self, messages: list[dict[str, Any]], prompt: bool = False) -> str:
+        """The messages as text, with the opening of an assistant's turn behind them where `prompt` is true."""
+        try:
+            return self._call(messages, prompt)
+        except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as failure:
+            # A turn of tool calls alone has no content. Some templates ask whether it is none, others only read a
+            # string; no content and an empty one mean the same, so the other form is tried.
+            if any(message["content"] is None for message in messages):
+                filled = [{**message, "content": message["content"] or ""} for message in messages]
+                try:
+                    return self._call(filled, prompt)
+                except (TemplateError, TypeError, ValueError, KeyError, AttributeError):
+                    pass  # the first failure is the one about the row as it stands
+            roles = ", ".join(message["role"] for message in messages)
+            raise InputError(f"the chat template refuses the conversation ({roles}): {failure}") from failure
+
+    def turn(self, messages: list[dict[str, Any]], number: int) -> tuple[str, int, int]:
+        """(text, start, stop) of the assistant's turn `number`: the text ends with it, start:stop is trained."""
+        before = messages[:number]
+        text = self.render(messages[: number + 1])
+        prompt = self.render(before, prompt=True) if before else ""
+        if before and text.startswith(prompt):
+            start = len(prompt)
+        else:
+            # The turn does not begin with the generation prompt: the prompt opens a thinking part that a finished
+            # turn does not show, or the history itself looks different once it is answered.
+            body = self._body(text, before)
+            if not before:
+                start = body
+            elif text.startswith(history := self.render(before)):
+                start = max(len(history), min(_common_prefix(prompt, text), body))
+            else:
+                # What the model will be prompted with is the truth about the history; else a system message that the
+                # template shows only beside the newest question would be lost.
+                text, start = prompt + text[body:], len(prompt)
+        return text, start, len(text.rstrip())
+
+    def _body(self, text: str, before: list[dict[str, Any]]) -> int:
+        """Where the rendered turn at the end of `text` stops being the template's and becomes the message's own."""
+        # A body of "0" and one of "1" differ at their first character, so at most one of them agrees with the turn.
+        probes = [self.render([*before, {"role": "assistant", "content": probe}]) for probe in "01"]
+        return min(_common_prefix(text, probe) for probe in probes)
+
+    def _call(self, messages: list[dict[str, Any]], prompt: bool) -> str:
+        rendered = self._tokenizer.apply_chat_template(
+            messages, tools=self._tools, tokenize=False, add_generation_prompt=prompt, **self._settings
+        )
+        return str(rendered)
+
+
+def _common_prefix(a: str, b: str) -> int:
+    return len(os.path.commonprefix([a, b]))
+
+
+def _checked(messages: Any) -> list[dict[str, Any]]:
+    """Messages with a role and a content of text or, beside tool calls, None; keys without a value are dropped."""
+    if not isinstance(messages, list | tuple) or not messages:
+        raise InputError(f"messages is {_shown(messages)}; must be a list of objects with role and content, not empty")
+    checked = []
+    for number, message in enumerate(messages, 1):
+        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+            raise InputError(f"message {number} is {_shown(message)}; must be an object with a role (a string)")
+        content = message.get("content")
+        if isinstance(content, list) and all(isinstance(p, Mapping) and isinstance(p.get("text"), str) for p in content):
+            content = "".join(part["text"] for part in content)
+        if not isinstance(content, str) and not (content is None and message.get("tool_calls")):
+            raise InputError(f"message {number} ({message['role']}) has content {_shown(content)}; must be a string")
+        # A table has the same columns in every row, so a key that some messages lack arrives here as None.
+        checked.append({"content": content} | {k: without_none(v) for k, v in message.items() if v is not None})
+        checked[-1]["content"] = content
+    return checked
+
+
+def without_none(value: Any) -> Any:
+    """The value without the keys that hold None, at any depth."""
+    if isinstance(value, Mapping):
+        return {key: without_none(inner) for key, inner in value.items() if inner is not None}
+    return [without_none(inner) for inner in value] if isinstance(value, list | tuple) else value
+
+
+def _shown(value: Any) -> str:
+    """A value for an error message: short, and never a whole document."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -1,0 +1,137 @@
+"""From a name to a model on its devices, and back to a directory: what every command and script starts and ends with."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
+from jax.sharding import Mesh
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from jaxft.convert import hf, peft
+from jaxft.errors import InputError
+from jaxft.lora import LoraConfig, add_lora, lora_scales, lora_shapes, with_lora
+from jaxft.models import Model, describe_model, read_hf_config
+from jaxft.sharding import shardings
+from jaxft.trees import Tree, join, like
+
+EMBEDDED = Path(__file__).parent / "embedded"
+MODEL_FILES = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
+    "merges.txt", "tokenizer.model", "chat_template.jinja", "chat_template.json", "generation_config.json",
+)  # fmt: skip
+
+
+def find_directory(name: str) -> Path:
+    """The local directory of a model or adapter: itself where it exists or looks like a path, else the hub's copy.
+
+    Raises InputError where a local name does not exist, or the hub does not have it or cannot be reached.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise InputError(f"{name} is a file; a model directory is needed")
+    if name.startswith(("/", ".", "~")):
+        raise InputError(f"{name} does not exist")
+    try:
+        return Path(snapshot_download(name, allow_patterns=MODEL_FILES))
+    except HFValidationError as error:
+        raise InputError(f"{name!r} is neither a directory here nor a name the hub could have: {error}") from error
+    except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
+        raise InputError(
+            f"{name!r} is no directory here, and the hub did not give it: {str(error).splitlines()[0]}"
+        ) from error
+
+
+def load_model(name: str | Path, *, dtype: Any = jnp.float32, mesh: Mesh | None = None) -> tuple[Model, Tree]:
+    """A Hugging Face model by directory or hub name: its description and its parameters, of `dtype`, on `mesh`.
+
+    Raises InputError for a model that is missing, damaged or of an unknown type.
+    """
+    directory = find_directory(str(name))
+    model = describe_model(read_hf_config(directory))
+    places = None if mesh is None else shardings(model.axes, model.shapes, mesh)
+    return model, hf.load_params(directory, model.family.names, model.shapes, dtype, places)
+
+
+def load_adapter(
+    name: str | Path, model: Model, params: Tree, *, mesh: Mesh | None = None
+) -> tuple[Model, Tree, Tree, LoraConfig]:
+    """A PEFT LoRA adapter on a loaded model: (model, trainable, frozen, its settings).
+
+    Raises InputError for an adapter that is missing, damaged, of an unsupported method or for another model.
+    """
+    directory = find_directory(str(name))
+    config = peft.read_adapter_config(directory)
+    model = with_lora(model, config)
+    trained, scales = lora_shapes(model)
+    trainable = peft.load_adapter(directory, model.family.names, trained)
+    return model, *on_mesh(model, trainable, join(params, lora_scales(scales, config)), mesh), config
+
+
+def new_adapter(
+    model: Model, params: Tree, config: LoraConfig, key: jax.Array, *, mesh: Mesh | None = None
+) -> tuple[Model, Tree, Tree]:
+    """`add_lora` with the new leaves put on `mesh`."""
+    model, trainable, frozen = add_lora(model, params, config, key)
+    return model, *on_mesh(model, trainable, frozen, mesh)
+
+
+def on_mesh(model: Model, trainable: Tree, frozen: Tree, mesh: Mesh | None) -> tuple[Tree, Tree]:
+    """Both trees on the mesh, each leaf where the table of axes puts it; as they are without a mesh."""
+    if mesh is None:
+        return trainable, frozen
+    places = shardings(model.axes, model.shapes, mesh)
+    return (
+        jax.device_put(trainable, like(places, trainable)),
+        jax.device_put(frozen, like(places, frozen)) if frozen else frozen,
+    )
+
+
+def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model directory or hub name. Raises InputError where there is none that can be read."""
+    directory = find_directory(str(name))
+    try:
+        return AutoTokenizer.from_pretrained(directory, local_files_only=True)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise InputError(f"{directory} has no tokenizer that transformers can read: {error}") from error
+
+
+def save_adapter(directory: str | Path, model: Model, trainable: Tree, config: LoraConfig, base_model: str) -> None:
+    """Writes a PEFT adapter: `PeftModel.from_pretrained(base, directory)` loads it. Nothing half made is left."""
+    with hf.whole_directory(Path(directory)) as temporary:
+        peft.save_adapter(temporary, model.family.names, trainable, config, base_model)
+
+
+def save_model(directory: str | Path, model: Model, params: Tree, *, dtype: Any = None) -> None:
+    """Writes a Hugging Face model directory (config.json and safetensors). dtype: the parameters' own where None."""
+    dtype = jnp.dtype(dtype or jax.tree.leaves(params)[0].dtype)
+    with hf.whole_directory(Path(directory)) as temporary:
+        hf.save_params(temporary, model.family.names, params, dtype)
+        written = model.hf_config.to_dict() | {"dtype": dtype.name, "architectures": _architectures(model)}
+        (temporary / "config.json").write_text(json.dumps(written, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def copy_tokenizer(source: Path, directory: Path) -> None:
+    """Copies the tokenizer's and generation's files as they are: what was loaded is what is shipped."""
+    for name in TOKENIZER_FILES:
+        if (source / name).is_file():
+            shutil.copy2(source / name, directory / name)
+    if (source / "chat_templates").is_dir():
+        shutil.copytree(source / "chat_templates", directory / "chat_templates", dirs_exist_ok=True)
+
+
+def _architectures(model: Model) -> list[str]:
+    return model.hf_config.architectures or [f"{type(model.hf_config).__name__.removesuffix('Config')}ForCausalLM"]
+
+
+def parameter_count(tree: Tree) -> int:
+    """How many numbers a tree of arrays or shapes holds."""
+    return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(tree))

@@ -1,0 +1,136 @@
+"""What every decoder-only model does around its blocks: embed, run the layers, normalise, read the head."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from jaxft.kernels.attention import key_range
+from jaxft.kernels.linear_cross_entropy import logits
+from jaxft.models.layers import Context, Embedding, LayerData, Linear, RMSNorm, Rope, scan_layers, stack
+from jaxft.sharding import constrain
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The constants of one model, read from its config.json; nothing here has a default.
+
+    ropes: the model's rotary embeddings; layer_rope[i] is layer i's. layer_window[i]: how many keys layer i sees, 0 all.
+    """
+
+    model_type: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    hidden_act: str
+    rms_norm_eps: float
+    attention_bias: bool
+    mlp_bias: bool
+    tie_word_embeddings: bool
+    max_position_embeddings: int
+    ropes: tuple[Rope, ...]
+    layer_rope: tuple[int, ...]
+    layer_window: tuple[int, ...]
+
+
+class Decoder(nnx.Module):
+    """Embedding, runs of equal blocks, final norm, head. Called with tokens it returns the normed hidden states.
+
+    The layers stand in `layers` as runs: the key is the index of a run's first layer, its leaves are stacked on a
+    leading L.
+    """
+
+    def __init__(self, config: ModelConfig, block: Callable[[ModelConfig], nnx.Module], runs: tuple[int, ...]):
+        """runs: the first layer of each run, starting with 0."""
+        self.config = config
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
+        ends = (*runs[1:], config.num_layers)
+        self.layers = nnx.Dict({str(a): stack(block(config), b - a) for a, b in zip(runs, ends, strict=True)})
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        tied = config.tie_word_embeddings
+        self.lm_head = nnx.data(
+            None if tied else Linear(config.hidden_size, config.vocab_size, bias=False, axes=("vocab", "embed"))
+        )
+
+    def head(self) -> jax.Array:
+        """The (V, D) matrix that turns hidden states into logits."""
+        return self.embed_tokens.weight[...] if self.lm_head is None else self.lm_head.weight[...]
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """hidden (..., D) to logits (..., V) float32."""
+        return logits(hidden, self.head())
+
+    def __call__(
+        self,
+        tokens: jax.Array,
+        segment_ids: jax.Array,
+        positions: jax.Array,
+        *,
+        dtype: jnp.dtype | None = None,
+        key: jax.Array | None = None,
+        gradient_checkpointing: str = "none",
+    ) -> jax.Array:
+        """Hidden states (B, T, D) of packed rows; tokens, segment_ids, positions (B, T) int32.
+
+        dtype: what activations are computed in, the embedding's own where None. key: LoRA's dropout, off where None.
+        """
+        context = Context(key_range(segment_ids), None, [rope.tables(positions) for rope in self.config.ropes])
+        return self._run(tokens, context, None, dtype, key, gradient_checkpointing)[0]
+
+    def with_cache(
+        self, tokens: jax.Array, positions: jax.Array, first_key: jax.Array, index: jax.Array, cache: dict
+    ) -> tuple[jax.Array, dict]:
+        """Hidden states (B, T, D) of new tokens that stand at cache slots index … index + T − 1, and the new cache.
+
+        first_key: (B,) int32, the first slot of each prompt (what stands before is left padding).
+        """
+        B, T = tokens.shape
+        last_key = jnp.broadcast_to(index + jnp.arange(T, dtype=jnp.int32), (B, T))
+        # a padding slot would see no key at all; let it see itself
+        first = jnp.minimum(jnp.broadcast_to(first_key[:, None], (B, T)), last_key)
+        context = Context(first, last_key, [rope.tables(positions) for rope in self.config.ropes], index)
+        return self._run(tokens, context, cache, None, None, "none")
+
+    def empty_cache(self, batch: int, slots: int) -> dict:
+        """A key/value cache for `batch` sequences of at most `slots` tokens: zeros (L, B, S, K, H) a run."""
+        c = self.config
+        dtype = self.embed_tokens.weight[...].dtype
+        shape = (batch, slots, c.num_kv_heads, c.head_dim)
+        return {
+            start: (jnp.zeros((count, *shape), dtype), jnp.zeros((count, *shape), dtype))
+            for start, count in self.run_lengths().items()
+        }
+
+    def run_lengths(self) -> dict[str, int]:
+        """How many layers each run has."""
+        starts = sorted((int(start) for start in self.layers), key=int)
+        ends = [*starts[1:], self.config.num_layers]
+        return {str(a): b - a for a, b in zip(starts, ends, strict=True)}
+
+    def embed(self, tokens: jax.Array, dtype: jnp.dtype) -> jax.Array:
+        """Token embeddings (B, T, D)."""
+        return self.embed_tokens.weight[...][tokens].astype(dtype)
+
+    def _run(self, tokens, context, cache, dtype, key, remat):
+        c = self.config
+        x = self.embed(tokens, dtype or self.embed_tokens.weight[...].dtype)
+        x = constrain(x, ("batch", "length", "embed_activation"))
+        keys = None if key is None else jax.random.split(key, c.num_layers)
+        new_cache = {}
+        for start, count in self.run_lengths().items():
+            span = slice(int(start), int(start) + count)
+            layers = LayerData(
+                jnp.asarray(np.array(c.layer_window[span], np.int32)),
+                jnp.asarray(np.array(c.layer_rope[span], np.int32)),
+                None if keys is None else keys[span],
+            )
+            run_cache = None if cache is None else cache[start]
+            x, new_cache[start] = scan_layers(self.layers[start], x, layers, context, run_cache, remat)
+        return self.norm(x), new_cache

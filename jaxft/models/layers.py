@@ -1,0 +1,189 @@
+"""The small parts that the architectures share: parameters described by shape, rope, and the scan over layers.
+
+Legend, here and in all models: B batch, T tokens, S keys, D model, F ffw, N heads, K kv heads, H head size, V vocab,
+R rank, L layers. NNX modules *describe*: their variables hold a `jax.ShapeDtypeStruct` until a tree of arrays is
+merged in. Every parameter names its dimensions (`axes`) for the sharding table in `jaxft.sharding`.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from jaxft.kernels import attention as attention_op
+from jaxft.kernels import linear as linear_op
+from jaxft.kernels.rms_norm import rms_norm
+from jaxft.sharding import constrain
+
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "silu": jax.nn.silu,
+    "gelu": partial(jax.nn.gelu, approximate=False),
+    "gelu_pytorch_tanh": partial(jax.nn.gelu, approximate=True),
+}
+
+
+class LoRAParam(nnx.Param):
+    """A trained matrix of an adapter."""
+
+
+class LoRAScale(nnx.Variable):
+    """An adapter's factor s = alpha / r (or alpha / √r): one a layer, not trained."""
+
+
+def describe(shape: tuple[int, ...], axes: tuple[str | None, ...], kind: type[nnx.Variable] = nnx.Param) -> nnx.Variable:
+    """A parameter known by its shape, float32 until a dtype is chosen at loading, and the names of its dimensions."""
+    return kind(jax.ShapeDtypeStruct(shape, jnp.float32), axes=axes)
+
+
+class Lora(nnx.Module):
+    """A (R, I), B (O, R) and scale of one linear layer."""
+
+    def __init__(self, in_features: int, out_features: int, rank: int, axes: tuple[str, str], dropout: float):
+        self.a = describe((rank, in_features), ("rank", axes[1]), LoRAParam)
+        self.b = describe((out_features, rank), (axes[0], "rank"), LoRAParam)
+        self.scale = describe((), (), LoRAScale)
+        self.dropout = dropout
+
+
+class Linear(nnx.Module):
+    """y = x Wᵀ (+ bias) (+ LoRA): weight (O, I) as Hugging Face stores it; axes name (O, I)."""
+
+    def __init__(self, in_features: int, out_features: int, *, bias: bool, axes: tuple[str, str]):
+        self.in_features, self.out_features, self.axes = in_features, out_features, axes
+        self.weight = describe((out_features, in_features), axes)
+        self.bias = nnx.data(describe((out_features,), axes[:1]) if bias else None)
+        self.lora: Lora | None = nnx.data(None)
+
+    def weights(self) -> linear_op.Weights:
+        lora = None if self.lora is None else (self.lora.a[...], self.lora.b[...], self.lora.scale[...])
+        return linear_op.Weights(self.weight[...], None if self.bias is None else self.bias[...], lora)
+
+
+def linears(x: jax.Array, *layers: Linear, key: jax.Array | None) -> tuple[jax.Array, ...]:
+    """The outputs of linear layers that read the same x (..., I); key drives LoRA's dropout, None switches it off."""
+    rate = max((layer.lora.dropout for layer in layers if layer.lora is not None), default=0.0)
+    return linear_op.linears(x, tuple(layer.weights() for layer in layers), dropout=rate, key=key)
+
+
+class RMSNorm(nnx.Module):
+    def __init__(self, features: int, eps: float):
+        self.eps = eps
+        self.weight = describe((features,), (None,))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return rms_norm(x, self.weight[...], eps=self.eps)
+
+
+class Embedding(nnx.Module):
+    def __init__(self, vocab_size: int, features: int):
+        self.weight = describe((vocab_size, features), ("vocab", "embed"))
+
+
+@dataclass(frozen=True)
+class Rope:
+    """One rotary embedding: angle(position, h) = position · frequencies[h]; cos and sin are multiplied by `scaling`."""
+
+    frequencies: tuple[float, ...]
+    scaling: float = 1.0
+
+    def tables(self, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """cos and sin (B, T, H/2) float32 at positions (B, T) int32."""
+        # float32, as transformers does: bf16 cannot tell position 257 from 256
+        angles = positions[..., None].astype(jnp.float32) * jnp.asarray(np.array(self.frequencies, np.float32))[None, None]
+        return jnp.cos(angles) * self.scaling, jnp.sin(angles) * self.scaling
+
+
+@jax.tree_util.register_dataclass
+@dataclass
+class Context:
+    """What every layer reads beside its own parameters.
+
+    first_key, last_key: (B, T) int32, the keys each token sees (`kernels.attention`). rope: cos and sin, one
+    (B, T, H/2) pair a rope. cache_index: where this call's keys go in the key/value cache, or None in training.
+    """
+
+    first_key: jax.Array
+    last_key: jax.Array | None
+    rope: list[tuple[jax.Array, jax.Array]]
+    cache_index: jax.Array | None = None
+
+
+@jax.tree_util.register_dataclass
+@dataclass
+class LayerData:
+    """What differs between layers that share one program: window () int32 (0 sees all), rope () int32, dropout key."""
+
+    window: jax.Array
+    rope: jax.Array
+    key: jax.Array | None
+
+    def tables(self, context: Context) -> tuple[jax.Array, jax.Array]:
+        """This layer's cos and sin."""
+        if len(context.rope) == 1:
+            return context.rope[0]
+        return jax.tree.map(lambda *tables: jax.lax.select_n(self.rope, *tables), *context.rope)
+
+    def keys(self, count: int) -> list[jax.Array | None]:
+        """`count` independent dropout keys, or Nones where dropout is off."""
+        return [None] * count if self.key is None else list(jax.random.split(self.key, count))
+
+
+Cache = tuple[jax.Array, jax.Array]  # keys and values, (B, S, K, H) each
+
+
+def attend(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    context: Context,
+    layer: LayerData,
+    cache: Cache | None,
+    scale: float,
+    softcap: float | None = None,
+) -> tuple[jax.Array, Cache | None]:
+    """Attention of q (B, T, N, H) over k, v (B, T, K, H), written into the cache first where there is one."""
+    if cache is not None:
+        assert context.cache_index is not None
+        start = (0, context.cache_index, 0, 0)
+        k = jax.lax.dynamic_update_slice(cache[0], k, start)
+        v = jax.lax.dynamic_update_slice(cache[1], v, start)
+        cache = (k, v)
+    mixed = attention_op.attention(
+        q, k, v, first_key=context.first_key, last_key=context.last_key, window=layer.window, scale=scale,
+        softcap=softcap,
+    )  # fmt: skip
+    return mixed, cache
+
+
+def stack(block: nnx.Module, count: int) -> nnx.Module:
+    """Describes `count` equal blocks at once: every variable gets a leading dimension L."""
+    for _, variable in nnx.iter_graph(block):
+        if isinstance(variable, nnx.Variable):
+            one = variable.get_value()
+            variable.set_value(jax.ShapeDtypeStruct((count, *one.shape), one.dtype))
+            variable.set_metadata(axes=("layers", *variable.get_metadata()["axes"]))
+    return block
+
+
+def scan_layers(block: nnx.Module, x: jax.Array, layers: LayerData, context: Context, cache, remat: str):
+    """Runs a stack of blocks by `lax.scan`: x (B, T, D) in and out; layers and cache have a leading L.
+
+    remat "full" keeps only each layer's input for the backward pass and computes the rest again.
+    """
+    graphdef, parameters = nnx.split(block)
+
+    def body(x, inputs):
+        parameters, layer, cache = inputs
+        x, cache = nnx.merge(graphdef, parameters)(x, layer, context, cache)
+        return constrain(x, ("batch", "length", "embed_activation")), cache
+
+    if remat == "full":
+        body = jax.checkpoint(body, prevent_cse=False)
+    elif remat != "none":
+        raise ValueError(f"gradient_checkpointing {remat!r}: must be 'none' or 'full'")
+    return jax.lax.scan(body, x, (parameters, layers, cache))

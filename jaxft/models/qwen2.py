@@ -1,0 +1,94 @@
+"""Qwen 2 and 2.5: Llama's block with biases on q, k and v, and sliding windows on some layers where the config says so."""
+
+import jax
+from flax import nnx
+from transformers import PretrainedConfig
+
+from jaxft.kernels.rope import apply_rope
+from jaxft.models.decoder import ModelConfig
+from jaxft.models.layers import ACTIVATIONS, Cache, Context, LayerData, Linear, RMSNorm, attend, linears
+from jaxft.models.rope import rope_from_config
+
+
+def read_config(hf: PretrainedConfig) -> ModelConfig:
+    """The constants of a Hugging Face Qwen2Config."""
+    head_dim = hf.hidden_size // hf.num_attention_heads
+    return ModelConfig(
+        model_type=hf.model_type,
+        vocab_size=hf.vocab_size,
+        hidden_size=hf.hidden_size,
+        intermediate_size=hf.intermediate_size,
+        num_layers=hf.num_hidden_layers,
+        num_heads=hf.num_attention_heads,
+        num_kv_heads=hf.num_key_value_heads,
+        head_dim=head_dim,
+        hidden_act=hf.hidden_act,
+        rms_norm_eps=hf.rms_norm_eps,
+        attention_bias=True,  # on q, k and v; the configuration has no field for it
+        mlp_bias=False,
+        tie_word_embeddings=hf.tie_word_embeddings,
+        max_position_embeddings=hf.max_position_embeddings,
+        ropes=(rope_from_config(hf.rope_parameters, head_dim),),
+        layer_rope=(0,) * hf.num_hidden_layers,
+        layer_window=sliding_windows(hf),
+    )
+
+
+def sliding_windows(hf: PretrainedConfig) -> tuple[int, ...]:
+    """How many keys each layer sees, 0 for all, from `layer_types`."""
+    return tuple(hf.sliding_window if kind == "sliding_attention" else 0 for kind in hf.layer_types)
+
+
+class Attention(nnx.Module):
+    def __init__(self, c: ModelConfig):
+        self.heads, self.kv_heads, self.head_dim = c.num_heads, c.num_kv_heads, c.head_dim
+        D, N, K, H = c.hidden_size, c.num_heads, c.num_kv_heads, c.head_dim
+        self.q_proj = Linear(D, N * H, bias=c.attention_bias, axes=("heads", "embed"))
+        self.k_proj = Linear(D, K * H, bias=c.attention_bias, axes=("kv_heads", "embed"))
+        self.v_proj = Linear(D, K * H, bias=c.attention_bias, axes=("kv_heads", "embed"))
+        self.o_proj = Linear(N * H, D, bias=False, axes=("embed", "heads"))
+
+    def __call__(
+        self, x: jax.Array, layer: LayerData, context: Context, cache: Cache | None
+    ) -> tuple[jax.Array, Cache | None]:
+        B, T, _ = x.shape
+        qkv_key, o_key, _, _ = layer.keys(4)
+        q, k, v = linears(x, self.q_proj, self.k_proj, self.v_proj, key=qkv_key)
+        q = q.reshape(B, T, self.heads, self.head_dim)
+        k = k.reshape(B, T, self.kv_heads, self.head_dim)
+        v = v.reshape(B, T, self.kv_heads, self.head_dim)
+        cos, sin = layer.tables(context)
+        q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
+        mixed, cache = attend(q, k, v, context=context, layer=layer, cache=cache, scale=self.head_dim**-0.5)
+        (out,) = linears(mixed.reshape(B, T, self.heads * self.head_dim), self.o_proj, key=o_key)
+        return out, cache
+
+
+class MLP(nnx.Module):
+    def __init__(self, c: ModelConfig):
+        D, F = c.hidden_size, c.intermediate_size
+        self.activation = c.hidden_act
+        self.gate_proj = Linear(D, F, bias=False, axes=("ffw", "embed"))
+        self.up_proj = Linear(D, F, bias=False, axes=("ffw", "embed"))
+        self.down_proj = Linear(F, D, bias=False, axes=("embed", "ffw"))
+
+    def __call__(self, x: jax.Array, layer: LayerData) -> jax.Array:
+        _, _, up_key, down_key = layer.keys(4)
+        gate, up = linears(x, self.gate_proj, self.up_proj, key=up_key)
+        (out,) = linears(ACTIVATIONS[self.activation](gate) * up, self.down_proj, key=down_key)
+        return out
+
+
+class Block(nnx.Module):
+    def __init__(self, c: ModelConfig):
+        self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.self_attn = Attention(c)
+        self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.mlp = MLP(c)
+
+    def __call__(
+        self, x: jax.Array, layer: LayerData, context: Context, cache: Cache | None
+    ) -> tuple[jax.Array, Cache | None]:
+        attended, cache = self.self_attn(self.input_layernorm(x), layer, context, cache)
+        x = x + attended
+        return x + self.mlp(self.post_attention_layernorm(x), layer), cache

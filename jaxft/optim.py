@@ -1,0 +1,192 @@
+"""Optimizers and learning-rate schedules by the names that users of transformers type."""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxft.errors import InputError
+from jaxft.trees import Tree
+
+Factor = Callable[[jax.Array, int, int], jax.Array]  # (step, warmup_steps, total_steps) -> factor of learning_rate
+
+
+def _progress(step, warmup, total):
+    return (step - warmup) / max(1, total - warmup)
+
+
+def _linear(step, warmup, total):
+    return jnp.maximum(0.0, (total - step) / max(1, total - warmup))
+
+
+def _cosine(step, warmup, total, *, num_cycles=0.5):
+    return jnp.maximum(0.0, 0.5 * (1 + jnp.cos(math.pi * num_cycles * 2 * _progress(step, warmup, total))))
+
+
+def _cosine_with_restarts(step, warmup, total, *, num_cycles=1):
+    progress = _progress(step, warmup, total)
+    wave = 0.5 * (1 + jnp.cos(math.pi * ((num_cycles * progress) % 1.0)))
+    return jnp.where(progress >= 1, 0.0, jnp.maximum(0.0, wave))
+
+
+def _cosine_with_min_lr(step, warmup, total, *, min_lr_rate, num_cycles=0.5):
+    wave = 0.5 * (1 + jnp.cos(math.pi * num_cycles * 2 * _progress(step, warmup, total)))
+    return jnp.maximum(0.0, wave * (1 - min_lr_rate) + min_lr_rate)
+
+
+def _polynomial(step, warmup, total, *, lr_end_rate, power=1.0):
+    remaining = jnp.maximum(0.0, 1 - _progress(step, warmup, total))
+    return (1 - lr_end_rate) * remaining**power + lr_end_rate
+
+
+def _inverse_sqrt(step, warmup, total, *, timescale=None):
+    timescale = timescale or warmup or 10_000
+    return 1 / jnp.sqrt((step + (timescale - warmup)) / timescale)
+
+
+def _warmup_stable_decay(step, warmup, total, *, num_decay_steps, min_lr_ratio=0.0, num_cycles=0.5):
+    start = total - num_decay_steps
+    wave = 0.5 * (1 + jnp.cos(math.pi * num_cycles * 2 * (step - start) / max(1, num_decay_steps)))
+    falling = jnp.maximum(0.0, wave * (1 - min_lr_ratio) + min_lr_ratio)
+    return jnp.where(step < start, 1.0, jnp.where(step < total, falling, min_lr_ratio))
+
+
+SCHEDULES: dict[str, Callable[..., jax.Array]] = {
+    "linear": _linear,
+    "cosine": _cosine,
+    "cosine_with_restarts": _cosine_with_restarts,
+    "cosine_with_min_lr": _cosine_with_min_lr,
+    "polynomial": _polynomial,
+    "inverse_sqrt": _inverse_sqrt,
+    "warmup_stable_decay": _warmup_stable_decay,
+    "constant": lambda step, warmup, total: jnp.float32(1.0),
+    "constant_with_warmup": lambda step, warmup, total: jnp.float32(1.0),
+}
+
+
+def make_schedule(
+    name: str, learning_rate: float, warmup_steps: int, total_steps: int, options: dict[str, Any] | None = None
+) -> optax.Schedule:
+    """transformers' schedule `name`: step (from 0) to learning rate, float32.
+
+    The first warmup_steps rise linearly from 0 (`constant` has none). options: `lr_scheduler_kwargs` as transformers
+    spells them. Raises InputError for an unknown name or option.
+    """
+    if name not in SCHEDULES:
+        raise InputError(f"lr_scheduler_type {name!r} is unknown; known: {', '.join(SCHEDULES)}")
+    options = dict(options or {})
+    if name == "polynomial":
+        options["lr_end_rate"] = options.pop("lr_end", 1e-7) / learning_rate if learning_rate else 0.0
+    if name == "cosine_with_min_lr" and "min_lr" in options:
+        options["min_lr_rate"] = options.pop("min_lr") / learning_rate if learning_rate else 0.0
+    after = SCHEDULES[name]
+    warmup = 0 if name == "constant" else warmup_steps
+    try:
+        after(jnp.float32(warmup), warmup, total_steps, **options)
+    except TypeError as error:
+        raise InputError(f"lr_scheduler_type {name}: lr_scheduler_kwargs {options} do not fit: {error}") from error
+
+    def schedule(step):
+        step = jnp.asarray(step, jnp.float32)
+        return learning_rate * jnp.where(
+            step < warmup, step / max(1, warmup), after(step, warmup, total_steps, **options)
+        )
+
+    return schedule
+
+
+def decays(params: Tree) -> Tree:
+    """Which leaves weight decay touches: all but norms and biases."""
+    return jax.tree.map_with_path(
+        lambda path, _: path[-1].key != "bias" and not any("norm" in str(part.key) for part in path), params
+    )
+
+
+def make_optimizer(
+    schedule: optax.Schedule | float,
+    *,
+    adam_beta1: float = 0.9,
+    adam_beta2: float = 0.999,
+    adam_epsilon: float = 1e-8,
+    weight_decay: float = 0.0,
+    max_grad_norm: float = 1.0,
+) -> optax.GradientTransformation:
+    """AdamW (Loshchilov and Hutter 2019, https://arxiv.org/abs/1711.05101) after clipping by the global norm.
+
+    Moments are float32 whatever the parameters' dtype. max_grad_norm 0 does not clip.
+    """
+    clip = optax.clip_by_global_norm(max_grad_norm) if max_grad_norm else optax.identity()
+    adam = optax.adamw(
+        schedule, b1=adam_beta1, b2=adam_beta2, eps=adam_epsilon, weight_decay=weight_decay, mask=decays
+    )
+    return optax.chain(clip, _in_float32(adam))
+
+
+def _in_float32(inner: optax.GradientTransformation) -> optax.GradientTransformation:
+    """Runs a transformation on float32 copies: its states and its updates are float32."""
+
+    def raised(tree):
+        return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), tree)
+
+    return optax.GradientTransformation(
+        lambda params: inner.init(raised(params)),
+        lambda updates, state, params: inner.update(raised(updates), state, raised(params)),
+    )
+
+
+class LossScale(NamedTuple):
+    """Dynamic loss scaling for float16 (Micikevicius et al. 2018, https://arxiv.org/abs/1710.03740).
+
+    scale doubles after `GROWTH` finite steps in a row and halves at a step whose gradients are not finite; that step
+    is left out. inner is the optimizer's own state.
+    """
+
+    scale: jax.Array
+    finite_steps: jax.Array
+    inner: optax.OptState
+
+
+GROWTH = 2000
+
+
+def with_loss_scale(inner: optax.GradientTransformation, first: float = 2.0**16) -> optax.GradientTransformation:
+    """The optimizer with a `LossScale` state, which the train step reads: float16 needs it, the others do not."""
+    return optax.GradientTransformation(
+        lambda params: LossScale(jnp.float32(first), jnp.int32(0), inner.init(params)), inner.update
+    )
+
+
+def next_loss_scale(state: LossScale, finite: jax.Array, inner: optax.OptState) -> LossScale:
+    """The state after a step whose gradients were finite, or were not."""
+    count = jnp.where(finite, state.finite_steps + 1, 0)
+    grown = count >= GROWTH
+    scale = jnp.where(finite, jnp.where(grown, state.scale * 2, state.scale), state.scale / 2)
+    return LossScale(jnp.maximum(scale, 1.0), jnp.where(grown, 0, count).astype(jnp.int32), inner)
+
+
+def stochastic_round(value: jax.Array, key: jax.Array) -> jax.Array:
+    """float32 to bfloat16, up or down with the probability that keeps the expectation.
+
+    Sixteen random bits are added below bfloat16's last bit and the lower half is cut off. An update smaller than
+    half a unit in the last place is then lost only most of the time, not always. Non-finite values stay as they are.
+    """
+    bits = jax.lax.bitcast_convert_type(value, jnp.uint32)
+    noise = jax.random.bits(key, value.shape, jnp.uint16).astype(jnp.uint32)
+    rounded = jax.lax.bitcast_convert_type((bits + noise) & jnp.uint32(0xFFFF0000), jnp.float32)
+    return jnp.where(jnp.isfinite(value), rounded, value).astype(jnp.bfloat16)
+
+
+def apply_updates(params: Tree, updates: Tree, key: jax.Array) -> Tree:
+    """params + updates in float32, returned in the parameters' dtypes; bfloat16 leaves are rounded stochastically."""
+    leaves, treedef = jax.tree.flatten(params)
+    keys = jax.random.split(key, len(leaves))
+
+    def one(param, update, leaf_key):
+        value = param.astype(jnp.float32) + update
+        return stochastic_round(value, leaf_key) if param.dtype == jnp.bfloat16 else value.astype(param.dtype)
+
+    new = [one(p, u, k) for p, u, k in zip(leaves, treedef.flatten_up_to(updates), keys, strict=True)]
+    return treedef.unflatten(new)

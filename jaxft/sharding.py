@@ -1,0 +1,86 @@
+"""Where every array lies: one table from the names of dimensions to the axes of the device mesh.
+
+Parameters and activations name their dimensions; this table alone says which of them are split over which mesh axis.
+One device is the mesh of size 1: nothing here is a special case for it.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from jaxft.errors import InputError
+
+MESH_AXES = ("data", "fsdp", "tensor")
+
+RULES: dict[str | None, str | tuple[str, ...] | None] = {
+    # activations
+    "batch": ("data", "fsdp"),
+    "length": None,
+    "embed_activation": None,
+    # parameters: fsdp splits the model dimension, tensor splits what is computed independently
+    "embed": "fsdp",
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "ffw": "tensor",
+    "vocab": "tensor",
+    "rank": None,
+    "layers": None,
+    None: None,
+}
+
+
+def parse_mesh(text: str | None, device_count: int) -> dict[str, int]:
+    """Sizes of the mesh axes from 'data=2,fsdp=4'; without a text all devices are the data axis.
+
+    Raises InputError for an unknown axis, a size that is not a positive number, or a product that is not device_count.
+    """
+    if not text:
+        return {"data": device_count, "fsdp": 1, "tensor": 1}
+    sizes = dict.fromkeys(MESH_AXES, 1)
+    for part in text.split(","):
+        name, _, size = part.strip().partition("=")
+        if name not in MESH_AXES or not size.isdigit() or int(size) < 1:
+            raise InputError(f"--mesh {text}: {part.strip()!r} is not AXIS=SIZE with AXIS of {', '.join(MESH_AXES)}")
+        sizes[name] = int(size)
+    product = math.prod(sizes.values())
+    if product != device_count:
+        raise InputError(f"--mesh {text} needs {product} devices, this run has {device_count}")
+    return sizes
+
+
+def make_mesh(sizes: dict[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The mesh of `parse_mesh`'s sizes over `devices` (all of them where None)."""
+    grid = np.array(jax.devices() if devices is None else devices).reshape([sizes[axis] for axis in MESH_AXES])
+    return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+
+
+def spec(axes: Sequence[str | None], shape: Sequence[int], sizes: dict[str, int]) -> PartitionSpec:
+    """The partition of an array whose dimensions are named `axes`.
+
+    A dimension that its mesh axis does not divide (a bias of odd length, 2 kv heads on 4 devices) is not split.
+    """
+    parts: list[Any] = []
+    for name, size in zip(axes, shape, strict=True):
+        rule = RULES[name]
+        count = math.prod(sizes[axis] for axis in ((rule,) if isinstance(rule, str) else rule or ()))
+        parts.append(rule if size % count == 0 else None)
+    return PartitionSpec(*parts)
+
+
+def shardings(axes: Any, shapes: Any, mesh: Mesh) -> Any:
+    """A tree of NamedSharding from a tree of axis names (tuples) and one of shapes (anything with `.shape`)."""
+    return jax.tree.map(
+        lambda leaf, names: NamedSharding(mesh, spec(names, leaf.shape, dict(mesh.shape))), shapes, axes
+    )
+
+
+def constrain(x: jax.Array, axes: Sequence[str | None]) -> jax.Array:
+    """Pins an activation to its place on the mesh of `jax.set_mesh`; without a mesh returns x as it is."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return x
+    return jax.lax.with_sharding_constraint(x, spec(axes, x.shape, dict(mesh.shape)))
