@@ -1,19 +1,23 @@
 """Renders conversations through a tokenizer's chat template and finds the spans of text that are trained."""
 
-import os.path
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jinja2 import TemplateError
-from transformers import PreTrainedTokenizerBase
 
 from jaxft.errors import InputError
 from jaxft.packing import Sample
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 Message = Mapping[str, Any]
 Span = tuple[int, int]
+
+TRAIN_ON = ("responses", "all")
 
 
 @dataclass(frozen=True)
@@ -25,7 +29,7 @@ class Rendered:
 
 
 def render_conversation(
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: "PreTrainedTokenizerBase",
     messages: Sequence[Message],
     train_on: str = "responses",
     tools: list[Any] | None = None,
@@ -46,8 +50,7 @@ def render_conversation(
 
     Raises InputError for messages of a wrong form and for what the template itself refuses.
     """
-    if train_on not in ("responses", "all"):
-        raise InputError(f"train_on is {train_on!r}; understood: responses, all")
+    check_train_on(train_on)
     template = _Template(tokenizer, tools, template_kwargs)
     checked = _checked(messages)
     turns = [number for number, message in enumerate(checked) if message["role"] == "assistant"]
@@ -66,11 +69,14 @@ def render_conversation(
         done = stop
     if train_on == "responses":
         return [sample for sample in samples if sample.spans] or samples[-1:]
-    shown = ["", *(sample.text for sample in samples)]
-    return [
-        Rendered(text, [(_common_prefix(before, text), len(text))])
-        for before, text in zip(shown, shown[1:], strict=False)
-    ]
+    texts = ["", *(sample.text for sample in samples)]
+    return [Rendered(text, [(_common_prefix(before, text), len(text))]) for before, text in itertools.pairwise(texts)]
+
+
+def check_train_on(train_on: str) -> None:
+    """Raises InputError for anything but the names in TRAIN_ON."""
+    if train_on not in TRAIN_ON:
+        raise InputError(f"train_on is {train_on!r}; understood: {', '.join(TRAIN_ON)}")
 
 
 def left_out(messages: Sequence[Message], rendered: Sequence[Rendered]) -> int:
@@ -86,7 +92,7 @@ def left_out(messages: Sequence[Message], rendered: Sequence[Rendered]) -> int:
 
 
 def trained_tokens(
-    tokenizer: PreTrainedTokenizerBase, rendered: Sequence[Rendered], special_tokens: bool = False
+    tokenizer: "PreTrainedTokenizerBase", rendered: Sequence[Rendered], special_tokens: bool = False
 ) -> list[tuple[np.ndarray, np.ndarray]]:
     """(ids int32, trained bool) of each text; a token is trained where it overlaps a trained span.
 
@@ -117,7 +123,7 @@ def trained_tokens(
     return found
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, rendered: Rendered) -> Sample:
+def encode(tokenizer: "PreTrainedTokenizerBase", rendered: Rendered) -> Sample:
     """One rendered conversation as a sample; tokens in trained spans weigh 1, all others and the first one 0."""
     [(ids, trained)] = trained_tokens(tokenizer, [rendered])
     if not len(ids):
@@ -136,7 +142,7 @@ class _Template:
     """A chat template with its tools and settings bound."""
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, tools: list[Any] | None, settings: Mapping[str, Any] | None
+        self, tokenizer: "PreTrainedTokenizerBase", tools: list[Any] | None, settings: Mapping[str, Any] | None
     ) -> None:
         if not tokenizer.chat_template:
             raise InputError(
@@ -196,36 +202,39 @@ class _Template:
 
 
 def _common_prefix(a: str, b: str) -> int:
-    return len(os.path.commonprefix([a, b]))
+    """How many characters the beginnings of both texts share."""
+    return next((at for at, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 def _checked(messages: Any) -> list[dict[str, Any]]:
-    """Messages with a role and a content of text or, beside tool calls, None; keys without a value are dropped."""
+    """Messages with a role and a content of text or, beside tool calls, None; keys without a value go."""
     if not isinstance(messages, list | tuple) or not messages:
-        raise InputError(f"messages is {_shown(messages)}; must be a list of objects with role and content, not empty")
+        raise InputError(f"messages is {shown(messages)}; must be a list of objects with role and content, not empty")
     checked = []
     for number, message in enumerate(messages, 1):
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-            raise InputError(f"message {number} is {_shown(message)}; must be an object with a role (a string)")
+            raise InputError(f"message {number} is {shown(message)}; must be an object with a role (a string)")
         content = message.get("content")
-        if isinstance(content, list) and all(isinstance(p, Mapping) and isinstance(p.get("text"), str) for p in content):
+        if isinstance(content, list) and all(
+            isinstance(p, Mapping) and isinstance(p.get("text"), str) for p in content
+        ):
             content = "".join(part["text"] for part in content)
         if not isinstance(content, str) and not (content is None and message.get("tool_calls")):
-            raise InputError(f"message {number} ({message['role']}) has content {_shown(content)}; must be a string")
-        # A table has the same columns in every row, so a key that some messages lack arrives here as None.
-        checked.append({"content": content} | {k: without_none(v) for k, v in message.items() if v is not None})
-        checked[-1]["content"] = content
+            raise InputError(f"message {number} ({message['role']}) has content {shown(content)}; must be a string")
+        # A table has the same columns in every row, so a key that some messages lack arrives here as None or [].
+        kept = {key: _without_none(value) for key, value in message.items() if value is not None and value != []}
+        checked.append({**kept, "content": content})
     return checked
 
 
-def without_none(value: Any) -> Any:
+def _without_none(value: Any) -> Any:
     """The value without the keys that hold None, at any depth."""
     if isinstance(value, Mapping):
-        return {key: without_none(inner) for key, inner in value.items() if inner is not None}
-    return [without_none(inner) for inner in value] if isinstance(value, list | tuple) else value
+        return {key: _without_none(inner) for key, inner in value.items() if inner is not None}
+    return [_without_none(inner) for inner in value] if isinstance(value, list | tuple) else value
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
     """A value for an error message: short, and never a whole document."""
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."

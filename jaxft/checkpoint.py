@@ -9,6 +9,7 @@ import contextlib
 import json
 import logging
 import os
+import re
 import shutil
 import zlib
 from collections.abc import Callable, Iterator
@@ -221,8 +222,10 @@ def _write_arrays(folder: Path, arrays: dict[str, Any]) -> None:
         with _quiet_orbax(), ocp.Checkpointer(ocp.StandardCheckpointHandler()) as writer:
             writer.save(folder, args=ocp.args.StandardSave(arrays))
     except ValueError as failure:
-        # Orbax passes on the disk's own errors (disk full, file too large, no permission) as a bare ValueError.
-        raise OSError(" ".join(str(failure).split())[:400]) from failure
+        # Orbax passes on the disk's own errors (disk full, file too large, no permission) as a ValueError.
+        if code := re.search(r"os_error_code='(\d+)'", str(failure)):
+            raise OSError(int(code[1]), os.strerror(int(code[1]))) from failure
+        raise OSError(" ".join(str(failure).split())) from failure
 
 
 def _read_arrays(folder: Path, arrays: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:

@@ -16,6 +16,10 @@ import yaml
 
 from jaxft.errors import InputError
 
+SCHEDULES = (
+    *("linear", "constant", "constant_with_warmup", "cosine", "cosine_with_restarts", "cosine_with_min_lr"),
+    *("polynomial", "inverse_sqrt", "warmup_stable_decay"),
+)
 MESH_AXES = ("data", "fsdp", "tensor")
 GIVEN_KEY = "settings_given"  # in a written config.yaml: which of its keys were chosen rather than left at defaults
 
@@ -23,30 +27,24 @@ GIVEN_KEY = "settings_given"  # in a written config.yaml: which of its keys were
 class JsonObject(dict[str, Any]):
     """A dict that is typed on the command line as a JSON object."""
 
-    def __init__(self, text: str = "{}") -> None:
-        value = json.loads(text)
-        if not isinstance(value, dict):
-            raise ValueError(f"{text} is not a JSON object")
+    def __init__(self, source: Any = ()) -> None:
+        value = json.loads(source) if isinstance(source, str) else source
+        if isinstance(source, str) and not isinstance(value, dict):
+            raise ValueError(f"{source} is not a JSON object")
         super().__init__(value)
 
 
 def _flag(default: Any, help: str, **options: Any) -> Any:
     """A field that becomes a flag; `options` go to argparse's add_argument."""
-    metadata = {"help": help, **options}
-    if default is JsonObject:
-        return dataclasses.field(default_factory=JsonObject, metadata=metadata)
-    return dataclasses.field(default=default, metadata=metadata)
+    return dataclasses.field(default=default, metadata={"help": help, **options})
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelArguments:
     _argument_group_name: ClassVar[str] = "model"
-
     model_name_or_path: str | None = _flag(None, "a local model directory, or a name on the hub")
     adapter: str | None = _flag(None, "start from this PEFT LoRA adapter; r, alpha and targets come from its config")
-    dtype: Literal["float32", "bfloat16", "float16"] | None = _flag(
-        None, "dtype of the weights and, without --bf16 or --fp16, of the computation; float32 on a CPU, else bfloat16"
-    )
+    dtype: Literal["float32", "bfloat16", "float16"] | None = _flag(None, "float32 on a CPU, else bfloat16")
     bf16: bool | None = _flag(None, "compute in bfloat16; false is float32", nargs="?", const=True)
     fp16: bool | None = _flag(None, "compute in float16", nargs="?", const=True)
     max_length: int = _flag(1024, "longest row in tokens")
@@ -83,13 +81,10 @@ class ModelArguments:
 @dataclasses.dataclass(frozen=True)
 class LoraArguments:
     _argument_group_name: ClassVar[str] = "LoRA"
-
     lora_r: int = _flag(16, "rank")
     lora_alpha: int = _flag(16, "the branch is scaled by alpha / r")
     lora_dropout: float = _flag(0.0, "dropout on the input of the branch")
-    lora_target_modules: str = _flag(
-        "all-linear", "all-linear, or module names separated by commas or spaces", nargs="+"
-    )
+    lora_target_modules: str = _flag("all-linear", "all-linear, or names (q_proj,v_proj)", nargs="+")
     use_rslora: bool = _flag(False, "scale by alpha / sqrt(r)")
     full_finetuning: bool = _flag(False, "train every weight, without LoRA")
 
@@ -102,7 +97,6 @@ class LoraArguments:
 @dataclasses.dataclass(frozen=True)
 class DataArguments:
     _argument_group_name: ClassVar[str] = "data"
-
     dataset: str | None = _flag(None, "a local file, a directory, or a name on the hub")
     eval_dataset: str | None = _flag(None, "the same, held out for evaluation")
     dataset_config: str | None = _flag(None, "configuration of a hub dataset")
@@ -110,27 +104,19 @@ class DataArguments:
     dataset_test_split: str = _flag("test", "split to evaluate on")
     train_on: Literal["responses", "all"] = _flag("responses", "tokens that count in the loss")
     packing: bool = _flag(True, "put several documents into one row")
+    per_device_eval_batch_size: int = _flag(8, "rows a device in evaluation")
     shuffle_dataset: bool = _flag(True, "false keeps the order of the data")
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainArguments:
     _argument_group_name: ClassVar[str] = "training"
-
     output_dir: str | None = _flag(None, "where everything is written; without it a new runs/MODEL-N")
     learning_rate: float | None = _flag(None, "without it 2e-4, or 2e-5 for --full_finetuning")
-    lr_scheduler_type: Literal[
-        "linear",
-        "constant",
-        "constant_with_warmup",
-        "cosine",
-        "cosine_with_restarts",
-        "cosine_with_min_lr",
-        "polynomial",
-        "inverse_sqrt",
-        "warmup_stable_decay",
-    ] = _flag("linear", "schedule of the learning rate")
-    lr_scheduler_kwargs: JsonObject = _flag(JsonObject, 'its further settings as JSON, such as {"min_lr": 1e-6}')
+    lr_scheduler_type: str = _flag("linear", "schedule of the learning rate", choices=SCHEDULES)
+    lr_scheduler_kwargs: JsonObject = dataclasses.field(
+        default_factory=JsonObject, metadata={"help": 'its further settings as JSON, such as {"min_lr": 1e-6}'}
+    )
     warmup_steps: int = _flag(0, "steps of linear warm-up")
     warmup_ratio: float | None = _flag(None, "warm-up as a share of all steps, instead of --warmup_steps")
     weight_decay: float = _flag(0.0, "decoupled decay; norms and biases never decay")
@@ -141,31 +127,23 @@ class TrainArguments:
     num_train_epochs: float = _flag(3.0, "passes over the data")
     max_steps: int = _flag(-1, "optimizer steps instead of epochs; -1 counts epochs")
     per_device_train_batch_size: int = _flag(8, "rows a device and micro-batch")
-    per_device_eval_batch_size: int = _flag(8, "rows a device in evaluation")
     gradient_accumulation_steps: int = _flag(1, "micro-batches an optimizer step")
     gradient_checkpointing: Literal["full", "none", "true", "false"] = _flag(
-        "full", "full (true) recomputes each layer in the backward pass, none (false) does not", nargs="?", const="full"
+        "full", "full (or true) recomputes each layer in the backward pass", nargs="?", const="full"
     )
     optim: Literal["adamw", "adamw_torch"] = _flag("adamw", "optimizer; adamw_torch is another name of adamw")
     logging_steps: int = _flag(1, "steps a line of metrics")
     save_steps: int = _flag(500, "steps a checkpoint; 0 saves at the end only")
     save_total_limit: int | None = _flag(None, "keep the newest N checkpoints")
     resume_from_checkpoint: str | None = _flag(None, "auto, or the directory of a checkpoint")
+    sample_prompts: int = _flag(0, "answer the first N held-out prompts before and after the run")
     eval_steps: int = _flag(0, "steps an evaluation; 0 evaluates at the end only")
     seed: int = _flag(0, "seed of everything random")
 
 
 @dataclasses.dataclass(frozen=True)
-class EvaluateArguments:
-    _argument_group_name: ClassVar[str] = "evaluation"
-
-    per_device_eval_batch_size: int = _flag(8, "rows a device")
-
-
-@dataclasses.dataclass(frozen=True)
 class GenerateArguments:
     _argument_group_name: ClassVar[str] = "generation"
-
     prompt: str | None = _flag(None, "text to continue")
     messages: str | None = _flag(None, "JSON file of a conversation, rendered with the chat template")
     chat: bool = _flag(False, "the prompt is a user's turn, rendered with the chat template")
@@ -191,7 +169,7 @@ class TrainSettings(_Origin, TrainArguments, DataArguments, LoraArguments, Model
 
 
 @dataclasses.dataclass(frozen=True)
-class EvaluateSettings(_Origin, EvaluateArguments, DataArguments, ModelArguments):
+class EvaluateSettings(_Origin, DataArguments, ModelArguments):
     """Everything `jaxft.evaluate` can be told."""
 
 
@@ -202,28 +180,26 @@ class GenerateSettings(_Origin, GenerateArguments, ModelArguments):
 
 Settings = TrainSettings | EvaluateSettings | GenerateSettings
 
-GROUPS: dict[str, tuple[type, ...]] = {
+GROUPS: dict[str, tuple[Any, ...]] = {
     "train": (ModelArguments, LoraArguments, DataArguments, TrainArguments),
-    "evaluate": (ModelArguments, DataArguments, EvaluateArguments),
+    "evaluate": (ModelArguments, DataArguments),
     "generate": (ModelArguments, GenerateArguments),
 }
 SETTINGS: dict[str, type] = {"train": TrainSettings, "evaluate": EvaluateSettings, "generate": GenerateSettings}
 
-Limit = tuple[str, Callable[[float], bool]]
-LIMITS: dict[str, Limit] = {
-    **dict.fromkeys(("learning_rate", "weight_decay", "max_grad_norm"), ("at least 0", lambda x: x >= 0)),
-    **dict.fromkeys(("warmup_steps", "save_steps", "eval_steps", "temperature"), ("at least 0", lambda x: x >= 0)),
-    **dict.fromkeys(("lora_r", "lora_alpha", "gradient_accumulation_steps"), ("at least 1", lambda x: x >= 1)),
-    **dict.fromkeys(("logging_steps", "save_total_limit", "max_new_tokens"), ("at least 1", lambda x: x >= 1)),
-    **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size"), ("at least 1", lambda x: x >= 1)),
-    **dict.fromkeys(("lora_dropout", "adam_beta1", "adam_beta2"), ("at least 0, below 1", lambda x: 0 <= x < 1)),
-    **dict.fromkeys(("adam_epsilon", "num_train_epochs"), ("above 0", lambda x: x > 0)),
-    "warmup_ratio": ("from 0 to 1", lambda x: 0 <= x <= 1),
-    "top_p": ("above 0, at most 1", lambda x: 0 < x <= 1),
-    "max_length": ("at least 2", lambda x: x >= 2),
-    "max_steps": ("at least 1, or -1 for none", lambda x: x == -1 or x >= 1),
-    "seed": ("from 0 to 4294967295", lambda x: 0 <= x < 2**32),
-}
+RANGES: list[tuple[str, str, Callable[[float], bool]]] = [
+    ("learning_rate weight_decay max_grad_norm temperature", "at least 0", lambda x: x >= 0),
+    ("warmup_steps save_steps eval_steps sample_prompts", "at least 0", lambda x: x >= 0),
+    ("lora_r lora_alpha logging_steps save_total_limit gradient_accumulation_steps", "at least 1", lambda x: x >= 1),
+    ("max_new_tokens per_device_train_batch_size per_device_eval_batch_size", "at least 1", lambda x: x >= 1),
+    ("lora_dropout adam_beta1 adam_beta2", "at least 0 and below 1", lambda x: 0 <= x < 1),
+    ("adam_epsilon num_train_epochs", "above 0", lambda x: x > 0),
+    ("warmup_ratio", "from 0 to 1", lambda x: 0 <= x <= 1),
+    ("top_p", "above 0 and at most 1", lambda x: 0 < x <= 1),
+    ("max_length", "at least 2", lambda x: x >= 2),
+    ("max_steps", "at least 1, or -1 to count epochs", lambda x: x == -1 or x >= 1),
+    ("seed", "from 0 to 4294967295", lambda x: 0 <= x < 2**32),
+]
 _UNSET: Any = object()
 
 
@@ -248,8 +224,8 @@ def parse(command: str, argv: list[str] | None = None) -> tuple[Any, dict[str, s
     settings = _resolve(command, values)
     _check(settings, {name: f"--{name}" if name in flags else f"{path}: {name}" for name in values})
     provenance = {name: source[name] for name in values if _is_choice(command, values, name)}
-    given = frozenset(values)
-    return dataclasses.replace(settings, settings_given=given, settings_ignored=frozenset(ignored)), provenance
+    settings = dataclasses.replace(settings, settings_given=frozenset(values), settings_ignored=frozenset(ignored))
+    return settings, provenance
 
 
 def describe(settings: Settings, provenance: dict[str, str]) -> list[str]:
@@ -272,15 +248,15 @@ def to_yaml(settings: Settings) -> str:
 
 def _fields(command: str) -> dict[str, Any]:
     """Name and type of everything that `command` can be told."""
-    return {name: kind for group in GROUPS[command] for name, kind in typing.get_type_hints(group).items()
-            if not name.startswith("_")}  # fmt: skip
+    hints = [typing.get_type_hints(group) for group in GROUPS[command]]
+    return {name: kind for group in hints for name, kind in group.items() if not name.startswith("_")}
 
 
 def _make_parser(command: str, where: str) -> ArgumentParser:
     """transformers' parser with this package's errors; `where` is what stands before a name in them."""
     from transformers.hf_argparser import HfArgumentParser  # imported here because it takes about a second
 
-    kinds = {int: "a whole number", float: "a number", JsonObject: 'a JSON object such as {"min_lr": 1e-6}'}
+    kinds: dict[Any, str] = {int: "a whole number", float: "a number", JsonObject: 'JSON such as {"min_lr": 1e-6}'}
 
     class Parser(HfArgumentParser):
         def error(self, message: str) -> NoReturn:
@@ -290,7 +266,7 @@ def _make_parser(command: str, where: str) -> ArgumentParser:
             try:
                 return super()._get_value(action, arg_string)
             except ArgumentError:
-                kind = kinds.get(action.type, "true or false")  # type: ignore[arg-type]
+                kind = kinds.get(action.type, "true or false")
                 raise InputError(f"{where}{action.dest} is {arg_string!r}; expected {kind}") from None
 
         def _check_value(self, action: Action, value: Any) -> None:
@@ -316,12 +292,11 @@ def _unknown(command: str, name: str, where: str) -> InputError:
     if dashes and not name.startswith("-"):
         return InputError(f"{name!r} stands alone; settings are written --name VALUE")
     bare = name.lstrip("-").split("=")[0].replace("-", "_")
-    owners = [other for other in GROUPS if other != command and bare in _fields(other)]
-    close = difflib.get_close_matches(bare, [*_fields(command), "config"], 1)
-    if owners:
+    advice = f"see python -m jaxft.{command} --help"
+    if owners := [other for other in GROUPS if bare in _fields(other)]:
         advice = f"it belongs to jaxft.{owners[0]}"
-    else:
-        advice = f"did you mean {dashes}{close[0]}?" if close else f"see python -m jaxft.{command} --help"
+    elif close := difflib.get_close_matches(bare, [*_fields(command), "config"] if dashes else _fields(command), 1):
+        advice = f"did you mean {dashes}{close[0]}?"
     return InputError(f"{where}unknown {'flag' if dashes else 'key'} {name.split('=')[0]}; {advice}")
 
 
@@ -335,17 +310,15 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d[\d_]*[eE][-+]?\d+$"), list("-+0123456789")
-)
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?\d+[eE][-+]?\d+$"), list("-+0123456789"))
 
 
 def _read_config(command: str, path: str) -> tuple[dict[str, Any], set[str]]:
     """The settings that a YAML file chooses, and its keys that other commands understand."""
     try:
         content = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)  # a SafeLoader
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as failure:
-        raise InputError(f"--config {path} cannot be read: {failure}") from failure
+    except (OSError, ValueError, yaml.YAMLError) as failure:
+        raise InputError(f"--config {path} cannot be read: {' '.join(str(failure).split())}") from failure
     if not isinstance(content, dict | None):
         raise InputError(f"--config {path} holds a {type(content).__name__}; expected lines of name: value")
     content = content or {}
@@ -363,8 +336,8 @@ def _read_config(command: str, path: str) -> tuple[dict[str, Any], set[str]]:
         if not isinstance(listed, list):
             raise InputError(f"{path}: {GIVEN_KEY} is {listed!r}; expected a list of names")
         chosen = {name: value for name, value in values.items() if name in listed}
-        edited = {name for name in values if _is_choice(command, chosen | {name: values[name]}, name)}
-        values = {name: value for name, value in values.items() if name in chosen or name in edited}
+        edited = {name: values[name] for name in values if _is_choice(command, chosen | {name: values[name]}, name)}
+        values = chosen | edited
     return values, elsewhere & content.keys()
 
 
@@ -375,11 +348,10 @@ def _token(key: str, value: Any, kind: Any, path: str) -> str:
     if key == "lora_target_modules" and isinstance(value, list) and all(isinstance(name, str) for name in value):
         return ",".join(value)
     if kind is JsonObject and isinstance(value, dict):
-        return json.dumps(value)
-    is_text = kind is str or kind == str | None
-    if isinstance(value, bool | int | float) and not is_text:
-        return str(value).lower() if isinstance(value, bool) else repr(value)
-    raise InputError(f"{path}: {key} is {value!r}; expected {'text, in quotes where needed' if is_text else 'a value'}")
+        return json.dumps(value, default=str)
+    if value is None or kind is str or kind == str | None:
+        raise InputError(f"{path}: {key} is {value!r}; expected {'a value' if value is None else 'text (in quotes?)'}")
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _resolve(command: str, values: dict[str, Any]) -> Any:
@@ -388,9 +360,8 @@ def _resolve(command: str, values: dict[str, Any]) -> Any:
     if command == "train":
         values.setdefault("learning_rate", 2e-5 if values.get("full_finetuning") else 2e-4)
         spellings = {"true": "full", "false": "none", "adamw_torch": "adamw"}
-        for name in ("gradient_checkpointing", "optim"):
-            if name in values:
-                values[name] = spellings.get(values[name], values[name])
+        for name in values.keys() & {"gradient_checkpointing", "optim"}:
+            values[name] = spellings.get(values[name], values[name])
         if "lora_target_modules" in values:
             names = " ".join(values["lora_target_modules"]).replace(",", " ").split()
             values["lora_target_modules"] = ",".join(dict.fromkeys(names))
@@ -405,14 +376,15 @@ def _is_choice(command: str, values: dict[str, Any], name: str) -> bool:
 
 def _check(settings: Any, where: dict[str, str]) -> None:
     """Raises InputError for values out of range and for contradictions; `where` names the place of each."""
-    for name, (text, fits) in LIMITS.items():
+    for name, text, fits in ((name, text, fits) for names, text, fits in RANGES for name in names.split()):
         value = getattr(settings, name, None)
-        if value is not None and not (math.isfinite(value) and fits(value)):
-            raise InputError(f"{where[name]} is {value}; expected {text}")
+        if value is not None and not (abs(value) < math.inf and fits(value)):
+            raise InputError(f"{where[name]} is {value}; it must be {text}")
     if settings.load_in_4bit:
         raise InputError(f"{where['load_in_4bit']}: 4-bit weights are not supported yet; leave it out")
-    if settings.bf16 and settings.fp16:
-        raise InputError(f"{where['bf16']} and {where['fp16']} contradict each other; choose one")
+    for one, two in (("bf16", "fp16"), ("warmup_steps", "warmup_ratio"), ("prompt", "messages")):
+        if getattr(settings, one, None) and getattr(settings, two, None):
+            raise InputError(f"{where[one]} and {where[two]} contradict each other; choose one")
     for dtype, own, other in (("bfloat16", "bf16", "fp16"), ("float16", "fp16", "bf16")):
         if settings.dtype == dtype and (getattr(settings, own) is False or getattr(settings, other)):
             name = other if getattr(settings, other) else own
@@ -426,7 +398,3 @@ def _check(settings: Any, where: dict[str, str]) -> None:
         lora = [name for name in where if name.startswith(("lora_", "use_rslora")) and where[name].startswith("--")]
         if settings.full_finetuning and lora:
             raise InputError(f"{where[lora[0]]} has no meaning with --full_finetuning, which trains without LoRA")
-        if settings.warmup_steps and settings.warmup_ratio:
-            raise InputError(f"{where['warmup_steps']} and {where['warmup_ratio']} are both given; choose one")
-    if isinstance(settings, GenerateSettings) and settings.prompt is not None and settings.messages is not None:
-        raise InputError(f"{where['prompt']} and {where['messages']} are both given; choose one")

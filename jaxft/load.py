@@ -112,11 +112,15 @@ def save_adapter(directory: str | Path, model: Model, trainable: Tree, config: L
 
 def save_model(directory: str | Path, model: Model, params: Tree, *, dtype: Any = None) -> None:
     """Writes a Hugging Face model directory (config.json and safetensors). dtype: the parameters' own where None."""
-    dtype = jnp.dtype(dtype or jax.tree.leaves(params)[0].dtype)
     with hf.whole_directory(Path(directory)) as temporary:
-        hf.save_params(temporary, model.family.names, params, dtype)
-        written = model.hf_config.to_dict() | {"dtype": dtype.name, "architectures": _architectures(model)}
-        (temporary / "config.json").write_text(json.dumps(written, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        write_model(temporary, model, params, jnp.dtype(dtype or jax.tree.leaves(params)[0].dtype))
+
+
+def write_model(directory: Path, model: Model, params: Tree, dtype: jnp.dtype) -> None:
+    """config.json and the weights, into a directory that exists."""
+    hf.save_params(directory, model.family.names, params, dtype)
+    written = model.hf_config.to_dict() | {"dtype": dtype.name, "architectures": _architectures(model)}
+    (directory / "config.json").write_text(json.dumps(written, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def copy_tokenizer(source: Path, directory: Path) -> None:

@@ -131,10 +131,11 @@ def _in_float32(inner: optax.GradientTransformation) -> optax.GradientTransforma
     def raised(tree):
         return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), tree)
 
-    return optax.GradientTransformation(
-        lambda params: inner.init(raised(params)),
-        lambda updates, state, params: inner.update(raised(updates), state, raised(params)),
-    )
+    def update(updates, state, params):
+        with jax.numpy_dtype_promotion("standard"):  # optax raises a float to its integer step count
+            return inner.update(raised(updates), state, raised(params))
+
+    return optax.GradientTransformation(lambda params: inner.init(raised(params)), update)
 
 
 class LossScale(NamedTuple):

@@ -33,27 +33,21 @@ RULES: dict[str | None, str | tuple[str, ...] | None] = {
 }
 
 
-def parse_mesh(text: str | None, device_count: int) -> dict[str, int]:
-    """Sizes of the mesh axes from 'data=2,fsdp=4'; without a text all devices are the data axis.
+def mesh_sizes(axes: dict[str, int] | None, device_count: int) -> dict[str, int]:
+    """Sizes of all mesh axes from those that `--mesh` names; with none named all devices are the data axis.
 
-    Raises InputError for an unknown axis, a size that is not a positive number, or a product that is not device_count.
+    Raises InputError where the product is not device_count.
     """
-    if not text:
-        return {"data": device_count, "fsdp": 1, "tensor": 1}
-    sizes = dict.fromkeys(MESH_AXES, 1)
-    for part in text.split(","):
-        name, _, size = part.strip().partition("=")
-        if name not in MESH_AXES or not size.isdigit() or int(size) < 1:
-            raise InputError(f"--mesh {text}: {part.strip()!r} is not AXIS=SIZE with AXIS of {', '.join(MESH_AXES)}")
-        sizes[name] = int(size)
+    sizes = dict.fromkeys(MESH_AXES, 1) | (axes or {"data": device_count})
     product = math.prod(sizes.values())
     if product != device_count:
-        raise InputError(f"--mesh {text} needs {product} devices, this run has {device_count}")
+        named = ",".join(f"{axis}={size}" for axis, size in sizes.items())
+        raise InputError(f"--mesh {named} needs {product} devices, this run has {device_count}")
     return sizes
 
 
 def make_mesh(sizes: dict[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """The mesh of `parse_mesh`'s sizes over `devices` (all of them where None)."""
+    """The mesh of `mesh_sizes`' sizes over `devices` (all of them where None)."""
     grid = np.array(jax.devices() if devices is None else devices).reshape([sizes[axis] for axis in MESH_AXES])
     return Mesh(grid, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
@@ -76,6 +70,16 @@ def shardings(axes: Any, shapes: Any, mesh: Mesh) -> Any:
     return jax.tree.map(
         lambda leaf, names: NamedSharding(mesh, spec(names, leaf.shape, dict(mesh.shape))), shapes, axes
     )
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Where the (A, B, T) arrays of a batch lie: rows split over data and fsdp."""
+    return NamedSharding(mesh, PartitionSpec(None, RULES["batch"], None))
+
+
+def data_parallel_size(mesh: Mesh) -> int:
+    """Over how many groups of devices the rows of a batch are split."""
+    return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
 def constrain(x: jax.Array, axes: Sequence[str | None]) -> jax.Array:

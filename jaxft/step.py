@@ -1,7 +1,6 @@
 """The train step and the eval step: pure functions from state and batch to state and metrics."""
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +28,7 @@ def make_train_step(
     batch: arrays (A, B, T); the A micro-batches are scanned. The loss is Σ weight · loss / Σ weight over all of them,
     so no split into micro-batches or devices changes it. trainable and frozen are any two trees whose leaves together
     are the model's; only trainable is differentiated (LoRA: the adapter; full fine-tuning: everything, frozen {}).
-    metrics, all scalars: loss (before the update), grad_norm (before clipping), target_tokens, finite. Where loss or
+    metrics, all scalars: loss (before the update), weight (Σ weight), grad_norm (before clipping), target_tokens, finite. Where loss or
     a gradient is not finite, trainable and opt_state come back unchanged and finite is False.
     loss(model, micro_batch, key, dtype=, gradient_checkpointing=) returns (Σ weight · loss, Σ weight).
     dtype: of the activations, the parameters' own where None.
@@ -75,10 +74,13 @@ def make_train_step(
         opt_state = next_loss_scale(opt_state, finite, inner) if scaled else inner
         metrics = {
             "loss": mean,
+            "weight": weight,
             "grad_norm": norm,
             "target_tokens": jnp.sum((batch["loss_weights"] != 0).astype(jnp.int32)),
             "finite": finite,
         }
+        if scaled:
+            metrics["loss_scale"] = loss_scale
         return trainable, opt_state, metrics
 
     return train_step
@@ -102,8 +104,3 @@ def make_eval_step(
 
     return eval_step
 
-
-def batch_axes() -> dict[str, tuple[Any, ...]]:
-    """The dimension names of a batch's arrays."""
-    axes = (None, "batch", "length")
-    return dict.fromkeys(("tokens", "segment_ids", "positions", "loss_weights"), axes)

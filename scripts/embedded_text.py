@@ -1,8 +1,9 @@
 """Everything the embedded default is made from: pre-training text and word problems, in English and Chinese, by seed.
 
 A *situation* is the shared root of both: a setup with numbers, a sentence that works it out, and a question. The
-pre-training text tells it as a short story (setup, worked sentence); a problem asks the question and is answered in
-the form of GSM8K (worked sentence, then ``#### N``), a form that the pre-training text never shows.
+pre-training text tells it as a short story, at times with the question in it. A problem is a turn of a conversation,
+answered in the form of GSM8K (worked sentence, then ``#### N``): the pre-training text shows neither, its
+conversations are small talk.
 """
 
 import dataclasses
@@ -23,26 +24,28 @@ CHAT_TEMPLATE = (
     f"{{%- if add_generation_prompt -%}}{{{{- '{IM_START}assistant\\n' -}}}}{{%- endif -%}}"
 )
 
-NAMES = {
-    "en": "Tom Anna Ben Mia Sam Lily Max Nora Leo Rosa Jack Emma".split(),
-    "zh": "小明 小红 小华 小丽 小刚 小芳 小强 小美".split(),
-}
-ITEMS = {
-    "en": "apples pears books pens eggs cards coins shells stamps balls cups flowers".split(),
-    "zh": "苹果 梨 橘子 鸡蛋 球 杯子 贝壳 玩具 盘子 石头".split(),
-}
-PLACES = {"en": "market park school garden kitchen station".split(), "zh": "市场 公园 学校 花园 厨房 车站".split()}
-DAYS = {
-    "en": "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split(),
-    "zh": "星期一 星期二 星期三 星期四 星期五 星期六 星期天".split(),
-}
-COLOURS = {"en": "red blue green yellow white black".split(), "zh": "红色 蓝色 绿色 黄色 白色 黑色".split()}
-WEATHER = {"en": "warm cold sunny windy".split(), "zh": "暖和 寒冷 晴朗 有风".split()}
-ONES = (
-    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
-    "eighteen nineteen"
-).split()
-TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
+
+def _words(en: str, zh: str) -> dict[str, list[str]]:
+    return {"en": en.split(), "zh": zh.split()}
+
+
+NAMES = _words("Tom Anna Ben Mia Sam Lily Max Nora Leo Rosa Jack Emma", "小明 小红 小华 小丽 小刚 小芳 小强 小美")
+ITEMS = _words(
+    "apples pears books pens eggs cards coins shells stamps balls cups flowers",
+    "苹果 梨 橘子 鸡蛋 球 杯子 贝壳 玩具 盘子 石头",
+)
+PLACES = _words("market park school garden kitchen station", "市场 公园 学校 花园 厨房 车站")
+DAYS = _words(
+    "Monday Tuesday Wednesday Thursday Friday Saturday Sunday", "星期一 星期二 星期三 星期四 星期五 星期六 星期天"
+)
+COLOURS = _words("red blue green yellow white black", "红色 蓝色 绿色 黄色 白色 黑色")
+WEATHER = _words("warm cold sunny windy", "暖和 寒冷 晴朗 有风")
+BELOW_TWENTY, TENS = (
+    line.split()
+    for line in """zero one two three four five six seven eight nine ten eleven twelve thirteen \
+fourteen fifteen sixteen seventeen eighteen nineteen
+twenty thirty forty fifty sixty seventy eighty ninety""".splitlines()
+)
 DIGITS_ZH = "零一二三四五六七八九"
 
 
@@ -74,13 +77,13 @@ a+b | {n} has {a} {i} and {m} has {b} {i}. | Together they have {e} {i}. | How m
 a-b | {n} has {a} {i}. {n} gives {b} to {m}. | {n} has {e} {i} left. | How many {i} does {n} have left?
 a-b | {n} takes {a} {i} to the {p} and loses {b} of them. | {n} keeps {e} {i}. | How many {i} does {n} keep?
 a-b | There are {a} {i} in a box. {n} takes {b} out. | The box still holds {e} {i}. | How many {i} are still in the box?
-a-b | {n} has {a} {i} and {m} has only {b}. | {n} has {e} {i} more. | How many more {i} does {n} have than {m}?
+a-b | {n} has {a} {i} and {m} has only {b}. | {n} has {e} more {i}. | How many more {i} does {n} have than {m}?
 a-b | {n} wants {a} {i} but has only {b}. | {n} still needs {e} {i}. | How many {i} does {n} still need?
 a*b | {n} has {a} bags with {b} {i} in each bag. | There are {e} {i}. | How many {i} are there?
 a*b | One box holds {b} {i}. {n} buys {a} boxes. | {n} buys {e} {i}. | How many {i} does {n} buy?
 a*b | {n} finds {b} {i} every day for {a} days. | {n} finds {e} {i}. | How many {i} does {n} find?
 a*b | {n} sells {a} {i} for {b} coins each. | {n} gets {e} coins. | How many coins does {n} get?
-a+b;x-c | {n} has {a} {i}, buys {b} more and gives {c} to {m}. | {n} keeps {e} {i}. | How many {i} does {n} keep at the end?
+a+b;x-c | {n} has {a} {i}, buys {b} more and gives {m} {c}. | {n} keeps {e} {i}. | How many {i} does {n} keep?
 a-b;x+c | {n} has {a} {i}, loses {b} and finds {c} more. | {n} ends with {e} {i}. | How many {i} does {n} end with?
 a*b;x+c | {n} has {a} bags of {b} {i} and {c} more. | {n} has {e} {i} in all. | How many {i} does {n} have in all?
 """,
@@ -162,9 +165,9 @@ def number_word(n: int, language: str) -> str:
     if language == "zh":
         head = ("" if tens == 1 else DIGITS_ZH[tens]) + "十" if tens else ""
         return head + (DIGITS_ZH[ones] if ones or not tens else "")
-    if n < len(ONES):
-        return ONES[n]
-    return TENS[tens - 2] + (f"-{ONES[ones]}" if ones else "")
+    if n < len(BELOW_TWENTY):
+        return BELOW_TWENTY[n]
+    return TENS[tens - 2] + (f"-{BELOW_TWENTY[ones]}" if ones else "")
 
 
 def _slots(rng: random.Random, language: str) -> dict[str, str]:
@@ -223,16 +226,18 @@ def _scene(rng: random.Random, language: str, count: int) -> str:
 
 
 def _story(rng: random.Random, language: str) -> str:
-    """A situation told and worked out, at times after a scene or with the bare equation in front."""
+    """A situation told and worked out, at times asked about, after a scene, or line by line."""
     situation = rng.choice([s for s in SITUATIONS if s.language == language])
-    _, setup, worked, _, equations = _tell(rng, situation)
+    _, setup, worked, question, equations = _tell(rng, situation)
     parts = [setup, worked]
+    if rng.random() < 0.3:
+        parts.insert(1, question)
     if rng.random() < 0.2:
         parts.insert(0, _scene(rng, language, 1))
     if rng.random() < 0.2:
         result = equations[-1].rsplit(" ", 1)[1]
         parts.append({"en": f"That makes {result}.", "zh": f"就是{result}。"}[language])
-    return _space(language).join(parts)
+    return ("\n" if rng.random() < 0.3 else _space(language)).join(parts)
 
 
 def _sums(rng: random.Random, language: str) -> str:
@@ -288,7 +293,7 @@ KINDS: list[tuple[Callable[[random.Random, str], str], float]] = [
 
 
 def documents(seed: int) -> Iterator[str]:
-    """An endless stream of short pre-training documents, the same for the same seed; chats carry their special tokens."""
+    """An endless stream of short pre-training documents, the same for the same seed; chats have special tokens."""
     rng = random.Random(f"text {seed}")
     makers, weights = zip(*KINDS, strict=True)
     while True:

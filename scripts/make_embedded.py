@@ -8,14 +8,23 @@ Stages: text -> tokenizer -> initial weights -> training -> OUT/base and OUT/pro
 import argparse
 import itertools
 import json
+import time
 from pathlib import Path
 
 import embedded_text as text
+import jax
+import jax.numpy as jnp
+import numpy as np
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+import jaxft
+from jaxft.models import read_hf_config
+from jaxft.packing import Batches, Sample, plan_packing
 
 TRAIN_PROBLEMS, HELD_OUT_PROBLEMS = 2000, 200
 TOKENIZER_DOCUMENTS = 20_000
-MAX_LENGTH = 256
+ROWS, MAX_LENGTH = 16, 256  # of a training batch
+LEARNING_RATE = 3e-3
 VOCAB_SIZE = 1024
 SPECIAL = (text.ENDOFTEXT, text.IM_START, text.IM_END)
 END, EOS = SPECIAL.index(text.ENDOFTEXT), SPECIAL.index(text.IM_END)
@@ -113,6 +122,45 @@ def write_base_files(base: Path, tokenizer: Tokenizer) -> None:
     write_json(base / "generation_config.json", GENERATION_CONFIG)
 
 
+def training_batches(tokenizer: Tokenizer, seed: int, steps: int) -> Batches:
+    """Packed rows of enough documents that `steps` steps see each about once; every token but the first is a target."""
+    stream = text.documents(seed)
+    samples: list[Sample] = []
+    tokens = 0
+    while tokens < steps * ROWS * MAX_LENGTH:
+        for encoding in tokenizer.encode_batch(list(itertools.islice(stream, 1000))):
+            ids = np.array([*encoding.ids, END], np.int32)
+            weights = np.ones(len(ids), np.float32)
+            weights[0] = 0
+            samples.append(Sample(ids, weights))
+            tokens += len(ids)
+    plan = plan_packing([len(sample) for sample in samples], MAX_LENGTH, seed)
+    return Batches(samples, plan, max_length=MAX_LENGTH, batch_size=ROWS, seed=seed)
+
+
+def train(base: Path, tokenizer: Tokenizer, seed: int, steps: int) -> None:
+    """Full training from random weights, float32; the weights are written to `base` in bfloat16."""
+    model = jaxft.describe_model(read_hf_config(base))
+    first_key, step_key = jax.random.split(jax.random.key(seed))
+    params = jaxft.init_params(model, first_key)
+    schedule = jaxft.make_schedule("cosine", LEARNING_RATE, min(50, steps // 4), steps)
+    optimizer = jaxft.make_optimizer(schedule, adam_beta2=0.95, weight_decay=0.05)
+    step = jax.jit(
+        jaxft.make_train_step(model, optimizer=optimizer, gradient_checkpointing="none"), donate_argnums=(0, 1)
+    )
+    state = optimizer.init(params)
+    batches = training_batches(tokenizer, seed, steps)
+    start = time.monotonic()
+    for number in range(steps):
+        params, state, metrics = step(params, state, {}, batches.batch(number), jax.random.fold_in(step_key, number))
+        if number % 50 == 0 or number == steps - 1:
+            print(
+                f"step {number + 1}/{steps}  loss {metrics['loss']:.4f}  {time.monotonic() - start:.0f} s", flush=True
+            )
+    jaxft.save_model(base, model, params, dtype=jnp.bfloat16)
+    write_json(base / "config.json", CONFIG)  # the short one, without every default of the transformers at hand
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("jaxft/embedded"))
@@ -121,7 +169,9 @@ def main() -> None:
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     write_problems(args.out, args.seed)
-    write_base_files(args.out / "base", make_tokenizer(args.seed))
+    tokenizer = make_tokenizer(args.seed)
+    write_base_files(args.out / "base", tokenizer)
+    train(args.out / "base", tokenizer, args.seed, args.steps)
 
 
 if __name__ == "__main__":

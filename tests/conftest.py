@@ -1,6 +1,7 @@
-"""Shared by all tests: strict promotion of dtypes and ranks, one compile cache, tiny Hugging Face models."""
+"""Shared by all tests: strict promotion of dtypes and ranks, no network, tiny Hugging Face models made once."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before huggingface_hub is imported: the suite needs no network
@@ -8,6 +9,8 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
 import pytest
+
+from tests.tiny_models import write_hf_model
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
@@ -23,3 +26,17 @@ def need_shared(path: str) -> Path:
             pytest.fail(f"{found} is required and missing")
         pytest.skip(f"{found} is not on this machine")
     return found
+
+
+@pytest.fixture(scope="session")
+def hf_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The directory of a tiny model of `tiny_models.CONFIGS` by name, written by transformers when first asked for."""
+    pytest.importorskip("torch", reason="the reference needs torch")
+    made: dict[str, Path] = {}
+
+    def directory(name: str) -> Path:
+        if name not in made:
+            made[name] = write_hf_model(tmp_path_factory.mktemp(name), name)
+        return made[name]
+
+    return directory

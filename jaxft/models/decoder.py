@@ -10,7 +10,7 @@ from flax import nnx
 
 from jaxft.kernels.attention import key_range
 from jaxft.kernels.linear_cross_entropy import logits
-from jaxft.models.layers import Context, Embedding, LayerData, Linear, RMSNorm, Rope, scan_layers, stack
+from jaxft.models.layers import Cache, Context, Embedding, LayerData, Linear, RMSNorm, Rope, scan_layers, stack
 from jaxft.sharding import constrain
 
 
@@ -85,8 +85,15 @@ class Decoder(nnx.Module):
         return self._run(tokens, context, None, dtype, key, gradient_checkpointing)[0]
 
     def with_cache(
-        self, tokens: jax.Array, positions: jax.Array, first_key: jax.Array, index: jax.Array, cache: dict
-    ) -> tuple[jax.Array, dict]:
+        self,
+        tokens: jax.Array,
+        positions: jax.Array,
+        first_key: jax.Array,
+        index: jax.Array,
+        cache: dict[str, Cache],
+        *,
+        dtype: jnp.dtype | None = None,
+    ) -> tuple[jax.Array, dict[str, Cache]]:
         """Hidden states (B, T, D) of new tokens that stand at cache slots index … index + T − 1, and the new cache.
 
         first_key: (B,) int32, the first slot of each prompt (what stands before is left padding).
@@ -96,12 +103,12 @@ class Decoder(nnx.Module):
         # a padding slot would see no key at all; let it see itself
         first = jnp.minimum(jnp.broadcast_to(first_key[:, None], (B, T)), last_key)
         context = Context(first, last_key, [rope.tables(positions) for rope in self.config.ropes], index)
-        return self._run(tokens, context, cache, None, None, "none")
+        return self._run(tokens, context, cache, dtype, None, "none")
 
-    def empty_cache(self, batch: int, slots: int) -> dict:
+    def empty_cache(self, batch: int, slots: int, dtype: jnp.dtype | None = None) -> dict[str, Cache]:
         """A key/value cache for `batch` sequences of at most `slots` tokens: zeros (L, B, S, K, H) a run."""
         c = self.config
-        dtype = self.embed_tokens.weight[...].dtype
+        dtype = dtype or self.embed_tokens.weight[...].dtype
         shape = (batch, slots, c.num_kv_heads, c.head_dim)
         return {
             start: (jnp.zeros((count, *shape), dtype), jnp.zeros((count, *shape), dtype))

@@ -1,0 +1,256 @@
+"""The training loop: steps, metrics, evaluations and checkpoints, and an orderly end when a signal comes."""
+
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+
+from jaxft.checkpoint import Checkpoints
+from jaxft.config import TrainSettings
+from jaxft.errors import InputError, RunError
+from jaxft.evaluate import evaluate
+from jaxft.metrics import Display, Line, MetricsFile, live_display
+from jaxft.optim import LossScale
+from jaxft.output import CHECKPOINTS, METRICS
+from jaxft.packing import Batches
+from jaxft.prepare import Prepared
+from jaxft.sharding import batch_sharding
+from jaxft.step import make_eval_step, make_train_step
+from jaxft.trees import Tree
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one training run is: where, on what, for how long, with which optimizer."""
+
+    directory: Path
+    settings: TrainSettings
+    total_steps: int
+    batches: Batches
+    heldout: Batches | None
+    optimizer: optax.GradientTransformation
+    schedule: Callable[[int], Any]
+    fingerprint: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended: after which step, by which signal if any, with which last figures."""
+
+    trainable: Tree
+    step: int
+    stopped_by: signal.Signals | None
+    figures: dict[str, Any]
+
+
+@dataclass
+class Window:
+    """Sums since the last line of metrics."""
+
+    loss: float = 0.0
+    weight: float = 0.0
+    targets: int = 0
+    tokens: int = 0
+    steps: int = 0
+    began: float = field(default_factory=time.perf_counter)
+
+    def line(self, step: int, epoch: float, grad_norm: float, learning_rate: float) -> Line:
+        seconds = time.perf_counter() - self.began
+        memory = jax.local_devices()[0].memory_stats()
+        return {
+            "step": step,
+            "epoch": epoch,
+            "loss": self.loss / self.weight if self.weight else 0.0,
+            "grad_norm": grad_norm,
+            "learning_rate": learning_rate,
+            "target_tokens": self.targets,
+            "tokens_per_second": self.tokens / seconds,
+            "step_seconds": seconds / self.steps,
+            "peak_memory_bytes": memory["peak_bytes_in_use"] if memory else None,
+        }
+
+
+def initial_optimizer_state(run: Run, prepared: Prepared) -> optax.OptState:
+    """The optimizer's first state, each moment where its parameter lies."""
+    state = jax.jit(run.optimizer.init)(prepared.trainable)
+    everywhere = jax.sharding.NamedSharding(prepared.mesh, jax.sharding.PartitionSpec())
+    return optax.tree.map_params(
+        run.optimizer,
+        lambda moment, parameter: jax.device_put(moment, parameter.sharding),
+        state,
+        prepared.trainable,
+        transform_non_params=lambda leaf: jax.device_put(leaf, everywhere),
+    )
+
+
+def run_training(run: Run, prepared: Prepared) -> Outcome:
+    """Runs from the first step, or from a checkpoint, to the last. Must be called under `jax.set_mesh`.
+
+    Raises RunError where a loss or gradient is not finite: the last checkpoint stays, and the batch is written out.
+    """
+    settings = run.settings
+    checkpoints = Checkpoints(run.directory / CHECKPOINTS, settings.save_total_limit)
+    metrics = MetricsFile(run.directory / METRICS)
+    trainable, opt_state = prepared.trainable, initial_optimizer_state(run, prepared)
+    key = jax.device_put(jax.random.key(settings.seed), jax.tree.leaves(opt_state)[0].sharding)
+    first = 0
+    source = _resume_source(settings, checkpoints)
+    if source is not None:
+        state, meta = source[0].restore(source[1], {"trainable": trainable, "opt_state": opt_state, "key": key})
+        _check_fingerprint(source[0].directory / str(source[1]), meta["fingerprint"], run.fingerprint)
+        trainable, opt_state, key, first = state["trainable"], state["opt_state"], state["key"], source[1]
+    run.directory.mkdir(parents=True, exist_ok=True)
+    metrics.cut(first)
+
+    step_function = jax.jit(
+        make_train_step(
+            prepared.model, optimizer=run.optimizer, gradient_checkpointing=settings.gradient_checkpointing,
+            dtype=prepared.compute_dtype,
+        ),
+        donate_argnums=(0, 1),
+        out_shardings=(_shardings(trainable), _shardings(opt_state), None),
+    )  # fmt: skip
+    eval_function = jax.jit(make_eval_step(prepared.model, dtype=prepared.compute_dtype))
+    figures: dict[str, Any] = {}
+
+    def save(step: int) -> None:
+        epoch, row = run.batches.position(step)
+        state = {"trainable": trainable, "opt_state": opt_state, "key": key}
+        checkpoints.save(step, state, {"fingerprint": run.fingerprint, "epoch": epoch, "row": row})
+
+    def evaluate_now(step: int, display: Display) -> None:
+        if run.heldout is None:
+            return
+        found = evaluate(eval_function, trainable, prepared.frozen, run.heldout, prepared.mesh)
+        line = {"step": step, "epoch": step / run.batches.steps_per_epoch}
+        line |= {f"eval_{name}": value for name, value in found.items()}
+        metrics.write(line)
+        display.show(line)
+        figures.setdefault("eval_loss before", found["loss"])
+        figures["eval_loss"] = found["loss"]
+
+    with live_display(first, run.total_steps) as display, _signals() as stop:
+        if source is not None:
+            display.say(f"resumed from {source[0].directory / str(source[1])}: {first} of {run.total_steps} steps done")
+        if first == 0:
+            evaluate_now(0, display)
+        window, step = Window(), first
+        for step in range(first + 1, run.total_steps + 1):
+            if stop.received is not None:
+                step -= 1
+                break
+            batch = run.batches.batch(step - 1)
+            learning_rate = float(run.schedule(_updates_done(opt_state, step - 1)))
+            trainable, opt_state, found = step_function(
+                trainable, opt_state, prepared.frozen, jax.device_put(batch, batch_sharding(prepared.mesh)),
+                jax.random.fold_in(key, step),
+            )  # fmt: skip
+            loss, weight = float(found["loss"]), float(found["weight"])
+            if not found["finite"] and not (isinstance(opt_state, LossScale) and found["loss_scale"] > 1):
+                raise RunError(_non_finite(run.directory, step, batch, found, checkpoints))
+            window.loss += loss * weight if found["finite"] else 0.0
+            window.weight += weight if found["finite"] else 0.0
+            window.targets += int(found["target_tokens"])
+            window.tokens += int(np.count_nonzero(batch["segment_ids"]))
+            window.steps += 1
+            display.advance(step)
+            if step % settings.logging_steps == 0 or step == run.total_steps:
+                line = window.line(
+                    step, step / run.batches.steps_per_epoch, float(found["grad_norm"]), learning_rate
+                )
+                metrics.write(line)
+                display.show(line)
+                figures["loss"] = line["loss"]
+                window = Window()
+            pause = time.perf_counter()
+            if settings.eval_steps and step % settings.eval_steps == 0 and step != run.total_steps:
+                evaluate_now(step, display)
+            if settings.save_steps and step % settings.save_steps == 0 and step != run.total_steps:
+                save(step)
+            window.began += time.perf_counter() - pause  # evaluations and checkpoints are not the step's time
+        if step > first or stop.received is not None:
+            save(step)
+        if stop.received is None and step > first:
+            evaluate_now(step, display)
+    return Outcome(trainable, step, stop.received, figures)
+
+
+def _updates_done(opt_state: optax.OptState, steps_done: int) -> Any:
+    """How many updates the schedule has counted: all steps, less those that float16 left out."""
+    if not isinstance(opt_state, LossScale):
+        return steps_done
+    return int(optax.tree.get(opt_state.inner, "count", filtering=lambda path, _: "ScaleBySchedule" in str(path)))
+
+
+def _shardings(tree: Any) -> Any:
+    return jax.tree.map(lambda leaf: leaf.sharding, tree)
+
+
+def _resume_source(settings: TrainSettings, own: Checkpoints) -> tuple[Checkpoints, int] | None:
+    """The checkpoint to go on with: of this run ("auto"), or the directory that was named."""
+    wanted = settings.resume_from_checkpoint
+    if wanted is None:
+        return None
+    if wanted == "auto":
+        latest = own.latest()
+        return None if latest is None else (own, latest)
+    path = Path(wanted).expanduser()
+    if path.name.isdecimal() and path.is_dir():
+        return Checkpoints(path.parent), int(path.name)
+    for directory in (path / CHECKPOINTS, path):
+        if directory.is_dir() and (latest := Checkpoints(directory).latest()) is not None:
+            return Checkpoints(directory), latest
+    raise InputError(f"--resume_from_checkpoint {wanted}: there is no checkpoint")
+
+
+def _check_fingerprint(folder: Path, saved: dict[str, Any], own: dict[str, Any]) -> None:
+    differing = [name for name in own if saved.get(name) != own[name]]
+    if differing:
+        said = ", ".join(f"{name} was {saved.get(name)} and is {own[name]}" for name in differing)
+        raise InputError(f"checkpoint {folder} is of a run with other settings: {said}")
+
+
+def _non_finite(directory: Path, step: int, batch: dict[str, np.ndarray], found: Any, checkpoints: Checkpoints) -> str:
+    """Writes the batch that gave a loss or gradient that is not finite, and says so."""
+    path = directory / f"non_finite_step_{step}.npz"
+    np.savez(path, **batch)
+    latest = checkpoints.latest()
+    kept = "there is no checkpoint yet" if latest is None else f"the checkpoint of step {latest} is whole"
+    return (
+        f"step {step}: loss {float(found['loss'])}, grad_norm {float(found['grad_norm'])}, one of them not finite. The "
+        f"parameters were not changed by it; its batch is in {path}; {kept}. A lower --learning_rate, or --dtype "
+        "float32, is what helps most often"
+    )
+
+
+class _Stop:
+    received: signal.Signals | None = None
+
+
+@contextmanager
+def _signals() -> Iterator[_Stop]:
+    """Notes SIGTERM and Ctrl-C, so that the step in flight ends and a checkpoint is saved; a second one acts at once."""
+    stop = _Stop()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop  # only the main thread may handle signals
+        return
+
+    def note(number: int, frame: Any) -> None:
+        if stop.received is not None:
+            raise KeyboardInterrupt
+        stop.received = signal.Signals(number)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,98 @@
+"""What train, evaluate and generate have in common: from settings to a model, an adapter and a tokenizer on a mesh."""
+
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from transformers import PreTrainedTokenizerBase
+
+from jaxft.config import ModelArguments, TrainSettings
+from jaxft.errors import InputError
+from jaxft.load import find_directory, load_adapter, load_model, load_tokenizer, new_adapter
+from jaxft.lora import LoraConfig
+from jaxft.models import Model
+from jaxft.sharding import make_mesh, mesh_sizes
+from jaxft.trees import Tree
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A model ready to run. trainable is {} where nothing is trained; lora is None without an adapter."""
+
+    directory: Path
+    model: Model
+    trainable: Tree
+    frozen: Tree
+    lora: LoraConfig | None
+    tokenizer: PreTrainedTokenizerBase
+    mesh: Mesh
+    compute_dtype: jnp.dtype
+
+
+def use_compile_cache() -> None:
+    """Keeps compiled programs between runs, on accelerators; JAX_COMPILATION_CACHE_DIR says where else."""
+    # a CPU program may not run on another CPU of the same name, and compiles in seconds anyway
+    if jax.default_backend() != "cpu" and not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "jaxft" / "xla"))
+
+
+def prepare(settings: ModelArguments, model_name: str) -> Prepared:
+    """Loads what the settings name. Raises InputError for anything that is missing, damaged or does not fit."""
+    use_compile_cache()
+    platform_dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    param_dtype = jnp.dtype(settings.param_dtype(platform_dtype))
+    compute_dtype = jnp.dtype(settings.compute_dtype(platform_dtype))
+    mesh = make_mesh(mesh_sizes(settings.mesh_axes, jax.device_count()))
+    directory = find_directory(model_name)
+    tokenizer = load_tokenizer(directory)
+    model, params = load_model(directory, dtype=param_dtype, mesh=mesh)
+    if settings.max_length > model.config.max_position_embeddings:
+        raise InputError(
+            f"max_length {settings.max_length} is longer than the model's {model.config.max_position_embeddings} "
+            f"positions; set --max_length {model.config.max_position_embeddings} or less"
+        )
+    lora: LoraConfig | None = None
+    trainable: Tree
+    if settings.adapter is not None:
+        if isinstance(settings, TrainSettings) and settings.full_finetuning:
+            raise InputError("--adapter and --full_finetuning contradict each other; merge the adapter first")
+        model, trainable, frozen, lora = load_adapter(settings.adapter, model, params, mesh=mesh)
+        if isinstance(settings, TrainSettings):
+            _check_adapter(settings, lora)
+    elif isinstance(settings, TrainSettings) and settings.full_finetuning:
+        trainable, frozen = params, {}
+    elif isinstance(settings, TrainSettings):
+        lora = lora_settings(settings)
+        model, trainable, frozen = new_adapter(model, params, lora, jax.random.key(settings.seed), mesh=mesh)
+    else:
+        trainable, frozen = {}, params
+    return Prepared(directory, model, trainable, frozen, lora, tokenizer, mesh, compute_dtype)
+
+
+def lora_settings(settings: TrainSettings) -> LoraConfig:
+    """The adapter that the flags ask for."""
+    return LoraConfig(
+        r=settings.lora_r,
+        lora_alpha=settings.lora_alpha,
+        lora_dropout=settings.lora_dropout,
+        target_modules=settings.lora_targets,
+        use_rslora=settings.use_rslora,
+    )
+
+
+def _check_adapter(settings: TrainSettings, adapter: LoraConfig) -> None:
+    """Raises InputError where a given flag says something else than the adapter that training starts from."""
+    flags = lora_settings(settings)
+    targets = "all-linear" if flags.target_modules == "all-linear" else tuple(sorted(flags.target_modules))
+    flags = replace(flags, target_modules=targets)
+    names = {
+        "lora_r": "r", "lora_alpha": "lora_alpha", "lora_dropout": "lora_dropout",
+        "lora_target_modules": "target_modules", "use_rslora": "use_rslora",
+    }  # fmt: skip
+    for flag, field in names.items():
+        asked, found = getattr(flags, field), getattr(adapter, field)
+        if flag in settings.settings_given and asked != found:
+            raise InputError(f"--{flag} {asked} contradicts --adapter {settings.adapter}, whose {field} is {found}")

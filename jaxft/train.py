@@ -1,0 +1,197 @@
+"""`python -m jaxft.train`: fine-tunes a model on a data set; without arguments the embedded ones."""
+
+import sys
+import zlib
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxft.config import TrainSettings, describe, parse
+from jaxft.data import load_rows, tokenize_dataset
+from jaxft.errors import InputError, run_command
+from jaxft.generate import generate, stop_token_ids
+from jaxft.load import EMBEDDED, parameter_count
+from jaxft.loop import Run, run_training
+from jaxft.optim import make_optimizer, make_schedule, with_loss_scale
+from jaxft.output import choose_directory, model_card, write_result
+from jaxft.packing import Batches, Sample, eval_batches, make_plan
+from jaxft.prepare import Prepared, prepare
+from jaxft.sharding import data_parallel_size
+from jaxft.trees import Tree
+
+
+def main(argv: list[str] | None = None) -> int:
+    settings, provenance = read_settings(sys.argv[1:] if argv is None else argv)
+    for line in describe(settings, provenance):
+        say(line)
+    assert settings.model_name_or_path is not None and settings.dataset is not None
+    directory = choose_directory(settings, settings.model_name_or_path)
+    rows = load_rows(settings.dataset, _split(settings, "dataset_train_split"), settings.dataset_config)
+    heldout_rows = settings.eval_dataset and load_rows(
+        settings.eval_dataset, _split(settings, "dataset_test_split"), settings.dataset_config
+    )
+    prepared = prepare(settings, settings.model_name_or_path)
+    samples = tokenize("train", rows, prepared, settings)
+    heldout = tokenize("held out", heldout_rows, prepared, settings) if heldout_rows else []
+    batches = lay_out(samples, prepared, settings)
+    say_model(prepared)
+    with jax.set_mesh(prepared.mesh):
+        run = make_run(settings, prepared, directory, batches, samples, heldout)
+        prompts = sample_prompts(heldout, settings.sample_prompts)
+        before = answer(prepared, prepared.trainable, prompts)
+        outcome = run_training(run, prepared)
+        if outcome.stopped_by is not None:
+            say(f"stopped by {outcome.stopped_by.name} after step {outcome.step} of {run.total_steps}; go on with "
+                f"--output_dir {directory} --resume_from_checkpoint auto")  # fmt: skip
+            return 128 + outcome.stopped_by
+        facts = {"data": settings.dataset, "rows": len(rows), "steps": outcome.step, **outcome.figures}
+        write_result(directory, prepared, outcome.trainable, settings, model_card(prepared, settings, facts))
+        after = answer(prepared, outcome.trainable, prompts)
+    for prompt, old, new in zip(prompts, before, after, strict=True):
+        text = prepared.tokenizer.decode(prompt, skip_special_tokens=True)
+        say(f"\nprompt: {text.strip()}\nbefore: {old.strip()}\nafter:  {new.strip()}")
+    say(f"{'adapter' if prepared.lora else 'model'} written to {directory}")
+    return 0
+
+
+def say(text: str) -> None:
+    """Everything but results goes to stderr."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def read_settings(argv: list[str]) -> tuple[TrainSettings, dict[str, str]]:
+    """The settings, with the embedded model and data where neither a model nor data is named.
+
+    Raises InputError where only one of the two is named.
+    """
+    settings, provenance = parse("train", argv)
+    if settings.model_name_or_path is None and settings.dataset is None:
+        flags, given = settings, settings.settings_given
+        settings, _ = parse("train", ["--config", str(EMBEDDED / "config.yaml")])
+        chosen = {name: getattr(flags, name) for name in given}
+        embedded = settings.settings_given - given
+        settings = replace(settings, **chosen, settings_given=given | settings.settings_given)
+        settings = replace(
+            settings,
+            model_name_or_path=str(EMBEDDED / "base"),
+            dataset=str(EMBEDDED / "problems_train.jsonl"),
+            eval_dataset=settings.eval_dataset or str(EMBEDDED / "problems_heldout.jsonl"),
+        )
+        names = sorted(embedded | {"model_name_or_path", "dataset"} | ({"eval_dataset"} - given))
+        provenance = provenance | dict.fromkeys(names, "embedded default")
+    if settings.model_name_or_path is None or settings.dataset is None:
+        missing = "--model_name_or_path" if settings.model_name_or_path is None else "--dataset"
+        raise InputError(f"{missing} is missing; name both a model and a data set, or neither for the embedded ones")
+    return settings, provenance
+
+
+def _split(settings: TrainSettings, name: str) -> str | None:
+    """The split that a flag names; None leaves the choice to the reader."""
+    return getattr(settings, name) if name in settings.settings_given else None
+
+
+def tokenize(what: str, rows: Any, prepared: Prepared, settings: TrainSettings) -> list[Sample]:
+    samples, report = tokenize_dataset(
+        rows, prepared.tokenizer, max_length=settings.max_length, vocab_size=prepared.model.config.vocab_size,
+        train_on=settings.train_on,
+    )  # fmt: skip
+    for line in report.lines():
+        say(f"{what}: {line}")
+    return samples
+
+
+def lay_out(samples: list[Sample], prepared: Prepared, settings: TrainSettings) -> Batches:
+    """The batches of the run; says how full its rows are."""
+    plan = make_plan(
+        [len(sample) for sample in samples], settings.max_length, packing=settings.packing,
+        shuffle=settings.shuffle_dataset, seed=settings.seed,
+    )  # fmt: skip
+    batches = Batches(
+        samples, plan, max_length=settings.max_length, seed=settings.seed, shuffle=settings.shuffle_dataset,
+        batch_size=settings.per_device_train_batch_size * data_parallel_size(prepared.mesh),
+        accumulation=settings.gradient_accumulation_steps,
+    )  # fmt: skip
+    say(
+        f"{'packed' if settings.packing else 'padded'}: {batches.rows} rows of {settings.max_length} tokens, "
+        f"{batches.efficiency:.1%} filled, {batches.steps_per_epoch} steps an epoch"
+    )
+    return batches
+
+
+def say_model(prepared: Prepared) -> None:
+    model, devices = prepared.model, prepared.mesh.devices
+    trained, frozen = parameter_count(prepared.trainable), parameter_count(prepared.frozen)
+    say(
+        f"model: {model.config.model_type}, {(trained + frozen) / 1e6:,.2f} M parameters, {trained / 1e6:,.2f} M trained; "
+        f"computed in {prepared.compute_dtype.name} on {devices.size} × {devices.flat[0].device_kind}"
+    )
+
+
+def make_run(
+    settings: TrainSettings, prepared: Prepared, directory: Path, batches: Batches, samples: list[Sample],
+    heldout: list[Sample],
+) -> Run:  # fmt: skip
+    """Everything the loop needs, computed from the settings once."""
+    total = settings.max_steps
+    if total < 0:
+        total = max(1, round(settings.num_train_epochs * batches.steps_per_epoch))
+    warmup = settings.warmup_steps if settings.warmup_ratio is None else round(settings.warmup_ratio * total)
+    schedule = make_schedule(
+        settings.lr_scheduler_type, settings.learning_rate, warmup, total, settings.lr_scheduler_kwargs
+    )
+    optimizer = make_optimizer(
+        schedule, adam_beta1=settings.adam_beta1, adam_beta2=settings.adam_beta2, adam_epsilon=settings.adam_epsilon,
+        weight_decay=settings.weight_decay, max_grad_norm=settings.max_grad_norm,
+    )  # fmt: skip
+    if prepared.compute_dtype == np.dtype("float16"):
+        optimizer = with_loss_scale(optimizer)
+    eval_rows = settings.per_device_eval_batch_size * data_parallel_size(prepared.mesh)
+    return Run(
+        directory=directory,
+        settings=settings,
+        total_steps=total,
+        batches=batches,
+        heldout=eval_batches(heldout, max_length=settings.max_length, batch_size=eval_rows, packing=settings.packing)
+        if heldout
+        else None,
+        optimizer=optimizer,
+        schedule=schedule,
+        fingerprint=fingerprint(settings, batches, samples),
+    )
+
+
+def fingerprint(settings: TrainSettings, batches: Batches, samples: list[Sample]) -> dict[str, Any]:
+    """What a resumed run must share with the one it goes on with, for its losses to be the same."""
+    names = (
+        "full_finetuning", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "use_rslora", "max_length",
+        "learning_rate", "lr_scheduler_type", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon",
+        "max_grad_norm", "seed", "shuffle_dataset", "packing",
+    )  # fmt: skip
+    data = 0
+    for sample in samples:
+        data = zlib.crc32(sample.loss_weights.tobytes(), zlib.crc32(sample.input_ids.tobytes(), data))
+    return {name: getattr(settings, name) for name in names} | {"rows_per_step": batches.rows_per_step, "data": data}
+
+
+def sample_prompts(heldout: list[Sample], count: int) -> list[list[int]]:
+    """The first held-out samples up to where their trained part begins."""
+    starts = [int(np.argmax(sample.loss_weights != 0)) for sample in heldout[:count]]
+    return [sample.input_ids[:start].tolist() for sample, start in zip(heldout, starts, strict=False) if start]
+
+
+def answer(prepared: Prepared, trainable: Tree, prompts: list[list[int]]) -> list[str]:
+    """The model's greedy answers to prompts."""
+    if not prompts:
+        return []
+    new = generate(
+        prepared.model, (trainable, prepared.frozen), prompts, max_new_tokens=64,
+        stop_ids=stop_token_ids(prepared.tokenizer, prepared.directory), dtype=prepared.compute_dtype,
+    )  # fmt: skip
+    return [prepared.tokenizer.decode(tokens, skip_special_tokens=True) for tokens in new]
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))
