@@ -3,6 +3,7 @@
 The public functions of a run, in the order in which a script calls them; each lives in the module it is imported from.
 """
 
+from jaxft.data import load_batches
 from jaxft.load import (
     load_adapter,
     load_model,
@@ -25,6 +26,7 @@ __all__ = [
     "describe_model",
     "init_params",
     "load_adapter",
+    "load_batches",
     "load_model",
     "load_tokenizer",
     "make_eval_step",

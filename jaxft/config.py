@@ -15,12 +15,12 @@ from typing import Any, ClassVar, Literal, NoReturn
 import yaml
 
 from jaxft.errors import InputError
+from jaxft.sharding import MESH_AXES
 
 SCHEDULES = (
     *("linear", "constant", "constant_with_warmup", "cosine", "cosine_with_restarts", "cosine_with_min_lr"),
     *("polynomial", "inverse_sqrt", "warmup_stable_decay"),
 )
-MESH_AXES = ("data", "fsdp", "tensor")
 GIVEN_KEY = "settings_given"  # in a written config.yaml: which of its keys were chosen rather than left at defaults
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from jaxft.chat import Rendered, check_train_on, left_out, render_conversation, shown, trained_tokens, weighted
 from jaxft.errors import InputError
 from jaxft.files import find_files, load_rows
-from jaxft.packing import Sample
+from jaxft.packing import Batches, Sample, make_plan
 
 if TYPE_CHECKING:
     import datasets
@@ -149,6 +149,30 @@ def tokenize_dataset(
             f"samples nothing to be learned lies within max_length {max_length}"
         )
     return samples, report
+
+
+def load_batches(
+    name: str,
+    tokenizer: "PreTrainedTokenizerBase",
+    *,
+    max_length: int,
+    batch_size: int,
+    accumulation: int = 1,
+    train_on: str = "responses",
+    seed: int = 0,
+) -> Batches:
+    """A data set as packed batches, in one call: what `jaxft.train` does with its default flags.
+
+    Each batch is a dict of arrays (accumulation, batch_size, max_length); iterating gives one epoch, `.batch(step)` any
+    step of any epoch. Raises InputError for anything wrong with the data.
+    """
+    samples, _ = tokenize_dataset(
+        load_rows(name), tokenizer, max_length=max_length, vocab_size=len(tokenizer), train_on=train_on
+    )
+    plan = make_plan([len(sample) for sample in samples], max_length, packing=True, shuffle=True, seed=seed)
+    return Batches(
+        samples, plan, max_length=max_length, batch_size=batch_size, accumulation=accumulation, seed=seed
+    )
 
 
 def _cut(form: Format, ids: np.ndarray, trained: np.ndarray, max_length: int, total: Counter[str]) -> Iterator[Sample]:

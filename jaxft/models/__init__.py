@@ -90,9 +90,15 @@ def read_hf_config(directory: Path) -> PretrainedConfig:
 
 
 def init_params(model: Model, key: jax.Array, dtype: jnp.dtype = jnp.float32) -> Tree:
-    """Random parameters: matrices normal with the config's initializer_range, norms 1, biases 0, in `dtype`."""
+    """Random parameters: matrices normal with the config's initializer_range, norms 1, biases 0, in `dtype`.
+
+    Each leaf is made on the device, a stacked one layer by layer, so that no temporary is larger than one layer.
+    """
     leaves, treedef = jax.tree.flatten_with_path(model.shapes)
     deviation = model.hf_config.initializer_range
+
+    def normal(key, shape):
+        return (deviation * jax.random.normal(key, shape, jnp.float32)).astype(dtype)
 
     def one(path, leaf, key):
         name, module = path[-1].key, path[-2].key
@@ -100,7 +106,10 @@ def init_params(model: Model, key: jax.Array, dtype: jnp.dtype = jnp.float32) ->
             return jnp.zeros(leaf.shape, dtype)
         if "norm" in module:
             return jnp.ones(leaf.shape, dtype)
-        return deviation * jax.random.normal(key, leaf.shape, dtype)
+        if leaf.ndim < 3:
+            return jax.jit(normal, static_argnums=1)(key, leaf.shape)
+        layer_keys = jax.random.split(key, leaf.shape[0])
+        return jax.jit(lambda keys: jax.lax.map(lambda k: normal(k, leaf.shape[1:]), keys))(layer_keys)
 
     keys = jax.random.split(key, len(leaves))
     return treedef.unflatten([one(path, leaf, k) for (path, leaf), k in zip(leaves, keys, strict=True)])

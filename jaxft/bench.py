@@ -1,0 +1,193 @@
+"""`python -m jaxft.bench A1 …`: speed and memory of a train step on random weights, one JSON line a workload."""
+
+import argparse
+import json
+import math
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from transformers import AutoConfig
+
+from jaxft.errors import InputError, run_command
+from jaxft.load import new_adapter, parameter_count
+from jaxft.lora import LoraConfig
+from jaxft.models import Model, describe_model, init_params
+from jaxft.optim import make_optimizer
+from jaxft.packing import Batch
+from jaxft.prepare import use_compile_cache
+from jaxft.step import make_train_step
+from jaxft.trees import flatten
+
+# constants of the public configurations of the named models
+CONFIGS: dict[str, dict[str, Any]] = {
+    "qwen3-4b": dict(
+        model_type="qwen3", hidden_size=2560, num_hidden_layers=36, num_attention_heads=32, num_key_value_heads=8,
+        head_dim=128, intermediate_size=9728, vocab_size=151936, tie_word_embeddings=True, rms_norm_eps=1e-6,
+        rope_theta=1e6, max_position_embeddings=40960,
+    ),
+    "qwen3-0.6b": dict(
+        model_type="qwen3", hidden_size=1024, num_hidden_layers=28, num_attention_heads=16, num_key_value_heads=8,
+        head_dim=128, intermediate_size=3072, vocab_size=151936, tie_word_embeddings=True, rms_norm_eps=1e-6,
+        rope_theta=1e6, max_position_embeddings=40960,
+    ),
+    "llama-3-8b": dict(
+        model_type="llama", hidden_size=4096, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8,
+        head_dim=128, intermediate_size=14336, vocab_size=128256, tie_word_embeddings=False, rms_norm_eps=1e-5,
+        rope_theta=5e5, max_position_embeddings=131072,
+    ),
+    "llama-3.2-1b": dict(
+        model_type="llama", hidden_size=2048, num_hidden_layers=16, num_attention_heads=32, num_key_value_heads=8,
+        head_dim=64, intermediate_size=8192, vocab_size=128256, tie_word_embeddings=True, rms_norm_eps=1e-5,
+        rope_theta=5e5, max_position_embeddings=131072,
+    ),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One row of the table: a model, how it is trained, and the rows of a step. mean_document 0: one a row."""
+
+    model: str
+    batch: int
+    length: int
+    full_finetuning: bool = False
+    load_in_4bit: bool = False
+    gradient_checkpointing: str = "full"
+    mean_document: int = 0
+
+
+WORKLOADS = {
+    "A1": Workload("qwen3-4b", 8, 2048),
+    "A2": Workload("qwen3-4b", 8, 2048, gradient_checkpointing="none"),
+    "A3": Workload("qwen3-4b", 1, 2048, load_in_4bit=True),
+    "A4": Workload("qwen3-4b", 8, 2048, load_in_4bit=True),
+    "A5": Workload("llama-3-8b", 2, 2048, load_in_4bit=True),
+    "A6": Workload("llama-3-8b", 4, 4096),
+    "A7": Workload("llama-3-8b", 1, 32768, load_in_4bit=True),
+    "A8": Workload("llama-3.2-1b", 8, 2048, full_finetuning=True),
+    "A9": Workload("qwen3-4b", 8, 2048, mean_document=200),
+}
+
+# dense bf16 peaks by the vendor's data sheets, in FLOP/s
+PEAKS = {"NVIDIA H200": 989e12, "NVIDIA H100 80GB HBM3": 989e12, "NVIDIA A100-SXM4-80GB": 312e12}
+
+
+def random_batch(workload: Workload, vocab_size: int, seed: int) -> Batch:
+    """Random tokens, every one a target; ragged documents have log-normal lengths (σ 0.8) of the workload's mean."""
+    random = np.random.default_rng(seed)
+    B, T = workload.batch, workload.length
+    segments, positions = np.ones((B, T), np.int32), np.tile(np.arange(T, dtype=np.int32), (B, 1))
+    for row in range(B if workload.mean_document else 0):
+        start, segment = 0, 0
+        while start < T:
+            drawn = random.lognormal(math.log(workload.mean_document) - 0.32, 0.8)
+            stop = min(T, start + max(8, int(drawn)))
+            segment += 1
+            segments[row, start:stop], positions[row, start:stop] = segment, np.arange(stop - start)
+            start = stop
+    tokens = random.integers(4, vocab_size, (B, T)).astype(np.int32)
+    weights = (positions > 0).astype(np.float32)
+    arrays = {"tokens": tokens, "segment_ids": segments, "positions": positions, "loss_weights": weights}
+    return {name: array[None] for name, array in arrays.items()}
+
+
+def model_flops(model: Model, batch: Batch, full_finetuning: bool) -> float:
+    """FLOPs of one step without recomputation: products with weights, forward and backward, and attention's pairs."""
+    c = model.config
+    matrices = sum(leaf.size for path, leaf in flatten(model.shapes) if leaf.ndim == 3 and "/lora/" not in path)
+    matrices += c.vocab_size * c.hidden_size
+    passes = 3 if full_finetuning else 2  # forward and dX; dW only where the weight is trained
+    pairs = float(np.sum(batch["positions"].astype(np.float64) + 1))
+    attention = 4 * c.num_layers * c.num_heads * c.head_dim * pairs * 3
+    return 2.0 * matrices * batch["tokens"].size * passes + attention
+
+
+def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
+    """Builds the workload's step, compiles it ahead, runs it, and returns the figures of its line."""
+    workload = WORKLOADS[name]
+    if workload.load_in_4bit:
+        raise InputError(f"{name} needs 4-bit weights, which are not supported yet")
+    use_compile_cache()
+    constants = dict(CONFIGS[workload.model])
+    model = describe_model(AutoConfig.for_model(constants.pop("model_type"), **constants))
+    params = init_params(model, jax.random.key(0), jnp.bfloat16)
+    if workload.full_finetuning:
+        trainable, frozen = params, {}
+    else:
+        model, trainable, frozen = new_adapter(model, params, LoraConfig(), jax.random.key(1))
+    del params
+    optimizer = make_optimizer(2e-4)
+    opt_state = jax.jit(optimizer.init)(trainable)
+    remat = options.gradient_checkpointing or workload.gradient_checkpointing
+    batches = [random_batch(workload, model.config.vocab_size, seed) for seed in range(4)]
+    step = jax.jit(make_train_step(model, optimizer=optimizer, gradient_checkpointing=remat), donate_argnums=(0, 1))
+    key = jax.random.key(2)
+    began = time.perf_counter()
+    compiled = step.lower(trainable, opt_state, frozen, batches[0], key).compile()
+    compile_seconds = time.perf_counter() - began
+    memory = compiled.memory_analysis()
+    seconds, losses = [], []
+    for number in range(options.warmup + options.steps):
+        batch = jax.device_put(batches[number % len(batches)])
+        jax.block_until_ready(batch)
+        began = time.perf_counter()
+        trainable, opt_state, metrics = compiled(trainable, opt_state, frozen, batch, key)
+        losses.append(float(metrics["loss"]))  # waits for the step
+        seconds.append(time.perf_counter() - began)
+        if options.profile and number == options.warmup:
+            jax.profiler.start_trace(options.profile)
+    if options.profile:
+        jax.profiler.stop_trace()
+    median = statistics.median(seconds[options.warmup :])
+    tokens = workload.batch * workload.length
+    flops = model_flops(model, batches[0], workload.full_finetuning)
+    device = jax.devices()[0]
+    stats = device.memory_stats() or {}
+    peak = PEAKS.get(device.device_kind)
+    return {
+        "id": name,
+        "model": workload.model,
+        "shape": [workload.batch, workload.length],
+        "gradient_checkpointing": remat,
+        "device": device.device_kind,
+        "tokens_per_second": tokens / median,
+        "step_ms": median * 1e3,
+        "peak_bytes": stats.get("peak_bytes_in_use"),
+        "temp_bytes": memory.temp_size_in_bytes,
+        "argument_bytes": memory.argument_size_in_bytes,
+        "compile_seconds": compile_seconds,
+        "model_tflops": flops / median / 1e12,
+        "mfu": flops / median / peak if peak else None,
+        "trained_parameters": parameter_count(trainable),
+        "loss": losses,
+    }
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m jaxft.bench", description=__doc__)
+    parser.add_argument("workloads", nargs="+", choices=WORKLOADS, metavar="ID", help=", ".join(WORKLOADS))
+    parser.add_argument("--steps", type=int, default=8, help="timed steps")
+    parser.add_argument("--warmup", type=int, default=3, help="steps before them")
+    parser.add_argument("--gradient_checkpointing", choices=["none", "full"], help="instead of the workload's own")
+    parser.add_argument("--profile", help="write a trace of the timed steps into this directory")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    options = parser.parse_args(argv)
+    arguments = sys.argv[1:] if argv is None else argv
+    if len(options.workloads) == 1:
+        print(json.dumps(measure(options.workloads[0], options)), flush=True)
+        return 0
+    # a fresh process a measurement: the allocator's peak cannot be reset
+    flags = [argument for argument in arguments if argument not in WORKLOADS]
+    codes = [subprocess.call([sys.executable, "-m", "jaxft.bench", name, *flags]) for name in options.workloads]
+    return max(codes)
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))
