@@ -23,7 +23,7 @@ from jaxft.optim import make_optimizer
 from jaxft.packing import Batch
 from jaxft.prepare import use_compile_cache
 from jaxft.step import make_train_step
-from jaxft.trees import flatten
+from jaxft.trees import Tree, flatten
 
 # constants of the public configurations of the named models
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -118,9 +118,9 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
     constants = dict(CONFIGS[workload.model])
     model = describe_model(AutoConfig.for_model(constants.pop("model_type"), **constants))
     params = init_params(model, jax.random.key(0), jnp.bfloat16)
-    if workload.full_finetuning:
-        trainable, frozen = params, {}
-    else:
+    trainable: Tree = params
+    frozen: Tree = {}
+    if not workload.full_finetuning:
         model, trainable, frozen = new_adapter(model, params, LoraConfig(), jax.random.key(1))
     del params
     optimizer = make_optimizer(2e-4)
@@ -133,6 +133,7 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
     compiled = step.lower(trainable, opt_state, frozen, batches[0], key).compile()
     compile_seconds = time.perf_counter() - began
     memory = compiled.memory_analysis()
+    assert memory is not None  # every backend that this runs on has one
     seconds, losses = [], []
     for number in range(options.warmup + options.steps):
         batch = jax.device_put(batches[number % len(batches)])

@@ -3,13 +3,13 @@
 import codecs
 import json
 from pathlib import Path
-from typing import Any
-
-import datasets
-from datasets.exceptions import DatasetsError
+from typing import TYPE_CHECKING, Any
 
 from jaxft.chat import shown
 from jaxft.errors import InputError
+
+if TYPE_CHECKING:
+    import datasets
 
 _SUFFIXES = (".json", ".jsonl")
 
@@ -38,13 +38,16 @@ def find_files(path: Path, split: str | None = None) -> list[Path]:
     return named or files
 
 
-def load_rows(name: str, split: str | None = None, config: str | None = None) -> datasets.Dataset:
+def load_rows(name: str, split: str | None = None, config: str | None = None) -> "datasets.Dataset":
     """The rows of a .json or .jsonl file, of a directory of such files (see `find_files`), or of a hub data set.
 
     Only a name that neither exists on disk nor begins with `/`, `.` or `~` nor ends as a data file does is asked of
     the hub, where `split` is "train" unless given. Raises InputError, with
     file and line where the content of a file is at fault.
     """
+    import datasets  # here because it takes a second, and pure steps need none of it
+    from datasets.exceptions import DatasetsError
+
     path = Path(name).expanduser()
     if not path.exists() and not name.startswith(("/", ".", "~")) and path.suffix not in _SUFFIXES:
         try:
@@ -62,8 +65,11 @@ def load_rows(name: str, split: str | None = None, config: str | None = None) ->
     return rows
 
 
-def _build(files: list[Path]) -> datasets.Dataset:
+def _build(files: list[Path]) -> "datasets.Dataset":
     """The rows through the json builder of `datasets`, or through our own reading where that one fails."""
+    import datasets
+    from datasets.exceptions import DatasetsError
+
     hidden = datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()
     try:

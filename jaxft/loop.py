@@ -221,7 +221,7 @@ def _check_fingerprint(folder: Path, saved: dict[str, Any], own: dict[str, Any])
 def _non_finite(directory: Path, step: int, batch: dict[str, np.ndarray], found: Any, checkpoints: Checkpoints) -> str:
     """Writes the batch that gave a loss or gradient that is not finite, and says so."""
     path = directory / f"non_finite_step_{step}.npz"
-    np.savez(path, **batch)
+    np.savez(path, allow_pickle=False, **batch)
     latest = checkpoints.latest()
     kept = "there is no checkpoint yet" if latest is None else f"the checkpoint of step {latest} is whole"
     return (

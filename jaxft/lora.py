@@ -69,7 +69,8 @@ def with_lora(model: Model, config: LoraConfig) -> Model:
 
 def lora_shapes(model: Model) -> tuple[Tree, Tree]:
     """The trained leaves (A and B) and the frozen scales of a model with LoRA, as trees of shapes."""
-    _, trained, scales, _ = nnx.split(model.bind(model.shapes), LoRAParam, LoRAScale, ...)
+    _, state = nnx.split(model.bind(model.shapes))
+    trained, scales, _ = state.split(LoRAParam, LoRAScale, ...)
     return nnx.to_pure_dict(trained), nnx.to_pure_dict(scales)
 
 

@@ -189,5 +189,5 @@ def apply_updates(params: Tree, updates: Tree, key: jax.Array) -> Tree:
         value = param.astype(jnp.float32) + update
         return stochastic_round(value, leaf_key) if param.dtype == jnp.bfloat16 else value.astype(param.dtype)
 
-    new = [one(p, u, k) for p, u, k in zip(leaves, treedef.flatten_up_to(updates), keys, strict=True)]
-    return treedef.unflatten(new)
+    new = [one(p, u, k) for p, u, k in zip(leaves, jax.tree.leaves(updates), keys, strict=True)]
+    return jax.tree.unflatten(treedef, new)

@@ -57,7 +57,7 @@ def model_card(prepared: Prepared, settings: TrainSettings, facts: dict[str, Any
     """README.md of the output directory: what was trained on what, the figures of this run, how to load the result."""
     base = settings.model_name_or_path or str(prepared.directory)
     kind = "Full fine-tuning" if prepared.lora is None else "LoRA adapter"
-    front = {"base_model": base, "library_name": "transformers" if prepared.lora is None else "peft"}
+    front: dict[str, Any] = {"base_model": base, "library_name": "transformers" if prepared.lora is None else "peft"}
     front["tags"] = ["jaxft"] + ([] if prepared.lora is None else ["lora"])
     header = "\n".join(f"{name}: {json.dumps(value)}" for name, value in front.items())
     rows = "\n".join(f"| {name} | {value} |" for name, value in facts.items())

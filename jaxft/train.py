@@ -51,7 +51,7 @@ def main(argv: list[str] | None = None) -> int:
         write_result(directory, prepared, outcome.trainable, settings, model_card(prepared, settings, facts))
         after = answer(prepared, outcome.trainable, prompts)
     for prompt, old, new in zip(prompts, before, after, strict=True):
-        text = prepared.tokenizer.decode(prompt, skip_special_tokens=True)
+        text = str(prepared.tokenizer.decode(prompt, skip_special_tokens=True))
         say(f"\nprompt: {text.strip()}\nbefore: {old.strip()}\nafter:  {new.strip()}")
     say(f"{'adapter' if prepared.lora else 'model'} written to {directory}")
     return 0
@@ -190,7 +190,7 @@ def answer(prepared: Prepared, trainable: Tree, prompts: list[list[int]]) -> lis
         prepared.model, (trainable, prepared.frozen), prompts, max_new_tokens=64,
         stop_ids=stop_token_ids(prepared.tokenizer, prepared.directory), dtype=prepared.compute_dtype,
     )  # fmt: skip
-    return [prepared.tokenizer.decode(tokens, skip_special_tokens=True) for tokens in new]
+    return [str(prepared.tokenizer.decode(tokens, skip_special_tokens=True)) for tokens in new]
 
 
 if __name__ == "__main__":

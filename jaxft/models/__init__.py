@@ -112,4 +112,4 @@ def init_params(model: Model, key: jax.Array, dtype: jnp.dtype = jnp.float32) ->
         return jax.jit(lambda keys: jax.lax.map(lambda k: normal(k, leaf.shape[1:]), keys))(layer_keys)
 
     keys = jax.random.split(key, len(leaves))
-    return treedef.unflatten([one(path, leaf, k) for (path, leaf), k in zip(leaves, keys, strict=True)])
+    return jax.tree.unflatten(treedef, [one(path, leaf, k) for (path, leaf), k in zip(leaves, keys, strict=True)])

@@ -8,6 +8,7 @@ merged in. Every parameter names its dimensions (`axes`) for the sharding table 
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +25,9 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu": partial(jax.nn.gelu, approximate=False),
     "gelu_pytorch_tanh": partial(jax.nn.gelu, approximate=True),
 }
+
+
+M = TypeVar("M", bound=nnx.Module)
 
 
 class LoRAParam(nnx.Param):
@@ -160,7 +164,7 @@ def attend(
     return mixed, cache
 
 
-def stack(block: nnx.Module, count: int) -> nnx.Module:
+def stack(block: M, count: int) -> M:
     """Describes `count` equal blocks at once: every variable gets a leading dimension L."""
     for _, variable in nnx.iter_graph(block):
         if isinstance(variable, nnx.Variable):
