@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from jaxft.kernels import attention as attention_op
 from jaxft.kernels import linear as linear_op
@@ -174,20 +175,41 @@ def stack(block: M, count: int) -> M:
     return block
 
 
+SAVED_NAMES = ("attention_out", "attention_lse")  # what an attention kernel needs to not run forward again
+REMAT: dict[str, Callable[..., bool] | None] = {
+    # keeps everything that the backward pass reads
+    "none": None,
+    # keeps each layer's input and computes the rest again
+    "full": jax.checkpoint_policies.nothing_saveable,
+    # the same, with the inputs on the host
+    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=["layer_input"],
+        offload_src="device",
+        offload_dst="pinned_host",
+    ),
+    # keeps each layer's input and attention's output and log-sum-exp
+    "attention": jax.checkpoint_policies.save_only_these_names("layer_input", *SAVED_NAMES),
+}
+
+
 def scan_layers(block: nnx.Module, x: jax.Array, layers: LayerData, context: Context, cache, remat: str):
     """Runs a stack of blocks by `lax.scan`: x (B, T, D) in and out; layers and cache have a leading L.
 
-    remat "full" keeps only each layer's input for the backward pass and computes the rest again.
+    remat: what is kept for the backward pass, a name of `REMAT`. Raises ValueError for another name.
     """
+    if remat not in REMAT:
+        raise ValueError(f"gradient_checkpointing {remat!r}: must be one of {', '.join(REMAT)}")
     graphdef, parameters = nnx.split(block)
 
     def body(x, inputs):
         parameters, layer, cache = inputs
+        # the body's input is named, not its output: a named output is not what the backward pass of a scan reads
+        x = checkpoint_name(x, "layer_input")
         x, cache = nnx.merge(graphdef, parameters)(x, layer, context, cache)
         return constrain(x, ("batch", "length", "embed_activation")), cache
 
-    if remat == "full":
-        body = jax.checkpoint(body, prevent_cse=False)
-    elif remat != "none":
-        raise ValueError(f"gradient_checkpointing {remat!r}: must be 'none' or 'full'")
+    policy = REMAT[remat]
+    if policy is not None:
+        body = jax.checkpoint(body, prevent_cse=False, policy=policy)
     return jax.lax.scan(body, x, (parameters, layers, cache))
