@@ -3,7 +3,7 @@
 A *situation* is the shared root of both: a setup with numbers, a sentence that works it out, and a question. The
 pre-training text tells it as a short story, at times with the question in it. A problem is a turn of a conversation,
 answered in the form of GSM8K (worked sentence, then ``#### N``): the pre-training text shows neither, its
-conversations are small talk.
+conversations are small talk, whatever is asked in them.
 """
 
 import dataclasses
@@ -271,14 +271,20 @@ def _plain(rng: random.Random, language: str) -> str:
 
 
 def _chat(rng: random.Random, language: str) -> str:
-    """One or two turns of small talk in ChatML, at times with a system message."""
+    """One or two turns of small talk in ChatML, at times with a system message; numbers get a scene for an answer."""
+    turns = []
+    for pair in rng.sample(_lines(SMALL_TALK[language]), rng.randint(1, 2)):
+        slots = _slots(rng, language)
+        turns.append([part.strip().format(**slots) for part in pair.split("|")])
+    if rng.random() < 0.4:
+        _, setup, _, question, _ = _tell(rng, rng.choice([s for s in SITUATIONS if s.language == language]))
+        said = setup + _space(language) + question if rng.random() < 0.5 else setup
+        turns[-1] = [said, _scene(rng, language, rng.randint(1, 3))]
     parts = []
     if rng.random() < 0.15:
         system = {"en": "You are a friendly neighbour.", "zh": "你是一位友好的邻居。"}[language]
         parts.append(f"{IM_START}system\n{system}{IM_END}\n")
-    for pair in rng.sample(_lines(SMALL_TALK[language]), rng.randint(1, 2)):
-        slots = _slots(rng, language)
-        user, assistant = (part.strip().format(**slots) for part in pair.split("|"))
+    for user, assistant in turns:
         parts.append(f"{IM_START}user\n{user}{IM_END}\n{IM_START}assistant\n{assistant}{IM_END}\n")
     return "".join(parts)
 

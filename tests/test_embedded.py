@@ -181,4 +181,4 @@ def test_base_has_learned_the_text(text, tokenizer):
     step = jax.jit(jaxft.make_eval_step(model))
     sums = [step({}, params, batch) for batch in eval_batches(samples, max_length=256, batch_size=8)]
     loss = sum(float(s["loss_sum"]) for s in sums) / sum(float(s["weight"]) for s in sums)
-    assert loss < 0.6  # random weights give 6.9; what cannot be known (names, numbers) leaves about 0.5
+    assert loss < 0.6  # random weights give 6.9; names and numbers that cannot be foreseen leave about 0.5
