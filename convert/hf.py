@@ -14,8 +14,10 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from jaxft.convert import bnb
 from jaxft.convert.table import Name
 from jaxft.errors import InputError
+from jaxft.quant import Quantized, is_quantized, kind_of, quantize
 from jaxft.trees import Tree, flatten, unflatten
 
 CHUNK_BYTES = 64 << 20  # host memory that a load holds beside what stays
@@ -106,6 +108,42 @@ def _empty(shape: tuple[int, ...], dtype: Any, sharding: Any) -> jax.Array:
     return jax.jit(partial(jnp.zeros, shape, dtype), out_shardings=sharding)()
 
 
+def _empty_leaf(leaf: Quantized, sharding: Any) -> Quantized:
+    if sharding is None:
+        return jax.tree.map(lambda array: _empty(array.shape, array.dtype, None), leaf)
+    return jax.tree.map(lambda array, place: _empty(array.shape, array.dtype, place), leaf, sharding)
+
+
+@partial(jax.jit, static_argnums=1)
+def _quantize(weight: jax.Array, kind: str) -> Quantized:
+    return quantize(weight, kind)
+
+
+@partial(jax.jit, donate_argnums=0)
+def _write_leaf(stack: Quantized, leaf: Quantized, row: jax.Array) -> Quantized:
+    """`stack` with one weight's arrays put at `row`; in place, because stack is donated."""
+
+    def write(whole: jax.Array, one: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_update_index_in_dim(whole, one.astype(whole.dtype), row, 0)
+
+    arrays = map(write, jax.tree.leaves(stack), jax.tree.leaves(leaf))
+    return jax.tree.unflatten(jax.tree.structure(stack), list(arrays))
+
+
+def _load_leaf(where: dict[str, Any], name: str, leaf: Quantized, stored: Quantized | None) -> Quantized:
+    """One weight (O, I) as the leaf describes it: as it is stored, or quantised from the stored values."""
+    if stored is not None:
+        return bnb.read_leaf(where, name, stored)
+    weight = None
+    for start, chunk in chunks(where[name], name):
+        if weight is None:
+            weight = _empty(leaf.weight_shape, chunk.dtype, None)
+        weight = _write(weight, chunk, np.array([start, 0], np.int32))
+        weight.block_until_ready()
+    assert weight is not None  # a matrix has at least one row
+    return _quantize(weight, kind_of(leaf))
+
+
 def check_names(expected: dict[str, tuple[int, ...]], where: dict[str, Any], source: Path | str) -> None:
     """Raises InputError where a tensor is missing, left over, of the wrong shape or not floating point."""
     missing = sorted(set(expected) - set(where))
@@ -137,21 +175,35 @@ def load_params(
     """The parameters of a model directory as a tree of arrays of `dtype`, each made on its devices and filled in place.
 
     Host memory beside the result stays below two chunks of CHUNK_BYTES. shapes: the model's tree; shardings: a tree
-    like it, or None for the default device. Raises InputError for files or tensors that are missing, left over,
+    like it, or None for the default device. A weight whose leaf in shapes is quantised is taken as it is where the
+    files hold it so, and quantised from the stored values, before any cast, where they do not: device memory beside the
+    result then stays below two tensors. Raises InputError for files or tensors that are missing, left over,
     damaged or of the wrong shape.
     """
     where = open_weights(weight_files(directory))
+    stored = bnb.stored_leaves(where, directory)
     expected = expected_tensors(names, shapes)
+    plain = dict(where)
+    for name, leaf in stored.items():
+        for tensor in (name, *bnb.companions(name, leaf)):
+            plain.pop(tensor, None)
     if "lm_head.weight" not in expected:  # a tied head may have been written all the same; it is the embedding
-        where.pop("lm_head.weight", None)
-    check_names(expected, where, directory)
+        plain.pop("lm_head.weight", None)
+    check_names({name: shape for name, shape in expected.items() if name not in stored}, plain, directory)
     places_of = dict(flatten(shardings)) if shardings is not None else {}
     leaves = dict(flatten(shapes))
-    arrays: dict[str, jax.Array] = {}
+    arrays: dict[str, Any] = {}
     for hf, place in places(names, shapes).items():
-        shape = leaves[place.path].shape
+        target, sharding = leaves[place.path], places_of.get(place.path)
+        if is_quantized(target):
+            if place.path not in arrays:
+                arrays[place.path] = _empty_leaf(target, sharding)
+            leaf = _load_leaf(where, hf, target, stored.get(hf))
+            arrays[place.path] = jax.block_until_ready(_write_leaf(arrays[place.path], leaf, np.int32(place.row or 0)))
+            continue
+        shape = target.shape
         if place.path not in arrays:
-            arrays[place.path] = _empty(shape, dtype, places_of.get(place.path))
+            arrays[place.path] = _empty(shape, dtype, sharding)
         for start, chunk in chunks(where[hf], hf):
             at = [0] * len(shape) if place.row is None else [place.row, *[0] * (len(shape) - 1)]
             at[0 if place.row is None else 1] += start
@@ -164,7 +216,8 @@ def load_params(
 def save_params(directory: Path, names: tuple[Name, ...], params: Tree, dtype: Any) -> None:
     """Writes model.safetensors, or shards of at most SHARD_BYTES with an index, into an existing directory.
 
-    One shard's tensors are on the host at a time, cast to dtype. Raises OSError where the disk does.
+    One shard's tensors are on the host at a time, cast to dtype; quantised ones are written as bitsandbytes has them.
+    Raises OSError where the disk does.
     """
     leaves = dict(flatten(params))
     shards: list[list[tuple[str, Place]]] = [[]]
@@ -178,23 +231,31 @@ def save_params(directory: Path, names: tuple[Name, ...], params: Tree, dtype: A
         shards[-1].append((hf, place))
         size += tensor
     total = 0
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, 1):
         one = len(shards) == 1
         file = "model.safetensors" if one else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        tensors = {}
+        tensors: dict[str, np.ndarray] = {}
         for hf, place in shard:
             leaf = leaves[place.path]
-            tensors[hf] = np.asarray((leaf if place.row is None else leaf[place.row]).astype(dtype))
-            weight_map[hf] = file
-            total += tensors[hf].nbytes
-        save_file(tensors, directory / file, metadata={"format": "pt"})
+            one = leaf if place.row is None else leaf[place.row]
+            written = bnb.leaf_tensors(hf, one) if is_quantized(one) else {hf: np.asarray(one.astype(dtype))}
+            tensors |= written
+            weight_map |= dict.fromkeys(written, file)
+            total += sum(array.nbytes for array in written.values())
+        write_tensors(directory / file, tensors)
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-class whole_directory:  # noqa: N801  used like a function
+def write_tensors(path: Path, tensors: dict[str, np.ndarray]) -> None:
+    """A safetensors file as transformers and PEFT write it, with the rights that its directory gives."""
+    save_file(tensors, path, metadata={"format": "pt"})
+    path.chmod(path.parent.stat().st_mode & 0o666)  # safetensors writes files that only their owner can read
+
+
+class whole_directory:
     """Context: a temporary directory beside `target`, renamed to it at the end, removed on any error.
 
     Nothing half made is ever at `target`. An existing `target` directory receives the files instead, each moved whole.

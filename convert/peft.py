@@ -4,12 +4,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-
 import jax.numpy as jnp
 import numpy as np
-from safetensors.numpy import save_file
 
-from jaxft.convert.hf import chunks, open_weights, places
+from jaxft.convert.hf import chunks, open_weights, places, write_tensors
 from jaxft.convert.table import Name
 from jaxft.errors import InputError
 from jaxft.lora import LoraConfig
@@ -49,9 +47,7 @@ def adapter_names(names: tuple[Name, ...], trained: Tree) -> dict[str, tuple[str
     return found
 
 
-def save_adapter(
-    directory: Path, names: tuple[Name, ...], trained: Tree, config: LoraConfig, base_model: str
-) -> None:
+def save_adapter(directory: Path, names: tuple[Name, ...], trained: Tree, config: LoraConfig, base_model: str) -> None:
     """Writes an adapter that `PeftModel.from_pretrained(base, directory)` loads, into an existing directory.
 
     trained: the tree of float32 A and B; base_model: what the adapter's config names as its base.
@@ -60,7 +56,7 @@ def save_adapter(
     tensors = {}
     for name, (path, row) in adapter_names(names, trained).items():
         tensors[name] = np.asarray(leaves[path] if row is None else leaves[path][row])
-    save_file(tensors, directory / WEIGHTS, metadata={"format": "pt"})
+    write_tensors(directory / WEIGHTS, tensors)
     modules = sorted({path.split("/lora/")[0].rsplit("/", 1)[-1] for path in leaves})
     written = {
         "peft_type": "LORA",
@@ -137,5 +133,3 @@ def load_adapter(directory: Path, names: tuple[Name, ...], shapes: Tree) -> Tree
         for start, chunk in chunks(where[name], name):
             part[start : start + len(chunk)] = chunk.astype(np.float32)
     return unflatten({p: jnp.asarray(arrays[p]) for p in arrays})
-
-

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -15,13 +16,16 @@ import jax.numpy as jnp
 import numpy as np
 from transformers import AutoConfig
 
-from jaxft.errors import InputError, run_command
+from jaxft.errors import run_command
 from jaxft.load import new_adapter, parameter_count
 from jaxft.lora import LoraConfig
 from jaxft.models import Model, describe_model, init_params
+from jaxft.models.layers import REMAT
+from jaxft.models.quantized import all_linears, with_quantized
 from jaxft.optim import make_optimizer
 from jaxft.packing import Batch
 from jaxft.prepare import use_compile_cache
+from jaxft.profile import table
 from jaxft.step import make_train_step
 from jaxft.trees import Tree, flatten
 
@@ -112,22 +116,29 @@ def model_flops(model: Model, batch: Batch, full_finetuning: bool) -> float:
 def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
     """Builds the workload's step, compiles it ahead, runs it, and returns the figures of its line."""
     workload = WORKLOADS[name]
-    if workload.load_in_4bit:
-        raise InputError(f"{name} needs 4-bit weights, which are not supported yet")
     use_compile_cache()
     constants = dict(CONFIGS[workload.model])
     model = describe_model(AutoConfig.for_model(constants.pop("model_type"), **constants))
+    if workload.load_in_4bit:
+        model = with_quantized(model, all_linears(model, "nf4", jnp.bfloat16))
     params = init_params(model, jax.random.key(0), jnp.bfloat16)
     trainable: Tree = params
     frozen: Tree = {}
     if not workload.full_finetuning:
         model, trainable, frozen = new_adapter(model, params, LoraConfig(), jax.random.key(1))
     del params
-    optimizer = make_optimizer(2e-4)
+    optimizer = make_optimizer(2e-4, optim=options.optim)
     opt_state = jax.jit(optimizer.init)(trainable)
     remat = options.gradient_checkpointing or workload.gradient_checkpointing
     batches = [random_batch(workload, model.config.vocab_size, seed) for seed in range(4)]
-    step = jax.jit(make_train_step(model, optimizer=optimizer, gradient_checkpointing=remat), donate_argnums=(0, 1))
+    documents = max(int(batch["segment_ids"].max()) for batch in batches)
+    step = jax.jit(
+        make_train_step(
+            model, optimizer=optimizer, gradient_checkpointing=remat, mlp_tiles=options.mlp_tiles,
+            max_documents=documents,
+        ),
+        donate_argnums=(0, 1),
+    )  # fmt: skip
     key = jax.random.key(2)
     began = time.perf_counter()
     compiled = step.lower(trainable, opt_state, frozen, batches[0], key).compile()
@@ -142,10 +153,11 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
         trainable, opt_state, metrics = compiled(trainable, opt_state, frozen, batch, key)
         losses.append(float(metrics["loss"]))  # waits for the step
         seconds.append(time.perf_counter() - began)
-        if options.profile and number == options.warmup:
+        if options.profile and number == options.warmup - 1:
             jax.profiler.start_trace(options.profile)
     if options.profile:
         jax.profiler.stop_trace()
+        print(table(Path(options.profile), options.steps), file=sys.stderr)
     median = statistics.median(seconds[options.warmup :])
     tokens = workload.batch * workload.length
     flops = model_flops(model, batches[0], workload.full_finetuning)
@@ -157,6 +169,8 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
         "model": workload.model,
         "shape": [workload.batch, workload.length],
         "gradient_checkpointing": remat,
+        "mlp_tiles": options.mlp_tiles,
+        "optim": options.optim,
         "device": device.device_kind,
         "tokens_per_second": tokens / median,
         "step_ms": median * 1e3,
@@ -176,8 +190,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("workloads", nargs="+", choices=WORKLOADS, metavar="ID", help=", ".join(WORKLOADS))
     parser.add_argument("--steps", type=int, default=8, help="timed steps")
     parser.add_argument("--warmup", type=int, default=3, help="steps before them")
-    parser.add_argument("--gradient_checkpointing", choices=["none", "full"], help="instead of the workload's own")
-    parser.add_argument("--profile", help="write a trace of the timed steps into this directory")
+    parser.add_argument("--gradient_checkpointing", choices=list(REMAT), help="instead of the workload's own")
+    parser.add_argument("--mlp_tiles", type=int, default=1, help="in how many parts the MLPs take the tokens")
+    parser.add_argument("--optim", default="adamw_8bit", choices=["adamw", "adamw_8bit"])
+    parser.add_argument("--profile", help="write a trace of the timed steps here, and say where their time goes")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     options = parser.parse_args(argv)
     arguments = sys.argv[1:] if argv is None else argv

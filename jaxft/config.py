@@ -48,7 +48,8 @@ class ModelArguments:
     bf16: bool | None = _flag(None, "compute in bfloat16; false is float32", nargs="?", const=True)
     fp16: bool | None = _flag(None, "compute in float16", nargs="?", const=True)
     max_length: int = _flag(1024, "longest row in tokens")
-    load_in_4bit: bool = _flag(False, "hold the base in 4 bits; not supported yet")
+    load_in_4bit: bool = _flag(False, "hold the base's linear layers in 4 bits (NF4, double quantisation)")
+    load_in_8bit: bool = _flag(False, "hold the base's linear layers in 8 bits")
     mesh: str | None = _flag(None, "devices by axis, such as data=2,fsdp=4; without it all local devices are data")
     debug: bool = _flag(False, "show the traceback of an error")
 
@@ -63,6 +64,11 @@ class ModelArguments:
         if self.fp16:
             return "float16"
         return self.dtype or ("float32" if self.bf16 is False else platform_dtype)
+
+    @property
+    def quantization(self) -> str | None:
+        """How the base's linear layers are held: 'nf4', 'int8', or None for as the files have them."""
+        return "nf4" if self.load_in_4bit else "int8" if self.load_in_8bit else None
 
     @property
     def mesh_axes(self) -> dict[str, int] | None:
@@ -128,10 +134,14 @@ class TrainArguments:
     max_steps: int = _flag(-1, "optimizer steps instead of epochs; -1 counts epochs")
     per_device_train_batch_size: int = _flag(8, "rows a device and micro-batch")
     gradient_accumulation_steps: int = _flag(1, "micro-batches an optimizer step")
-    gradient_checkpointing: Literal["full", "none", "true", "false"] = _flag(
-        "full", "full (or true) recomputes each layer in the backward pass", nargs="?", const="full"
+    gradient_checkpointing: Literal["full", "none", "offload", "attention", "products", "true", "false"] = _flag(
+        "full",
+        "full (or true) recomputes each layer in the backward pass; offload also keeps its input on the host; "
+        "attention and products keep more on the device and recompute less; none (or false) keeps all",
+        nargs="?",
+        const="full",
     )
-    optim: Literal["adamw", "adamw_torch"] = _flag("adamw", "optimizer; adamw_torch is another name of adamw")
+    optim: Literal["adamw", "adamw_torch", "adamw_8bit"] = _flag("adamw", "adamw_torch is adamw; 8bit: its moments")
     logging_steps: int = _flag(1, "steps a line of metrics")
     save_steps: int = _flag(500, "steps a checkpoint; 0 saves at the end only")
     save_total_limit: int | None = _flag(None, "keep the newest N checkpoints")
@@ -380,9 +390,11 @@ def _check(settings: Any, where: dict[str, str]) -> None:
         value = getattr(settings, name, None)
         if value is not None and not (abs(value) < math.inf and fits(value)):
             raise InputError(f"{where[name]} is {value}; it must be {text}")
-    if settings.load_in_4bit:
-        raise InputError(f"{where['load_in_4bit']}: 4-bit weights are not supported yet; leave it out")
-    for one, two in (("bf16", "fp16"), ("warmup_steps", "warmup_ratio"), ("prompt", "messages")):
+    exclusive = (
+        *(("bf16", "fp16"), ("warmup_steps", "warmup_ratio"), ("prompt", "messages"), ("load_in_4bit", "load_in_8bit")),
+        *(("load_in_4bit", "full_finetuning"), ("load_in_8bit", "full_finetuning")),
+    )
+    for one, two in exclusive:
         if getattr(settings, one, None) and getattr(settings, two, None):
             raise InputError(f"{where[one]} and {where[two]} contradict each other; choose one")
     for dtype, own, other in (("bfloat16", "bf16", "fp16"), ("float16", "fp16", "bf16")):

@@ -170,9 +170,7 @@ def load_batches(
         load_rows(name), tokenizer, max_length=max_length, vocab_size=len(tokenizer), train_on=train_on
     )
     plan = make_plan([len(sample) for sample in samples], max_length, packing=True, shuffle=True, seed=seed)
-    return Batches(
-        samples, plan, max_length=max_length, batch_size=batch_size, accumulation=accumulation, seed=seed
-    )
+    return Batches(samples, plan, max_length=max_length, batch_size=batch_size, accumulation=accumulation, seed=seed)
 
 
 def _cut(form: Format, ids: np.ndarray, trained: np.ndarray, max_length: int, total: Counter[str]) -> Iterator[Sample]:

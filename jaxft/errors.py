@@ -28,7 +28,7 @@ def run_command(main: Callable[[list[str] | None], int | None], argv: list[str] 
     except (InputError, RunError, OSError, ValueError, RuntimeError, NotImplementedError, MemoryError) as failure:
         if "--debug" in arguments:
             traceback.print_exc()
-        text = str(failure) or type(failure).__name__
+        text = " ".join(str(failure).split()) or type(failure).__name__
         if not isinstance(failure, InputError | RunError):
             text = f"{type(failure).__name__}: {text} (run again with --debug for the traceback)"
         print(f"error: {text}", file=sys.stderr)

@@ -2,17 +2,18 @@
 
 import json
 import math
+import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from jax.sharding import Mesh
 
-from jaxft.config import describe, parse
-from jaxft.data import load_rows, tokenize_dataset
-from jaxft.errors import InputError, run_command
+from jaxft.config import EvaluateSettings, TrainSettings, describe, parse
+from jaxft.data import find_files, load_rows, tokenize_dataset
+from jaxft.errors import InputError, RunError, run_command
 from jaxft.load import EMBEDDED
 from jaxft.packing import Batch, eval_batches
 from jaxft.prepare import prepare
@@ -21,19 +22,55 @@ from jaxft.step import EvalStep, make_eval_step
 from jaxft.trees import Tree
 
 
-def evaluate(step: EvalStep, trainable: Tree, frozen: Tree, batches: Iterable[Batch], mesh: Mesh) -> dict[str, Any]:
+def evaluate(
+    step: EvalStep,
+    trainable: Tree,
+    frozen: Tree,
+    batches: Iterable[Batch],
+    mesh: Mesh,
+    stopped: Callable[[], bool] = lambda: False,
+) -> dict[str, Any]:
     """loss (nats a target token, weighted), perplexity and target_tokens over batches of shape (1, B, T).
 
-    step: a jitted `make_eval_step`.
+    step: a jitted `make_eval_step`. stopped: asked after every batch; the figures are of the batches before it is true.
     """
-    sums = [step(trainable, frozen, jax.device_put(batch, batch_sharding(mesh))) for batch in batches]
-    totals = {name: float(np.sum([np.float64(one[name]) for one in sums])) for name in sums[0]}
+    totals: dict[str, float] = {}
+    running: dict[str, jax.Array] = {}  # the batch that the device works on while the next one is put together
+    for batch in batches:
+        found = step(trainable, frozen, jax.device_put(batch, batch_sharding(mesh)))
+        totals = {name: totals.get(name, 0.0) + float(value) for name, value in running.items()}
+        running = found
+        if stopped():
+            break
+    totals = {name: totals.get(name, 0.0) + float(value) for name, value in running.items()}
     loss = totals["loss_sum"] / totals["weight"]
     return {
         "loss": loss,
         "perplexity": math.exp(loss) if loss < 700 else math.inf,  # exp overflows a float there
         "target_tokens": int(totals["target_tokens"]),
     }
+
+
+def held_out_split(name: str, settings: TrainSettings | EvaluateSettings) -> str | None:
+    """The split to evaluate on: `--dataset_test_split`, or None for all of a file or of a directory without splits.
+
+    A directory with training files and no test files has splits: to read it raises InputError.
+    """
+    split, path = settings.dataset_test_split, Path(name).expanduser()
+    if "dataset_test_split" in settings.settings_given or not path.exists():
+        return split
+    if path.is_file():
+        return None
+    names = [file.name for file in path.iterdir()]
+    return split if any(re.fullmatch(rf"({split}|train)([-_].*)?\.jsonl?", name) for name in names) else None
+
+
+def read_from(name: str, split: str | None) -> str:
+    """In words what `load_rows(name, split)` reads."""
+    path = Path(name).expanduser()
+    if not path.exists():
+        return f"split {split or 'train'} of {name}"
+    return ", ".join(str(file) for file in find_files(path, split))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -43,11 +80,10 @@ def main(argv: list[str] | None = None) -> int:
     for line in describe(settings, provenance):
         print(line, file=sys.stderr)
     model_name = settings.model_name_or_path or str(EMBEDDED / "base")
-    rows = load_rows(
-        settings.dataset or str(EMBEDDED / "problems_heldout.jsonl"),
-        settings.dataset_test_split if "dataset_test_split" in settings.settings_given else None,
-        settings.dataset_config,
-    )
+    name = settings.dataset or str(EMBEDDED / "problems_heldout.jsonl")
+    split = held_out_split(name, settings)
+    rows = load_rows(name, split, settings.dataset_config)
+    print(f"read {read_from(name, split)}", file=sys.stderr)
     prepared = prepare(settings, model_name)
     samples, report = tokenize_dataset(
         rows, prepared.tokenizer, max_length=settings.max_length, vocab_size=prepared.model.config.vocab_size,
@@ -61,7 +97,12 @@ def main(argv: list[str] | None = None) -> int:
     )  # fmt: skip
     with jax.set_mesh(prepared.mesh):
         step = jax.jit(make_eval_step(prepared.model, dtype=prepared.compute_dtype))
-        print(json.dumps(evaluate(step, prepared.trainable, prepared.frozen, batches, prepared.mesh)))
+        found = evaluate(step, prepared.trainable, prepared.frozen, batches, prepared.mesh)
+    if not math.isfinite(found["loss"]):
+        raise RunError(f"the loss is {found['loss']}: weights or activations overflow; is --dtype float32 finite?")
+    if math.isinf(found["perplexity"]):
+        found["perplexity"] = None  # JSON has no infinity
+    print(json.dumps(found))
     return 0
 
 

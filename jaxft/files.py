@@ -70,8 +70,9 @@ def _build(files: list[Path]) -> "datasets.Dataset":
     import datasets
     from datasets.exceptions import DatasetsError
 
-    hidden = datasets.are_progress_bars_disabled()
+    hidden, verbosity = datasets.are_progress_bars_disabled(), datasets.logging.get_verbosity()
     datasets.disable_progress_bars()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it cannot read is said once, with its line
     try:
         built = datasets.load_dataset("json", data_files=[str(file.resolve()) for file in files], split="train")
         # The builder takes a column of strings that all look like dates for dates.
@@ -83,6 +84,7 @@ def _build(files: list[Path]) -> "datasets.Dataset":
     else:
         rows, cause = [row for file in files for row in _parse(file)], ValueError("a column of dates")
     finally:
+        datasets.logging.set_verbosity(verbosity)
         if not hidden:
             datasets.enable_progress_bars()
     if not rows:

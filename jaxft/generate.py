@@ -5,10 +5,12 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from jaxft.config import GenerateSettings, describe, parse
@@ -97,7 +99,8 @@ def generate(
     first_key = np.array([P - len(prompt) for prompt in prompts], np.int32)
     new = _generate(
         model, trees, tokens, first_key, jax.random.key(0) if key is None else key, steps=max_new_tokens,
-        stop_ids=tuple(stop_ids), temperature=temperature, top_p=top_p, dtype=None if dtype is None else jnp.dtype(dtype),
+        stop_ids=tuple(stop_ids), temperature=temperature, top_p=top_p,
+        dtype=None if dtype is None else jnp.dtype(dtype),
     )  # fmt: skip
     return [[int(token) for token in row if token >= 0 and token not in stop_ids] for row in np.asarray(new)]
 
@@ -125,6 +128,12 @@ def main(argv: list[str] | None = None) -> int:
     prepared = prepare(settings, settings.model_name_or_path or str(EMBEDDED / "base"))
     tokenizer = prepared.tokenizer
     prompt = tokenizer.encode(_prompt(settings, tokenizer), add_special_tokens=not (settings.chat or settings.messages))
+    positions = prepared.model.config.max_position_embeddings
+    if len(prompt) + settings.max_new_tokens > positions:
+        raise InputError(
+            f"the prompt's {len(prompt)} tokens and --max_new_tokens {settings.max_new_tokens} are more than the "
+            f"model's {positions} positions"
+        )
     with jax.set_mesh(prepared.mesh):
         (new,) = generate(
             prepared.model,
@@ -137,27 +146,38 @@ def main(argv: list[str] | None = None) -> int:
             key=jax.random.key(settings.seed),
             dtype=prepared.compute_dtype,
         )
-    print(tokenizer.decode(new, skip_special_tokens=True))
+    # exactly the new text: a line's end would belong to it, so only a terminal gets one
+    print(tokenizer.decode(new, skip_special_tokens=True), end="\n" if sys.stdout.isatty() else "", flush=True)
     return 0
 
 
 def _prompt(settings: GenerateSettings, tokenizer: PreTrainedTokenizerBase) -> str:
     """The text to continue: --prompt as it is, or a conversation rendered up to the assistant's turn."""
+    messages: Any = [{"role": "user", "content": settings.prompt}]
     if settings.messages is not None:
-        path = Path(settings.messages)
-        try:
-            messages = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise InputError(f"--messages {path} cannot be read as JSON: {error}") from error
+        messages = _read_messages(Path(settings.messages))
     elif settings.prompt is None:
         raise InputError("nothing to continue: give --prompt TEXT, or --messages FILE")
     elif not settings.chat:
         return settings.prompt
-    else:
-        messages = [{"role": "user", "content": settings.prompt}]
     if not tokenizer.chat_template:
         raise InputError("this tokenizer has no chat template; use --prompt without --chat")
-    return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+    try:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+    except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as failure:
+        raise InputError(f"the chat template refuses the conversation: {failure}") from failure
+
+
+def _read_messages(path: Path) -> list[dict[str, Any]]:
+    """A conversation from a JSON file: a list of messages, or an object that has one as `messages`, as a data row."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise InputError(f"--messages {path} cannot be read as JSON: {error}") from error
+    found = found.get("messages") if isinstance(found, dict) else found
+    if not isinstance(found, list) or not found or not all(isinstance(turn, dict) and "role" in turn for turn in found):
+        raise InputError(f"--messages {path}: a list of objects with role and content is needed")
+    return found
 
 
 if __name__ == "__main__":

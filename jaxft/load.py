@@ -1,4 +1,4 @@
-"""From a name to a model on its devices, and back to a directory: what every command and script starts and ends with."""
+"""From a name to a model on its devices, and back to a directory: the start and end of every run."""
 
 import json
 import shutil
@@ -13,12 +13,14 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from jax.sharding import Mesh
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from jaxft.convert import hf, peft
+from jaxft.convert import bnb, hf, peft
 from jaxft.errors import InputError
 from jaxft.lora import LoraConfig, add_lora, lora_scales, lora_shapes, with_lora
 from jaxft.models import Model, describe_model, read_hf_config
+from jaxft.models.quantized import all_linears, linear_weights, with_quantized
+from jaxft.quant import is_quantized, kind_of
 from jaxft.sharding import shardings
-from jaxft.trees import Tree, join, like
+from jaxft.trees import Tree, flatten, join, like
 
 EMBEDDED = Path(__file__).parent / "embedded"
 MODEL_FILES = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
@@ -50,13 +52,27 @@ def find_directory(name: str) -> Path:
         ) from error
 
 
-def load_model(name: str | Path, *, dtype: Any = jnp.float32, mesh: Mesh | None = None) -> tuple[Model, Tree]:
+def load_model(
+    name: str | Path, *, dtype: Any = jnp.float32, mesh: Mesh | None = None, quantization: str | None = None
+) -> tuple[Model, Tree]:
     """A Hugging Face model by directory or hub name: its description and its parameters, of `dtype`, on `mesh`.
 
-    Raises InputError for a model that is missing, damaged or of an unknown type.
+    quantization: "nf4" (4 bits with double quantisation) or "int8" for all linear layers but the head; None: as the
+    files have them, which may be quantised by bitsandbytes. Raises InputError for a model that is missing, damaged, of
+    an unknown type, or already quantised in another way.
     """
     directory = find_directory(str(name))
     model = describe_model(read_hf_config(directory))
+    stored = bnb.stored_leaves(hf.open_weights(hf.weight_files(directory)), directory)
+    kinds = {kind_of(leaf) for leaf in stored.values()}
+    if quantization and kinds - {quantization}:
+        held = ", ".join(sorted(kinds))
+        raise InputError(
+            f"{directory} is already quantised as {held}, {quantization} was asked for; leave the flag out"
+        )
+    leaves = stored or (all_linears(model, quantization, dtype) if quantization else {})
+    if leaves:
+        model = with_quantized(model, leaves)
     places = None if mesh is None else shardings(model.axes, model.shapes, mesh)
     return model, hf.load_params(directory, model.family.names, model.shapes, dtype, places)
 
@@ -119,7 +135,13 @@ def save_model(directory: str | Path, model: Model, params: Tree, *, dtype: Any 
 def write_model(directory: Path, model: Model, params: Tree, dtype: jnp.dtype) -> None:
     """config.json and the weights, into a directory that exists."""
     hf.save_params(directory, model.family.names, params, dtype)
-    written = model.hf_config.to_dict() | {"dtype": dtype.name, "architectures": _architectures(model)}
+    written = model.hf_config.to_diff_dict() | {"dtype": dtype.name, "architectures": _architectures(model)}
+    written.pop("_name_or_path", None)  # a path of this machine
+    written.pop("quantization_config", None)  # of what was loaded, not of what is written
+    leaves = dict(flatten(params))
+    by_name = {name: leaves[place.path] for name, place in hf.places(model.family.names, params).items()}
+    if any(is_quantized(leaf) for leaf in by_name.values()):
+        written["quantization_config"] = bnb.quantization_config(by_name, list(linear_weights(model)))
     (directory / "config.json").write_text(json.dumps(written, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
@@ -137,5 +159,5 @@ def _architectures(model: Model) -> list[str]:
 
 
 def parameter_count(tree: Tree) -> int:
-    """How many numbers a tree of arrays or shapes holds."""
-    return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(tree))
+    """How many numbers a tree of arrays or shapes holds; a quantised weight counts as what it stands for."""
+    return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(tree, is_leaf=is_quantized))

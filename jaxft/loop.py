@@ -1,5 +1,6 @@
 """The training loop: steps, metrics, evaluations and checkpoints, and an orderly end when a signal comes."""
 
+import math
 import signal
 import threading
 import time
@@ -19,6 +20,7 @@ from jaxft.errors import InputError, RunError
 from jaxft.evaluate import evaluate
 from jaxft.metrics import Display, Line, MetricsFile, live_display
 from jaxft.optim import LossScale
+from jaxft.optim_8bit import Moment8, place
 from jaxft.output import CHECKPOINTS, METRICS
 from jaxft.packing import Batches
 from jaxft.prepare import Prepared
@@ -68,7 +70,7 @@ class Window:
         return {
             "step": step,
             "epoch": epoch,
-            "loss": self.loss / self.weight if self.weight else 0.0,
+            "loss": self.loss / self.weight if self.weight else math.nan,
             "grad_norm": grad_norm,
             "learning_rate": learning_rate,
             "target_tokens": self.targets,
@@ -84,10 +86,11 @@ def initial_optimizer_state(run: Run, prepared: Prepared) -> optax.OptState:
     everywhere = jax.sharding.NamedSharding(prepared.mesh, jax.sharding.PartitionSpec())
     return optax.tree.map_params(
         run.optimizer,
-        lambda moment, parameter: jax.device_put(moment, parameter.sharding),
+        lambda moment, parameter: place(moment, parameter.sharding),
         state,
         prepared.trainable,
         transform_non_params=lambda leaf: jax.device_put(leaf, everywhere),
+        is_leaf=lambda node: isinstance(node, Moment8),
     )
 
 
@@ -101,48 +104,62 @@ def run_training(run: Run, prepared: Prepared) -> Outcome:
     metrics = MetricsFile(run.directory / METRICS)
     trainable, opt_state = prepared.trainable, initial_optimizer_state(run, prepared)
     key = jax.device_put(jax.random.key(settings.seed), jax.tree.leaves(opt_state)[0].sharding)
-    first = 0
+    first, step, window = 0, 0, Window()
     source = _resume_source(settings, checkpoints)
     if source is not None:
-        state, meta = source[0].restore(source[1], {"trainable": trainable, "opt_state": opt_state, "key": key})
-        _check_fingerprint(source[0].directory / str(source[1]), meta["fingerprint"], run.fingerprint)
-        trainable, opt_state, key, first = state["trainable"], state["opt_state"], state["key"], source[1]
+        saved, first = source
+        _check_fingerprint(saved.directory / str(first), saved.meta(first)["fingerprint"], run.fingerprint)
+        state, meta = saved.restore(first, {"trainable": trainable, "opt_state": opt_state, "key": key})
+        trainable, opt_state, key = state["trainable"], state["opt_state"], state["key"]
+        window = Window(**meta["window"])
     run.directory.mkdir(parents=True, exist_ok=True)
-    metrics.cut(first)
+    metrics.cut(first if source else -1)
+    evaluated = {line["step"] for line in metrics.lines() if "eval_loss" in line}
+    for later in [step for step in checkpoints.steps() if step > first]:
+        checkpoints.delete(later)  # the run goes on from an earlier one, which was named; it has one course only
 
     step_function = jax.jit(
         make_train_step(
             prepared.model, optimizer=run.optimizer, gradient_checkpointing=settings.gradient_checkpointing,
-            dtype=prepared.compute_dtype,
+            dtype=prepared.compute_dtype, max_documents=run.batches.max_documents,
         ),
         donate_argnums=(0, 1),
         out_shardings=(_shardings(trainable), _shardings(opt_state), None),
     )  # fmt: skip
     eval_function = jax.jit(make_eval_step(prepared.model, dtype=prepared.compute_dtype))
-    figures: dict[str, Any] = {}
 
     def save(step: int) -> None:
         epoch, row = run.batches.position(step)
         state = {"trainable": trainable, "opt_state": opt_state, "key": key}
-        checkpoints.save(step, state, {"fingerprint": run.fingerprint, "epoch": epoch, "row": row})
+        sums = {"loss": window.loss, "weight": window.weight, "targets": window.targets}
+        meta = {"fingerprint": run.fingerprint, "total_steps": run.total_steps, "epoch": epoch, "row": row}
+        meta["window"] = sums  # so that a line after a resume covers the same steps as without
+        checkpoints.save(step, state, meta)
 
     def evaluate_now(step: int, display: Display) -> None:
         if run.heldout is None:
             return
-        found = evaluate(eval_function, trainable, prepared.frozen, run.heldout, prepared.mesh)
+        if step == first:
+            display.say(f"evaluating {run.heldout.rows} rows in {len(run.heldout)} batches")
+        found = evaluate(
+            eval_function, trainable, prepared.frozen, run.heldout, prepared.mesh, lambda: stop.received is not None
+        )
+        if stop.received is not None:
+            return  # half an evaluation is none: the resumed run makes it
         line = {"step": step, "epoch": step / run.batches.steps_per_epoch}
         line |= {f"eval_{name}": value for name, value in found.items()}
         metrics.write(line)
         display.show(line)
-        figures.setdefault("eval_loss before", found["loss"])
-        figures["eval_loss"] = found["loss"]
 
     with live_display(first, run.total_steps) as display, _signals() as stop:
         if source is not None:
-            display.say(f"resumed from {source[0].directory / str(source[1])}: {first} of {run.total_steps} steps done")
-        if first == 0:
-            evaluate_now(0, display)
-        window, step = Window(), first
+            display.say(f"resumed from {saved.directory / str(first)}: {first} of {run.total_steps} steps done")
+            if meta["total_steps"] != run.total_steps:
+                display.say(f"{meta['total_steps']} steps were planned: the learning rate follows the new plan")
+        due = first == 0 or first >= run.total_steps or (settings.eval_steps and first % settings.eval_steps == 0)
+        if due and first not in evaluated:
+            evaluate_now(first, display)
+        step, window.began = first, time.perf_counter()
         for step in range(first + 1, run.total_steps + 1):
             if stop.received is not None:
                 step -= 1
@@ -156,19 +173,17 @@ def run_training(run: Run, prepared: Prepared) -> Outcome:
             loss, weight = float(found["loss"]), float(found["weight"])
             if not found["finite"] and not (isinstance(opt_state, LossScale) and found["loss_scale"] > 1):
                 raise RunError(_non_finite(run.directory, step, batch, found, checkpoints))
-            window.loss += loss * weight if found["finite"] else 0.0
-            window.weight += weight if found["finite"] else 0.0
+            if math.isfinite(loss):  # float16 leaves out a step whose gradients overflow; its loss is one all the same
+                window.loss += loss * weight
+                window.weight += weight
             window.targets += int(found["target_tokens"])
             window.tokens += int(np.count_nonzero(batch["segment_ids"]))
             window.steps += 1
             display.advance(step)
             if step % settings.logging_steps == 0 or step == run.total_steps:
-                line = window.line(
-                    step, step / run.batches.steps_per_epoch, float(found["grad_norm"]), learning_rate
-                )
+                line = window.line(step, step / run.batches.steps_per_epoch, float(found["grad_norm"]), learning_rate)
                 metrics.write(line)
                 display.show(line)
-                figures["loss"] = line["loss"]
                 window = Window()
             pause = time.perf_counter()
             if settings.eval_steps and step % settings.eval_steps == 0 and step != run.total_steps:
@@ -176,11 +191,11 @@ def run_training(run: Run, prepared: Prepared) -> Outcome:
             if settings.save_steps and step % settings.save_steps == 0 and step != run.total_steps:
                 save(step)
             window.began += time.perf_counter() - pause  # evaluations and checkpoints are not the step's time
-        if step > first or stop.received is not None:
+        if checkpoints.latest() != step:
             save(step)
         if stop.received is None and step > first:
             evaluate_now(step, display)
-    return Outcome(trainable, step, stop.received, figures)
+    return Outcome(trainable, step, stop.received, metrics.figures())
 
 
 def _updates_done(opt_state: optax.OptState, steps_done: int) -> Any:
@@ -214,8 +229,12 @@ def _resume_source(settings: TrainSettings, own: Checkpoints) -> tuple[Checkpoin
 def _check_fingerprint(folder: Path, saved: dict[str, Any], own: dict[str, Any]) -> None:
     differing = [name for name in own if saved.get(name) != own[name]]
     if differing:
-        said = ", ".join(f"{name} was {saved.get(name)} and is {own[name]}" for name in differing)
-        raise InputError(f"checkpoint {folder} is of a run with other settings: {said}")
+        said = [f"{name} was {saved.get(name)} and is {own[name]}" for name in differing if name != "data"]
+        said += ["the tokenised data are others"] if "data" in differing else []
+        raise InputError(
+            f"checkpoint {folder} is of a run with other settings: {', '.join(said)}. Resume with the settings of that "
+            "run, or start a new one in another --output_dir"
+        )
 
 
 def _non_finite(directory: Path, step: int, batch: dict[str, np.ndarray], found: Any, checkpoints: Checkpoints) -> str:
@@ -237,7 +256,7 @@ class _Stop:
 
 @contextmanager
 def _signals() -> Iterator[_Stop]:
-    """Notes SIGTERM and Ctrl-C, so that the step in flight ends and a checkpoint is saved; a second one acts at once."""
+    """Notes SIGTERM and Ctrl-C: the step in flight ends and a checkpoint is saved. A second one acts at once."""
     stop = _Stop()
     if threading.current_thread() is not threading.main_thread():
         yield stop  # only the main thread may handle signals

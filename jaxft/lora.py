@@ -48,10 +48,10 @@ def targeted(path: str, target_modules: str | tuple[str, ...]) -> bool:
 
 
 def with_lora(model: Model, config: LoraConfig) -> Model:
-    """The model described with LoRA branches. Raises InputError for a target that names no linear layer."""
+    """The model described with LoRA branches. Raises InputError for a target that is no linear layer, or the head."""
     decoder = model.bind(model.shapes)
     linears = linear_modules(decoder)
-    names = sorted({path.rsplit("/", 1)[-1] for path in linears})
+    names = sorted({path.rsplit("/", 1)[-1] for path in linears if path != "lm_head"})
     if config.target_modules != "all-linear":
         targets = (config.target_modules,) if isinstance(config.target_modules, str) else config.target_modules
         for target in targets:
@@ -60,6 +60,9 @@ def with_lora(model: Model, config: LoraConfig) -> Model:
                     f"lora_target_modules: {target!r} is no linear layer of this {model.config.model_type} model; "
                     f"its linear layers are {', '.join(names)}, or use all-linear"
                 )
+    if "lm_head" in linears and targeted("lm_head", config.target_modules):
+        # the loss reads the head as one matrix, without a branch
+        raise InputError("lora_target_modules: a branch on lm_head is not supported yet; leave lm_head out")
     for path, linear in linears.items():
         if targeted(path, config.target_modules):
             lora = Lora(linear.in_features, linear.out_features, config.r, linear.axes, config.lora_dropout)
@@ -70,7 +73,7 @@ def with_lora(model: Model, config: LoraConfig) -> Model:
 def lora_shapes(model: Model) -> tuple[Tree, Tree]:
     """The trained leaves (A and B) and the frozen scales of a model with LoRA, as trees of shapes."""
     _, state = nnx.split(model.bind(model.shapes))
-    trained, scales, _ = state.split(LoRAParam, LoRAScale, ...)
+    trained, scales, _ = nnx.split_state(state, LoRAParam, LoRAScale, ...)
     return nnx.to_pure_dict(trained), nnx.to_pure_dict(scales)
 
 
@@ -91,7 +94,9 @@ def add_lora(model: Model, params: Tree, config: LoraConfig, key: jax.Array) -> 
         bound = 1 / math.sqrt(shape[-1])
         return jax.random.uniform(leaf_key, shape, jnp.float32, -bound, bound)
 
-    trainable = unflatten({path: first(path, leaf.shape, k) for (path, leaf), k in zip(leaves.items(), keys, strict=True)})
+    trainable = unflatten(
+        {path: first(path, leaf.shape, k) for (path, leaf), k in zip(leaves.items(), keys, strict=True)}
+    )
     return model, trainable, join(params, lora_scales(scales, config))
 
 

@@ -1,5 +1,7 @@
 """Losses: functions from a bound model and one micro-batch to (Σ weight · loss, Σ weight)."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -24,18 +26,16 @@ def sft_loss(
     model: Decoder,
     batch: Batch,
     key: jax.Array | None,
-    *,
-    dtype: jnp.dtype | None = None,
-    gradient_checkpointing: str = "none",
+    **options: Any,
 ) -> tuple[jax.Array, jax.Array]:
     """Next-token cross entropy of packed rows: (Σ weight · nll, Σ weight), both float32 scalars.
 
     batch: tokens, segment_ids, positions (B, T) int32 and loss_weights (B, T) float32, where loss_weights[b, t] weighs
-    predicting tokens[b, t] from what stands before it. dtype: of the activations, the parameters' own where None.
+    predicting tokens[b, t] from what stands before it. options: the model's own (dtype, gradient_checkpointing,
+    mlp_tiles, max_documents), see `Decoder.__call__`.
     """
     hidden = model(
-        batch["tokens"], batch["segment_ids"], batch["positions"],
-        dtype=dtype, key=key, gradient_checkpointing=gradient_checkpointing,
+        batch["tokens"], batch["segment_ids"], batch["positions"], key=key, **options
     )  # fmt: skip
     targets, weights = next_token_targets(batch)
     total = linear_cross_entropy(hidden.reshape(-1, hidden.shape[-1]), model.head(), targets.ravel(), weights.ravel())

@@ -20,20 +20,33 @@ class MetricsFile:
     def __init__(self, path: Path) -> None:
         self.path = path
 
+    def lines(self) -> list[Line]:
+        """Every line that was written whole, in order."""
+        if not self.path.exists():
+            return []
+        found = []
+        for line in self.path.read_text(encoding="utf-8", errors="replace").splitlines():
+            try:
+                found.append(json.loads(line))
+            except json.JSONDecodeError:
+                break  # a run killed while it wrote leaves half a line, and nothing after it
+        return found
+
     def cut(self, step: int) -> None:
         """Drops every line after `step`, and a last line that was not written whole."""
-        if not self.path.exists():
-            return
-        kept = []
-        for line in self.path.read_text(encoding="utf-8").splitlines():
-            try:
-                if json.loads(line)["step"] <= step:
-                    kept.append(line + "\n")
-            except (json.JSONDecodeError, KeyError, TypeError):
-                break  # a run killed while it wrote leaves half a line, and nothing after it
-        temporary = self.path.with_suffix(".partial")
-        temporary.write_text("".join(kept), encoding="utf-8")
-        temporary.replace(self.path)
+        if self.path.exists():
+            kept = [json.dumps(line) + "\n" for line in self.lines() if line["step"] <= step]
+            temporary = self.path.with_suffix(".partial")
+            temporary.write_text("".join(kept), encoding="utf-8")
+            temporary.replace(self.path)
+
+    def figures(self) -> Line:
+        """What a model card tells of a run: its last loss, and the held-out loss at its first and last evaluation."""
+        lines = self.lines()
+        losses = [line["loss"] for line in lines if "loss" in line]
+        held_out = [line["eval_loss"] for line in lines if "eval_loss" in line]
+        found = {"loss": losses[-1]} if losses else {}
+        return found | ({"eval_loss before": held_out[0], "eval_loss": held_out[-1]} if held_out else {})
 
     def write(self, line: Line) -> None:
         # JSON has no NaN: what is not finite is written as null

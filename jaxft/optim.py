@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxft.errors import InputError
+from jaxft.optim_8bit import scale_by_adam_8bit
 from jaxft.trees import Tree
 
 Factor = Callable[[jax.Array, int, int], jax.Array]  # (step, warmup_steps, total_steps) -> factor of learning_rate
@@ -72,8 +73,8 @@ def make_schedule(
 ) -> optax.Schedule:
     """transformers' schedule `name`: step (from 0) to learning rate, float32.
 
-    The first warmup_steps rise linearly from 0 (`constant` has none). options: `lr_scheduler_kwargs` as transformers
-    spells them. Raises InputError for an unknown name or option.
+    The first warmup_steps rise linearly from 0, or from `min_lr_ratio` (`constant` has none). options:
+    `lr_scheduler_kwargs` as transformers spells them. Raises InputError for an unknown name or option.
     """
     if name not in SCHEDULES:
         raise InputError(f"lr_scheduler_type {name!r} is unknown; known: {', '.join(SCHEDULES)}")
@@ -84,6 +85,7 @@ def make_schedule(
         options["min_lr_rate"] = options.pop("min_lr") / learning_rate if learning_rate else 0.0
     after = SCHEDULES[name]
     warmup = 0 if name == "constant" else warmup_steps
+    floor = options.get("min_lr_ratio", 0.0)  # warmup_stable_decay rises from where it will end
     try:
         after(jnp.float32(warmup), warmup, total_steps, **options)
     except TypeError as error:
@@ -91,9 +93,8 @@ def make_schedule(
 
     def schedule(step):
         step = jnp.asarray(step, jnp.float32)
-        return learning_rate * jnp.where(
-            step < warmup, step / max(1, warmup), after(step, warmup, total_steps, **options)
-        )
+        rising = floor + (1 - floor) * step / max(1, warmup)
+        return learning_rate * jnp.where(step < warmup, rising, after(step, warmup, total_steps, **options))
 
     return schedule
 
@@ -113,15 +114,20 @@ def make_optimizer(
     adam_epsilon: float = 1e-8,
     weight_decay: float = 0.0,
     max_grad_norm: float = 1.0,
+    optim: str = "adamw",
 ) -> optax.GradientTransformation:
     """AdamW (Loshchilov and Hutter 2019, https://arxiv.org/abs/1711.05101) after clipping by the global norm.
 
-    Moments are float32 whatever the parameters' dtype. max_grad_norm 0 does not clip.
+    Moments are float32 whatever the parameters' dtype; with optim "adamw_8bit" they are held in 8 bits
+    (`jaxft.optim_8bit`). max_grad_norm 0 does not clip. Raises InputError for an unknown optim.
     """
     clip = optax.clip_by_global_norm(max_grad_norm) if max_grad_norm else optax.identity()
-    adam = optax.adamw(
-        schedule, b1=adam_beta1, b2=adam_beta2, eps=adam_epsilon, weight_decay=weight_decay, mask=decays
-    )
+    if optim == "adamw_8bit":
+        decay = optax.chain(optax.add_decayed_weights(weight_decay, decays), optax.scale_by_learning_rate(schedule))
+        return optax.chain(clip, scale_by_adam_8bit(adam_beta1, adam_beta2, adam_epsilon), _in_float32(decay))
+    if optim != "adamw":
+        raise InputError(f"optim {optim!r} is unknown; known: adamw, adamw_8bit")
+    adam = optax.adamw(schedule, b1=adam_beta1, b2=adam_beta2, eps=adam_epsilon, weight_decay=weight_decay, mask=decays)
     return optax.chain(clip, _in_float32(adam))
 
 

@@ -1,28 +1,33 @@
 """The output directory of a run: chosen at the start, filled at the end with what other programs load."""
 
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from safetensors import SafetensorError
 
 from jaxft.config import TrainSettings, to_yaml
-from jaxft.convert import hf, peft
-from jaxft.errors import InputError
+from jaxft.convert import peft
+from jaxft.errors import InputError, RunError
 from jaxft.load import copy_tokenizer, write_model
 from jaxft.prepare import Prepared
 from jaxft.trees import Tree
 
 CONFIG, METRICS, CHECKPOINTS = "config.yaml", "metrics.jsonl", "checkpoints"
+RESULTS = ("adapter_config.json", "adapter_model.safetensors", "config.json", "model.safetensors")
 
 
 def choose_directory(settings: TrainSettings, model_name: str) -> Path:
-    """`--output_dir`, or a new runs/MODEL-N. Raises InputError where it holds another run and nothing says resume."""
+    """`--output_dir`, or a new runs/MODEL-N. Raises InputError where it holds another run than the one to resume."""
+    resume = settings.resume_from_checkpoint
     if settings.output_dir is None:
-        if settings.resume_from_checkpoint == "auto":
+        if resume == "auto":
             raise InputError("--resume_from_checkpoint auto needs --output_dir, the directory of the run to go on with")
-        name = Path(model_name).name or "model"
+        name = Path(model_name).expanduser().resolve().name or "model"
         number = 1
         while (directory := Path("runs") / f"{name}-{number}").exists():
             number += 1
@@ -30,18 +35,47 @@ def choose_directory(settings: TrainSettings, model_name: str) -> Path:
     directory = Path(settings.output_dir).expanduser()
     if directory.exists() and not directory.is_dir():
         raise InputError(f"--output_dir {directory} is a file")
-    if directory.is_dir() and any(directory.iterdir()) and settings.resume_from_checkpoint is None:
+    if not directory.is_dir() or not any(directory.iterdir()):
+        return directory
+    if resume is None:
         raise InputError(
             f"--output_dir {directory} is not empty; name a new one, or go on with its run by "
             "--resume_from_checkpoint auto"
         )
+    if resume != "auto" and directory.resolve() not in [(at := Path(resume).expanduser().resolve()), *at.parents]:
+        raise InputError(
+            f"--output_dir {directory} is not empty and {resume} is the checkpoint of another run; name a new directory"
+        )
+    results = [name for name in RESULTS if (directory / name).exists()]
+    if results and not any((directory / CHECKPOINTS).glob("[0-9]*")):
+        raise InputError(
+            f"--output_dir {directory} holds {results[0]} and no checkpoint to go on from; name a new directory"
+        )
     return directory
 
 
+def is_finished(directory: Path, settings: TrainSettings) -> bool:
+    """Whether the directory holds the result of a run with these very settings."""
+    path = directory / CONFIG  # the last file that a run writes
+    return path.is_file() and path.read_text(encoding="utf-8", errors="replace") == config_text(settings)
+
+
+def config_text(settings: TrainSettings) -> str:
+    """config.yaml: the settings that repeat the run from its first step, so without where it was resumed."""
+    given = settings.settings_given - {"resume_from_checkpoint"}
+    return to_yaml(replace(settings, resume_from_checkpoint=None, settings_given=given))
+
+
 def write_result(directory: Path, prepared: Prepared, trainable: Tree, settings: TrainSettings, card: str) -> None:
-    """The tuned adapter (PEFT's layout) or model, tokenizer, model card and config.yaml; nothing half made is left."""
+    """The tuned adapter (PEFT's layout) or model, tokenizer, model card and config.yaml; nothing half made is left.
+
+    Raises RunError where the disk does not take them.
+    """
     model = prepared.model
-    with hf.whole_directory(directory) as temporary:
+    temporary = directory / ".partial"  # inside: the directory may be the only place that can be written
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
         if prepared.lora is not None:
             base = settings.model_name_or_path or str(prepared.directory)
             peft.save_adapter(temporary, model.family.names, trainable, prepared.lora, base)
@@ -50,7 +84,19 @@ def write_result(directory: Path, prepared: Prepared, trainable: Tree, settings:
             write_model(temporary, model, trainable, jnp.dtype(jax.tree.leaves(trainable)[0].dtype))
         copy_tokenizer(prepared.directory, temporary)
         (temporary / "README.md").write_text(card, encoding="utf-8")
-        (temporary / CONFIG).write_text(to_yaml(settings), encoding="utf-8")
+        for file in temporary.iterdir():
+            if (directory / file.name).is_dir():  # a rename replaces a file, but not a directory
+                shutil.rmtree(directory / file.name)
+            file.replace(directory / file.name)
+        (temporary / CONFIG).write_text(config_text(settings), encoding="utf-8")
+        (temporary / CONFIG).replace(directory / CONFIG)
+    except (OSError, SafetensorError) as failure:
+        raise RunError(
+            f"the result could not be written to {directory}: {failure}. The last checkpoint is whole: make room, then "
+            f"go on with --output_dir {directory} --resume_from_checkpoint auto"
+        ) from failure
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def model_card(prepared: Prepared, settings: TrainSettings, facts: dict[str, Any]) -> str:
@@ -64,10 +110,12 @@ def model_card(prepared: Prepared, settings: TrainSettings, facts: dict[str, Any
     load = (
         'model = AutoModelForCausalLM.from_pretrained("THIS_DIRECTORY")'
         if prepared.lora is None
-        else f'base = AutoModelForCausalLM.from_pretrained({base!r})\n'
+        else f"base = AutoModelForCausalLM.from_pretrained({base!r})\n"
         'model = PeftModel.from_pretrained(base, "THIS_DIRECTORY")'
     )
-    imports = "from transformers import AutoModelForCausalLM" + ("" if prepared.lora is None else "\nfrom peft import PeftModel")
+    imports = "from transformers import AutoModelForCausalLM"
+    if prepared.lora is not None:
+        imports += "\nfrom peft import PeftModel"
     return (
         f"---\n{header}\n---\n\n# {kind} of {Path(base).name}\n\nTrained with jaxft; `config.yaml` repeats the run.\n\n"
         f"| | |\n|---|---|\n{rows}\n\n```python\n{imports}\n\n{load}\n```\n"

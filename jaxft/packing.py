@@ -131,6 +131,7 @@ class Batches:
         self.rows = len(plan)
         self.rows_per_step = accumulation * batch_size
         self.steps_per_epoch = -(-self.rows // self.rows_per_step)
+        self.max_documents = max(map(len, plan)) + 1  # in one row; padding counts as one
         self.tokens = sum(len(samples[number]) for row in plan for number in row)
         self.efficiency = self.tokens / (self.rows * max_length)
         _permutation(0, seed, 0)  # a seed that cannot be used must fail here, not at the first step

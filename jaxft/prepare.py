@@ -9,13 +9,14 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerBase
 
-from jaxft.config import ModelArguments, TrainSettings
+from jaxft.config import GenerateSettings, ModelArguments, TrainSettings
 from jaxft.errors import InputError
 from jaxft.load import find_directory, load_adapter, load_model, load_tokenizer, new_adapter
 from jaxft.lora import LoraConfig
-from jaxft.models import Model
+from jaxft.models import Model, describe_model, read_hf_config
+from jaxft.quant import is_quantized
 from jaxft.sharding import make_mesh, mesh_sizes
-from jaxft.trees import Tree
+from jaxft.trees import Tree, flatten
 
 
 @dataclass(frozen=True)
@@ -47,13 +48,14 @@ def prepare(settings: ModelArguments, model_name: str) -> Prepared:
     compute_dtype = jnp.dtype(settings.compute_dtype(platform_dtype))
     mesh = make_mesh(mesh_sizes(settings.mesh_axes, jax.device_count()))
     directory = find_directory(model_name)
-    tokenizer = load_tokenizer(directory)
-    model, params = load_model(directory, dtype=param_dtype, mesh=mesh)
-    if settings.max_length > model.config.max_position_embeddings:
+    positions = describe_model(read_hf_config(directory)).config.max_position_embeddings
+    if settings.max_length > positions and not isinstance(settings, GenerateSettings):
         raise InputError(
-            f"max_length {settings.max_length} is longer than the model's {model.config.max_position_embeddings} "
-            f"positions; set --max_length {model.config.max_position_embeddings} or less"
+            f"max_length {settings.max_length} is longer than the model's {positions} positions; "
+            f"set --max_length {positions} or less"
         )
+    tokenizer = load_tokenizer(directory)
+    model, params = load_model(directory, dtype=param_dtype, mesh=mesh, quantization=settings.quantization)
     lora: LoraConfig | None = None
     trainable: Tree
     if settings.adapter is not None:
@@ -63,6 +65,8 @@ def prepare(settings: ModelArguments, model_name: str) -> Prepared:
         if isinstance(settings, TrainSettings):
             _check_adapter(settings, lora)
     elif isinstance(settings, TrainSettings) and settings.full_finetuning:
+        if any(is_quantized(leaf) for _, leaf in flatten(params)):
+            raise InputError(f"{directory} is quantised: its weights cannot be trained; leave --full_finetuning out")
         trainable, frozen = params, {}
     elif isinstance(settings, TrainSettings):
         lora = lora_settings(settings)

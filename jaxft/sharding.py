@@ -27,6 +27,7 @@ RULES: dict[str | None, str | tuple[str, ...] | None] = {
     "kv_heads": "tensor",
     "ffw": "tensor",
     "vocab": "tensor",
+    "blocks": "fsdp",  # of a quantised weight, whose values are not split by the weight's own dimensions
     "rank": None,
     "layers": None,
     None: None,

@@ -22,17 +22,24 @@ def make_train_step(
     optimizer: optax.GradientTransformation,
     gradient_checkpointing: str = "full",
     dtype: jnp.dtype | None = None,
+    mlp_tiles: int = 1,
+    max_documents: int | None = None,
 ) -> TrainStep:
     """The step (trainable, opt_state, frozen, batch, key) -> (trainable, opt_state, metrics), ready for `jax.jit`.
 
     batch: arrays (A, B, T); the A micro-batches are scanned. The loss is Σ weight · loss / Σ weight over all of them,
     so no split into micro-batches or devices changes it. trainable and frozen are any two trees whose leaves together
     are the model's; only trainable is differentiated (LoRA: the adapter; full fine-tuning: everything, frozen {}).
-    metrics, all scalars: loss (before the update), weight (Σ weight), grad_norm (before clipping), target_tokens, finite. Where loss or
-    a gradient is not finite, trainable and opt_state come back unchanged and finite is False.
-    loss(model, micro_batch, key, dtype=, gradient_checkpointing=) returns (Σ weight · loss, Σ weight).
-    dtype: of the activations, the parameters' own where None.
+    metrics, all scalars: loss (before the update), weight (Σ weight), grad_norm (before clipping), target_tokens,
+    finite. Where loss or a gradient is not finite, trainable and opt_state come back unchanged and finite is False.
+    loss(model, micro_batch, key, **options) returns (Σ weight · loss, Σ weight); options are the four that follow.
+    gradient_checkpointing: what is kept for the backward pass, a name of `models.layers.REMAT`. dtype: of the
+    activations, the parameters' own where None. mlp_tiles, max_documents: see `Decoder.__call__`.
     """
+
+    options = dict(
+        gradient_checkpointing=gradient_checkpointing, dtype=dtype, mlp_tiles=mlp_tiles, max_documents=max_documents
+    )
 
     def train_step(trainable, opt_state, frozen, batch, key):
         scaled = isinstance(opt_state, LossScale)
@@ -40,9 +47,7 @@ def make_train_step(
         dropout_key, rounding_key = jax.random.split(key)
 
         def micro_loss(trainable, micro, micro_key):
-            total, weight = loss(
-                model.bind(trainable, frozen), micro, micro_key, dtype=dtype, gradient_checkpointing=gradient_checkpointing
-            )
+            total, weight = loss(model.bind(trainable, frozen), micro, micro_key, **options)
             return total * loss_scale, (total, weight)
 
         grad = jax.grad(micro_loss, has_aux=True)
@@ -103,4 +108,3 @@ def make_eval_step(
         return {"loss_sum": total, "weight": weight, "target_tokens": tokens}
 
     return eval_step
-

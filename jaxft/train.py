@@ -1,8 +1,9 @@
 """`python -m jaxft.train`: fine-tunes a model on a data set; without arguments the embedded ones."""
 
+import math
 import sys
 import zlib
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,12 @@ import numpy as np
 from jaxft.config import TrainSettings, describe, parse
 from jaxft.data import load_rows, tokenize_dataset
 from jaxft.errors import InputError, run_command
+from jaxft.evaluate import held_out_split, read_from
 from jaxft.generate import generate, stop_token_ids
 from jaxft.load import EMBEDDED, parameter_count
 from jaxft.loop import Run, run_training
 from jaxft.optim import make_optimizer, make_schedule, with_loss_scale
-from jaxft.output import choose_directory, model_card, write_result
+from jaxft.output import choose_directory, is_finished, model_card, write_result
 from jaxft.packing import Batches, Sample, eval_batches, make_plan
 from jaxft.prepare import Prepared, prepare
 from jaxft.sharding import data_parallel_size
@@ -29,9 +31,13 @@ def main(argv: list[str] | None = None) -> int:
         say(line)
     assert settings.model_name_or_path is not None and settings.dataset is not None
     directory = choose_directory(settings, settings.model_name_or_path)
-    rows = load_rows(settings.dataset, _split(settings, "dataset_train_split"), settings.dataset_config)
-    heldout_rows = settings.eval_dataset and load_rows(
-        settings.eval_dataset, _split(settings, "dataset_test_split"), settings.dataset_config
+    if settings.resume_from_checkpoint == "auto" and is_finished(directory, settings):
+        say(f"{directory} holds the finished run of these settings; there is nothing left to do")
+        return 0
+    split = settings.dataset_train_split if "dataset_train_split" in settings.settings_given else None
+    rows = read("train", settings.dataset, split, settings)
+    heldout_rows = settings.eval_dataset and read(
+        "held out", settings.eval_dataset, held_out_split(settings.eval_dataset, settings), settings
     )
     prepared = prepare(settings, settings.model_name_or_path)
     samples = tokenize("train", rows, prepared, settings)
@@ -73,7 +79,9 @@ def read_settings(argv: list[str]) -> tuple[TrainSettings, dict[str, str]]:
         settings, _ = parse("train", ["--config", str(EMBEDDED / "config.yaml")])
         chosen = {name: getattr(flags, name) for name in given}
         embedded = settings.settings_given - given
-        settings = replace(settings, **chosen, settings_given=given | settings.settings_given)
+        if flags.warmup_ratio is not None and "warmup_steps" in embedded:  # it takes the place of the embedded steps
+            chosen["warmup_steps"], embedded = 0, embedded - {"warmup_steps"}
+        settings = replace(settings, **chosen, settings_given=given | embedded)
         settings = replace(
             settings,
             model_name_or_path=str(EMBEDDED / "base"),
@@ -88,9 +96,10 @@ def read_settings(argv: list[str]) -> tuple[TrainSettings, dict[str, str]]:
     return settings, provenance
 
 
-def _split(settings: TrainSettings, name: str) -> str | None:
-    """The split that a flag names; None leaves the choice to the reader."""
-    return getattr(settings, name) if name in settings.settings_given else None
+def read(what: str, name: str, split: str | None, settings: TrainSettings) -> Any:
+    rows = load_rows(name, split, settings.dataset_config)
+    say(f"{what}: read {read_from(name, split)}")
+    return rows
 
 
 def tokenize(what: str, rows: Any, prepared: Prepared, settings: TrainSettings) -> list[Sample]:
@@ -125,8 +134,9 @@ def say_model(prepared: Prepared) -> None:
     model, devices = prepared.model, prepared.mesh.devices
     trained, frozen = parameter_count(prepared.trainable), parameter_count(prepared.frozen)
     say(
-        f"model: {model.config.model_type}, {(trained + frozen) / 1e6:,.2f} M parameters, {trained / 1e6:,.2f} M trained; "
-        f"computed in {prepared.compute_dtype.name} on {devices.size} × {devices.flat[0].device_kind}"
+        f"model: {model.config.model_type}, {(trained + frozen) / 1e6:,.2f} M parameters, "
+        f"{trained / 1e6:,.2f} M trained; computed in {prepared.compute_dtype.name} "
+        f"on {devices.size} × {devices.flat[0].device_kind}"
     )
 
 
@@ -137,14 +147,15 @@ def make_run(
     """Everything the loop needs, computed from the settings once."""
     total = settings.max_steps
     if total < 0:
-        total = max(1, round(settings.num_train_epochs * batches.steps_per_epoch))
-    warmup = settings.warmup_steps if settings.warmup_ratio is None else round(settings.warmup_ratio * total)
+        total = math.ceil(settings.num_train_epochs * batches.steps_per_epoch)  # as transformers rounds it
+    warmup = settings.warmup_steps if settings.warmup_ratio is None else math.ceil(settings.warmup_ratio * total)
     schedule = make_schedule(
         settings.lr_scheduler_type, settings.learning_rate, warmup, total, settings.lr_scheduler_kwargs
     )
     optimizer = make_optimizer(
         schedule, adam_beta1=settings.adam_beta1, adam_beta2=settings.adam_beta2, adam_epsilon=settings.adam_epsilon,
         weight_decay=settings.weight_decay, max_grad_norm=settings.max_grad_norm,
+        optim=settings.optim,
     )  # fmt: skip
     if prepared.compute_dtype == np.dtype("float16"):
         optimizer = with_loss_scale(optimizer)
@@ -159,21 +170,29 @@ def make_run(
         else None,
         optimizer=optimizer,
         schedule=schedule,
-        fingerprint=fingerprint(settings, batches, samples),
+        fingerprint=fingerprint(settings, prepared, batches, samples),
     )
 
 
-def fingerprint(settings: TrainSettings, batches: Batches, samples: list[Sample]) -> dict[str, Any]:
+def fingerprint(settings: TrainSettings, prepared: Prepared, batches: Batches, samples: list[Sample]) -> dict[str, Any]:
     """What a resumed run must share with the one it goes on with, for its losses to be the same."""
     names = (
-        "full_finetuning", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "use_rslora", "max_length",
-        "learning_rate", "lr_scheduler_type", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon",
-        "max_grad_norm", "seed", "shuffle_dataset", "packing",
+        "full_finetuning", "max_length", "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps",
+        "warmup_ratio", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "seed",
+        "shuffle_dataset", "packing",
     )  # fmt: skip
+    found: dict[str, Any] = {name: getattr(settings, name) for name in names}
+    if prepared.lora is not None:
+        adapter = asdict(prepared.lora)
+        targets = adapter.pop("target_modules")
+        found |= {f"lora_{name.removeprefix('lora_')}": value for name, value in adapter.items()}
+        found["lora_target_modules"] = targets if isinstance(targets, str) else list(targets)
+    held = {leaf.dtype.name for leaf in jax.tree.leaves((prepared.trainable, prepared.frozen))}
+    found["dtype"] = f"{' and '.join(sorted(held))} weights, computed in {prepared.compute_dtype.name}"
     data = 0
     for sample in samples:
         data = zlib.crc32(sample.loss_weights.tobytes(), zlib.crc32(sample.input_ids.tobytes(), data))
-    return {name: getattr(settings, name) for name in names} | {"rows_per_step": batches.rows_per_step, "data": data}
+    return found | {"rows_per_step": batches.rows_per_step, "data": data}
 
 
 def sample_prompts(heldout: list[Sample], count: int) -> list[list[int]]:

@@ -11,7 +11,7 @@ import argparse
 import sys
 import tempfile
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +25,25 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM, get_scheduler
 
-from jaxft import LoraConfig, Model, load_adapter, load_model, load_tokenizer, make_optimizer, make_schedule
-from jaxft import add_lora, make_train_step, save_adapter  # fmt: skip
+from jaxft import (
+    LoraConfig,
+    Model,
+    add_lora,
+    load_adapter,
+    load_model,
+    load_tokenizer,
+    make_optimizer,
+    make_schedule,
+    make_train_step,
+    save_adapter,
+)
 from jaxft.convert import hf, peft
 from jaxft.data import load_rows, tokenize_dataset
 from jaxft.errors import InputError, RunError, run_command
 from jaxft.generate import generate
+from jaxft.lora import with_lora
 from jaxft.packing import Batches, Sample, plan_packing
-from jaxft.trees import Tree, flatten, join, unflatten
+from jaxft.trees import Tree, flatten, unflatten
 
 Batch = dict[str, np.ndarray]  # (A, B, T)
 LOGITS, GRADIENTS, LOSSES = 1e-4, 1e-4, 1e-4  # tolerances: absolute, ‖Δ‖/‖ref‖, relative
@@ -278,7 +289,9 @@ def main(argv: list[str] | None = None) -> int:
         trainable, frozen = params, {}
         if not args.full_finetuning:
             adapter = adapter or fresh_adapter(Path(temporary) / "adapter", model, params, args.model_dir)
-            model, trainable, frozen, _ = load_adapter(adapter, model, params)
+            plain = model
+            _, trainable, frozen, config = load_adapter(adapter, plain, params)
+            model = with_lora(plain, replace(config, lora_dropout=0.0))  # two dropouts never draw the same
         reference = reference_model(args.model_dir, adapter)
 
     micro = micro_batches(batches[0])[0]
@@ -291,7 +304,9 @@ def main(argv: list[str] | None = None) -> int:
     errors = gradient_errors(our_own.gradients, their_course.gradients)
     worst = max(errors, key=lambda name: errors[name])
 
-    table = Table("step", "loss, transformers", "loss, jaxft", "relative difference", "norm, transformers", "norm, jaxft")
+    table = Table(
+        "step", "loss, transformers", "loss, jaxft", "relative difference", "norm, transformers", "norm, jaxft"
+    )
     for number, (a, b) in enumerate(zip(their_course.losses, our_own.losses, strict=True)):
         norms = f"{their_course.grad_norms[number]:.6f}", f"{our_own.grad_norms[number]:.6f}"
         table.add_row(str(number + 1), f"{a:.7f}", f"{b:.7f}", f"{abs(a - b) / abs(a):.1e}", *norms)
@@ -299,10 +314,18 @@ def main(argv: list[str] | None = None) -> int:
     console.print(table)
     # float32's own error grows with the size of the logits, which in a trained model is not 1
     checks = [
-        ("logits, largest difference", float(np.abs(ours - theirs).max()), LOGITS * max(1.0, float(np.abs(theirs).max()))),
+        (
+            "logits, largest difference",
+            float(np.abs(ours - theirs).max()),
+            LOGITS * max(1.0, float(np.abs(theirs).max())),
+        ),
         (f"gradients, worst of {len(errors)}: {worst}", errors[worst], GRADIENTS),
         (f"losses of {args.steps} steps, largest relative difference", curve_error(our_own, their_course), LOSSES),
-        (f"greedy tokens that differ, of {len(tokens)}", float(sum(a != b for a, b in zip(new, tokens, strict=True))), 0),
+        (
+            f"greedy tokens that differ, of {len(tokens)}",
+            float(sum(a != b for a, b in zip(new, tokens, strict=True))),
+            0,
+        ),
     ]
     for what, error, tolerance in checks:
         print(f"{'ok  ' if error <= tolerance else 'FAIL'} {what}: {error:.1e} (tolerance {tolerance:.1e})")

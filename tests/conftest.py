@@ -1,11 +1,20 @@
 """Shared by all tests: strict promotion of dtypes and ranks, no network, tiny Hugging Face models made once."""
 
+import atexit
 import os
-from collections.abc import Callable
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before huggingface_hub is imported: the suite needs no network
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+if (
+    "JAX_COMPILATION_CACHE_DIR" not in os.environ
+):  # the same program in several tests, workers, processes: compiled once
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="jaxft-tests-")
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
+    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
 import jax
 import pytest
@@ -26,6 +35,14 @@ def need_shared(path: str) -> Path:
             pytest.fail(f"{found} is required and missing")
         pytest.skip(f"{found} is not on this machine")
     return found
+
+
+@pytest.fixture(scope="module")
+def quick_compile() -> Iterator[None]:
+    """Compiles without XLA's expensive optimisations: half the time, for programs that run only a few times."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="session")

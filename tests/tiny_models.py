@@ -5,6 +5,7 @@ Weights are large (deviation 0.2, norm weights around 1, biases around 0.3), so 
 
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from transformers import AutoConfig, PretrainedConfig
@@ -75,11 +76,11 @@ def tiny_model(name: str, seed: int = 0, dtype=jnp.float32, **changes) -> tuple[
     return model, random_params(model, seed, dtype)
 
 
-def nonzero_adapter(trainable: Tree, seed: int = 1) -> Tree:
+def nonzero_adapter(trainable: Tree, seed: int = 1, deviation: float = 0.2) -> Tree:
     """An adapter whose B is not zero, so that A has a gradient and the scale an effect."""
     random = np.random.default_rng(seed)
     return unflatten(
-        {path: jnp.asarray(random.normal(0, 0.2, leaf.shape), jnp.float32) for path, leaf in flatten(trainable)}
+        {path: jnp.asarray(random.normal(0, deviation, leaf.shape), jnp.float32) for path, leaf in flatten(trainable)}
     )
 
 
@@ -134,3 +135,15 @@ def write_hf_model(directory: Path, name: str, seed: int = 0) -> Path:
                 parameter.normal_(0, 0.3 if path.endswith("bias") else 0.2)
     model.save_pretrained(directory)
     return directory
+
+
+def micro_logits(model: Model, *trees: Tree) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """The logits (tokens, V) of the usual batch, padding left out, and that batch as one micro-batch (B, T)."""
+    micro = {name: array[0] for name, array in packed_batch().items()}
+
+    @jax.jit
+    def run(trees):
+        decoder = model.bind(*trees)
+        return decoder.logits(decoder(micro["tokens"], micro["segment_ids"], micro["positions"]))
+
+    return np.asarray(run(trees))[micro["segment_ids"] > 0], micro

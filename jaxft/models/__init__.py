@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from jaxft.convert.table import Name
 from jaxft.errors import InputError
 from jaxft.models import llama, qwen2, qwen3
 from jaxft.models.decoder import Decoder, ModelConfig
+from jaxft.quant import is_quantized, kind_of, quantize
 
 Tree = dict[str, Any]  # nested dicts of arrays
 
@@ -89,12 +91,16 @@ def read_hf_config(directory: Path) -> PretrainedConfig:
     return AutoConfig.from_pretrained(directory, local_files_only=True)
 
 
+LARGE = 1 << 26  # numbers in a matrix from which on it is not made at once
+
+
 def init_params(model: Model, key: jax.Array, dtype: jnp.dtype = jnp.float32) -> Tree:
     """Random parameters: matrices normal with the config's initializer_range, norms 1, biases 0, in `dtype`.
 
-    Each leaf is made on the device, a stacked one layer by layer, so that no temporary is larger than one layer.
+    Each leaf is made on the device, a stacked one layer by layer, so that no temporary is larger than one layer. A
+    quantised leaf holds such a matrix, quantised from `dtype`.
     """
-    leaves, treedef = jax.tree.flatten_with_path(model.shapes)
+    leaves, treedef = jax.tree.flatten_with_path(model.shapes, is_leaf=is_quantized)
     deviation = model.hf_config.initializer_range
 
     def normal(key, shape):
@@ -106,9 +112,18 @@ def init_params(model: Model, key: jax.Array, dtype: jnp.dtype = jnp.float32) ->
             return jnp.zeros(leaf.shape, dtype)
         if "norm" in module:
             return jnp.ones(leaf.shape, dtype)
-        if leaf.ndim < 3:
+        if leaf.ndim < 3 and leaf.size < LARGE:
             return jax.jit(normal, static_argnums=1)(key, leaf.shape)
+        if leaf.ndim < 3:  # an embedding: row by row, for its float32 copy would be larger than a layer
+            row_keys = jax.random.split(key, leaf.shape[0])
+            rows = partial(jax.lax.map, lambda k: normal(k, leaf.shape[1:]), batch_size=1024)
+            return jax.jit(rows)(row_keys)
         layer_keys = jax.random.split(key, leaf.shape[0])
+        if is_quantized(leaf):
+            made = jax.jit(
+                lambda keys: jax.lax.map(lambda k: quantize(normal(k, leaf.weight_shape), kind_of(leaf)), keys)
+            )(layer_keys)
+            return jax.tree.unflatten(jax.tree.structure(leaf), jax.tree.leaves(made))
         return jax.jit(lambda keys: jax.lax.map(lambda k: normal(k, leaf.shape[1:]), keys))(layer_keys)
 
     keys = jax.random.split(key, len(leaves))

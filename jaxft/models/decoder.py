@@ -18,7 +18,7 @@ from jaxft.sharding import constrain
 class ModelConfig:
     """The constants of one model, read from its config.json; nothing here has a default.
 
-    ropes: the model's rotary embeddings; layer_rope[i] is layer i's. layer_window[i]: how many keys layer i sees, 0 all.
+    ropes: the model's rotary embeddings; layer_rope[i] is layer i's. layer_window[i]: its keys, 0 all.
     """
 
     model_type: str
@@ -76,12 +76,17 @@ class Decoder(nnx.Module):
         dtype: jnp.dtype | None = None,
         key: jax.Array | None = None,
         gradient_checkpointing: str = "none",
+        mlp_tiles: int = 1,
+        max_documents: int | None = None,
     ) -> jax.Array:
         """Hidden states (B, T, D) of packed rows; tokens, segment_ids, positions (B, T) int32.
 
         dtype: what activations are computed in, the embedding's own where None. key: LoRA's dropout, off where None.
+        mlp_tiles: in how many parts the MLPs take the tokens; more need less memory. max_documents: how many documents,
+        padding included, a row holds at most, where that is known; it decides which attention kernel is the fastest.
         """
-        context = Context(key_range(segment_ids), None, [rope.tables(positions) for rope in self.config.ropes])
+        ropes = [rope.tables(positions) for rope in self.config.ropes]
+        context = Context(key_range(segment_ids), None, ropes, mlp_tiles=mlp_tiles, max_documents=max_documents)
         return self._run(tokens, context, None, dtype, key, gradient_checkpointing)[0]
 
     def with_cache(

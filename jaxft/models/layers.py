@@ -6,8 +6,7 @@ merged in. Every parameter names its dimensions (`axes`) for the sharding table 
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 import jax
@@ -18,15 +17,9 @@ from jax.ad_checkpoint import checkpoint_name
 
 from jaxft.kernels import attention as attention_op
 from jaxft.kernels import linear as linear_op
+from jaxft.kernels import mlp as mlp_op
 from jaxft.kernels.rms_norm import rms_norm
 from jaxft.sharding import constrain
-
-ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
-    "silu": jax.nn.silu,
-    "gelu": partial(jax.nn.gelu, approximate=False),
-    "gelu_pytorch_tanh": partial(jax.nn.gelu, approximate=True),
-}
-
 
 M = TypeVar("M", bound=nnx.Module)
 
@@ -39,7 +32,9 @@ class LoRAScale(nnx.Variable):
     """An adapter's factor s = alpha / r (or alpha / √r): one a layer, not trained."""
 
 
-def describe(shape: tuple[int, ...], axes: tuple[str | None, ...], kind: type[nnx.Variable] = nnx.Param) -> nnx.Variable:
+def describe(
+    shape: tuple[int, ...], axes: tuple[str | None, ...], kind: type[nnx.Variable] = nnx.Param
+) -> nnx.Variable:
     """A parameter known by its shape, float32 until a dtype is chosen at loading, and the names of its dimensions."""
     return kind(jax.ShapeDtypeStruct(shape, jnp.float32), axes=axes)
 
@@ -70,8 +65,28 @@ class Linear(nnx.Module):
 
 def linears(x: jax.Array, *layers: Linear, key: jax.Array | None) -> tuple[jax.Array, ...]:
     """The outputs of linear layers that read the same x (..., I); key drives LoRA's dropout, None switches it off."""
-    rate = max((layer.lora.dropout for layer in layers if layer.lora is not None), default=0.0)
-    return linear_op.linears(x, tuple(layer.weights() for layer in layers), dropout=rate, key=key)
+    return linear_op.linears(x, tuple(layer.weights() for layer in layers), dropout=_dropout(layers), key=key)
+
+
+def gated_mlp(
+    x: jax.Array,
+    gate: Linear,
+    up: Linear,
+    down: Linear,
+    *,
+    activation: str,
+    keys: tuple[jax.Array | None, jax.Array | None],
+    tiles: int,
+) -> jax.Array:
+    """down(act(gate(x)) · up(x)) for x (B, T, D), in `tiles` parts; keys: dropout of gate and up, of down."""
+    return mlp_op.mlp(
+        x, gate.weights(), up.weights(), down.weights(), activation=activation, dropout=_dropout((gate, up, down)),
+        keys=keys, tiles=tiles,
+    )  # fmt: skip
+
+
+def _dropout(layers: tuple[Linear, ...]) -> float:
+    return max((layer.lora.dropout for layer in layers if layer.lora is not None), default=0.0)
 
 
 class RMSNorm(nnx.Module):
@@ -98,7 +113,8 @@ class Rope:
     def tables(self, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
         """cos and sin (B, T, H/2) float32 at positions (B, T) int32."""
         # float32, as transformers does: bf16 cannot tell position 257 from 256
-        angles = positions[..., None].astype(jnp.float32) * jnp.asarray(np.array(self.frequencies, np.float32))[None, None]
+        frequencies = jnp.asarray(np.array(self.frequencies, np.float32))
+        angles = positions[..., None].astype(jnp.float32) * frequencies[None, None]
         return jnp.cos(angles) * self.scaling, jnp.sin(angles) * self.scaling
 
 
@@ -109,12 +125,15 @@ class Context:
 
     first_key, last_key: (B, T) int32, the keys each token sees (`kernels.attention`). rope: cos and sin, one
     (B, T, H/2) pair a rope. cache_index: where this call's keys go in the key/value cache, or None in training.
+    mlp_tiles: in how many parts the MLPs take the tokens. max_documents: the most a row holds, None where not known.
     """
 
     first_key: jax.Array
     last_key: jax.Array | None
     rope: list[tuple[jax.Array, jax.Array]]
     cache_index: jax.Array | None = None
+    mlp_tiles: int = field(default=1, metadata={"static": True})
+    max_documents: int | None = field(default=None, metadata={"static": True})
 
 
 @jax.tree_util.register_dataclass
@@ -152,6 +171,7 @@ def attend(
     softcap: float | None = None,
 ) -> tuple[jax.Array, Cache | None]:
     """Attention of q (B, T, N, H) over k, v (B, T, K, H), written into the cache first where there is one."""
+    q, k, v = (checkpoint_name(part, "attention_qkv") for part in (q, k, v))
     if cache is not None:
         assert context.cache_index is not None
         start = (0, context.cache_index, 0, 0)
@@ -160,7 +180,7 @@ def attend(
         cache = (k, v)
     mixed = attention_op.attention(
         q, k, v, first_key=context.first_key, last_key=context.last_key, window=layer.window, scale=scale,
-        softcap=softcap,
+        softcap=softcap, max_documents=context.max_documents,
     )  # fmt: skip
     return mixed, cache
 
@@ -190,6 +210,10 @@ REMAT: dict[str, Callable[..., bool] | None] = {
     ),
     # keeps each layer's input and attention's output and log-sum-exp
     "attention": jax.checkpoint_policies.save_only_these_names("layer_input", *SAVED_NAMES),
+    # keeps what the hand-derived backward passes read: only norms, rotations and activations are computed again
+    "products": jax.checkpoint_policies.save_only_these_names(
+        "layer_input", "attention_qkv", *SAVED_NAMES, "layer_middle", "mlp_gate", "mlp_up", "lora_low_rank"
+    ),
 }
 
 

@@ -1,12 +1,13 @@
-"""Qwen 2 and 2.5: Llama's block with biases on q, k and v, and sliding windows on some layers where the config says so."""
+"""Qwen 2 and 2.5: Llama's block with biases on q, k and v, and sliding windows where the config says so."""
 
 import jax
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from transformers import PretrainedConfig
 
 from jaxft.kernels.rope import apply_rope
 from jaxft.models.decoder import ModelConfig
-from jaxft.models.layers import ACTIVATIONS, Cache, Context, LayerData, Linear, RMSNorm, attend, linears
+from jaxft.models.layers import Cache, Context, LayerData, Linear, RMSNorm, attend, gated_mlp, linears
 from jaxft.models.rope import rope_from_config
 
 
@@ -72,11 +73,12 @@ class MLP(nnx.Module):
         self.up_proj = Linear(D, F, bias=False, axes=("ffw", "embed"))
         self.down_proj = Linear(F, D, bias=False, axes=("embed", "ffw"))
 
-    def __call__(self, x: jax.Array, layer: LayerData) -> jax.Array:
+    def __call__(self, x: jax.Array, layer: LayerData, context: Context) -> jax.Array:
         _, _, up_key, down_key = layer.keys(4)
-        gate, up = linears(x, self.gate_proj, self.up_proj, key=up_key)
-        (out,) = linears(ACTIVATIONS[self.activation](gate) * up, self.down_proj, key=down_key)
-        return out
+        return gated_mlp(
+            x, self.gate_proj, self.up_proj, self.down_proj, activation=self.activation, keys=(up_key, down_key),
+            tiles=context.mlp_tiles,
+        )  # fmt: skip
 
 
 class Block(nnx.Module):
@@ -90,5 +92,5 @@ class Block(nnx.Module):
         self, x: jax.Array, layer: LayerData, context: Context, cache: Cache | None
     ) -> tuple[jax.Array, Cache | None]:
         attended, cache = self.self_attn(self.input_layernorm(x), layer, context, cache)
-        x = x + attended
-        return x + self.mlp(self.post_attention_layernorm(x), layer), cache
+        x = checkpoint_name(x + attended, "layer_middle")
+        return x + self.mlp(self.post_attention_layernorm(x), layer, context), cache

@@ -1,4 +1,4 @@
-"""Rotary frequencies of a Hugging Face configuration: one function a rope type, float32 as transformers computes them."""
+"""Rotary frequencies of a Hugging Face configuration, a function a rope type, float32 as transformers has them."""
 
 import math
 from typing import Any

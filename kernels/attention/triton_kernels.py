@@ -16,7 +16,7 @@ Sums are float32. Head sizes that are no power of two are padded to one (HP) by 
 
 Kept for the backward: out and lse (B, N, T) float32. delta comes out of `queries_backward` for `keys_backward`.
 Sources: Dao 2023 (https://arxiv.org/abs/2307.08691) for the sums; the key ranges are this project's.
-Measured: not yet.
+Measured on an H200 beside cuDNN: the figures stand in `cudnn.py` and docs/log.md.
 """
 
 import triton
@@ -82,9 +82,13 @@ def _forward_tiles(
         raw = _raw(tl.dot(q, tl.trans(k), input_precision=PRECISION), scale, softcap)
         if MASKED:
             key = k0 + tl.arange(0, BK)
-            raw = tl.where((key[None, :] <= t[:, None]) & (key[None, :] >= first[:, None]), raw, HIDDEN)
+            seen = (key[None, :] <= t[:, None]) & (key[None, :] >= first[:, None])
+            raw = tl.where(seen, raw, HIDDEN)
         higher = tl.maximum(top, tl.max(raw, 1) * factor)
         p = tl.exp2(raw * factor - higher[:, None])
+        if MASKED:
+            # in a row hidden wholly the exponent is the rounding error of HIDDEN · factor, which is huge, not 0
+            p = tl.where(seen, p, 0.0)
         shrink = tl.exp2(top - higher)
         total = total * shrink + tl.sum(p, 1)
         v = _rows(v_base, k0, T, KV_STRIDE, BK, H, HP, EDGE and MASKED)

@@ -1,36 +1,49 @@
 """Linear layers with a frozen weight and a low-rank branch: LoRA (Hu et al. 2021, https://arxiv.org/abs/2106.09685)."""
 
-from typing import NamedTuple
-
 import jax
 
-from jaxft.kernels.linear import reference
+from jaxft.kernels.linear import fused, reference
+from jaxft.kernels.linear.weights import Weights
 
-
-class Weights(NamedTuple):
-    """What one linear layer reads: weight (O, I), bias (O,), and LoRA's A (R, I), B (O, R), scale ()."""
-
-    weight: jax.Array
-    bias: jax.Array | None = None
-    lora: tuple[jax.Array, jax.Array, jax.Array] | None = None
+__all__ = ["Weights", "check_fit", "layer_keys", "linears"]
 
 
 def linears(
-    x: jax.Array, layers: tuple[Weights, ...], *, dropout: float = 0.0, key: jax.Array | None = None
+    x: jax.Array,
+    layers: tuple[Weights, ...],
+    *,
+    dropout: float = 0.0,
+    key: jax.Array | None = None,
+    implementation: str | None = None,
 ) -> tuple[jax.Array, ...]:
     """y_i = x W_iᵀ + bias_i + s_i · dropout(x) A_iᵀ B_iᵀ for layers that read the same x (q, k, v; or gate, up).
 
     x: (..., I), its dtype is the compute dtype: weights, A and B are read in theirs and cast to it; products
     accumulate in float32; each y_i is (..., O_i) in x's dtype. dropout is LoRA's, drawn anew for each layer from
-    key, and off where key is None. Raises ValueError where a shape does not fit.
+    key, and off where key is None. implementation: "fused" (default; reverse-mode derivatives only) or "reference".
+    Raises ValueError where a shape does not fit or the implementation is unknown.
     """
+    check_fit(x.shape, layers)
+    keys = layer_keys(key, len(layers))
+    if implementation == "reference":
+        return tuple(
+            reference.linear(x, layer.weight, layer.bias, layer.lora, dropout, layer_key)
+            for layer, layer_key in zip(layers, keys, strict=True)
+        )
+    if implementation not in (None, "fused"):
+        raise ValueError(f"implementation {implementation!r}: must be 'fused' or 'reference'")
+    return fused.linears(x, layers, dropout, keys)
+
+
+def check_fit(shape: tuple[int, ...], layers: tuple[Weights, ...]) -> None:
+    """Raises ValueError where a layer cannot read an input of `shape` (..., I)."""
     for layer in layers:
-        O, I = layer.weight.shape
-        shapes = [] if layer.lora is None else [layer.lora[0].shape[1:], layer.lora[1].shape[:1]]
-        if x.shape[-1] != I or (shapes and shapes != [(I,), (O,)]):
-            raise ValueError(f"x has shape {x.shape}, weight (O, I) {layer.weight.shape}, A and B need (R, I), (O, R)")
-    keys = [None] * len(layers) if key is None else list(jax.random.split(key, len(layers)))
-    return tuple(
-        reference.linear(x, layer.weight, layer.bias, layer.lora, dropout, layer_key)
-        for layer, layer_key in zip(layers, keys, strict=True)
-    )
+        rows, columns = layer.weight.shape
+        low_rank = [] if layer.lora is None else [layer.lora[0].shape[1:], layer.lora[1].shape[:1]]
+        if shape[-1] != columns or (low_rank and low_rank != [(columns,), (rows,)]):
+            raise ValueError(f"x has shape {shape}, weight (O, I) {layer.weight.shape}, A and B need (R, I), (O, R)")
+
+
+def layer_keys(key: jax.Array | None, count: int) -> tuple[jax.Array | None, ...]:
+    """One dropout key a layer; Nones where dropout is off."""
+    return (None,) * count if key is None else tuple(jax.random.split(key, count))

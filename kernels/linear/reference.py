@@ -3,11 +3,36 @@
 import jax
 import jax.numpy as jnp
 
+from jaxft.quant import NF4, Int8, Weight, dense
 
-def matmul(x: jax.Array, weight: jax.Array) -> jax.Array:
+
+def matmul(x: jax.Array, weight: Weight) -> jax.Array:
     """x Wᵀ for weight (O, I) as Hugging Face stores it; accumulated in float32, returned in x's dtype."""
-    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None  # float32 means float32, not TF32
-    return jnp.einsum("...I,OI->...O", x, weight.astype(x.dtype), precision=precision)
+    if isinstance(weight, NF4 | Int8):
+        return _quantized_matmul(x, weight)
+    return jnp.einsum("...I,OI->...O", x, weight.astype(x.dtype), precision=_precision(x.dtype))
+
+
+def _precision(dtype: jnp.dtype) -> jax.lax.Precision | None:
+    return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None  # float32 means float32, not TF32
+
+
+@jax.custom_vjp
+def _quantized_matmul(x: jax.Array, weight: Weight) -> jax.Array:
+    """x Wᵀ for a quantised W, which has no gradient: backward keeps W as it is held, not the dense array."""
+    return jnp.einsum("...I,OI->...O", x, dense(weight, x.dtype), precision=_precision(x.dtype))
+
+
+def _quantized_forward(x: jax.Array, weight: Weight) -> tuple[jax.Array, Weight]:
+    return _quantized_matmul(x, weight), weight
+
+
+def _quantized_backward(weight: Weight, dy: jax.Array) -> tuple[jax.Array, None]:
+    dx = jnp.einsum("...O,OI->...I", dy, dense(weight, dy.dtype, after=dy), precision=_precision(dy.dtype))
+    return dx, None
+
+
+_quantized_matmul.defvjp(_quantized_forward, _quantized_backward)
 
 
 def dropout(x: jax.Array, rate: float, key: jax.Array) -> jax.Array:
@@ -18,7 +43,7 @@ def dropout(x: jax.Array, rate: float, key: jax.Array) -> jax.Array:
 
 def linear(
     x: jax.Array,
-    weight: jax.Array,
+    weight: Weight,
     bias: jax.Array | None,
     lora: tuple[jax.Array, jax.Array, jax.Array] | None,
     rate: float,

@@ -1,13 +1,27 @@
 """Cross entropy of a linear head over a vocabulary, without the logits of all tokens in memory at once."""
 
+from typing import Literal, overload
+
 import jax
 import jax.numpy as jnp
 
 from jaxft.kernels.linear_cross_entropy import reference, tiled
 
-TILE = 2048  # tokens a tile
+TILE = 4096  # most rows a tile
+TILE_BYTES = 1 << 29  # most bytes of a tile's float32 logits
+ROWS = 128  # a tile that has more rows than this has a multiple of it, as matrix units like it
 
 
+@overload
+def linear_cross_entropy(
+    hidden: jax.Array, head: jax.Array, targets: jax.Array, weights: jax.Array, *, softcap: float | None = None,
+    tile: int | None = None, implementation: str | None = None, return_logits: Literal[False] = False,
+) -> jax.Array: ...  # fmt: skip
+@overload
+def linear_cross_entropy(
+    hidden: jax.Array, head: jax.Array, targets: jax.Array, weights: jax.Array, *, softcap: float | None = None,
+    tile: int | None = None, implementation: str | None = None, return_logits: Literal[True],
+) -> tuple[jax.Array, jax.Array]: ...  # fmt: skip
 def linear_cross_entropy(
     hidden: jax.Array,
     head: jax.Array,
@@ -15,13 +29,18 @@ def linear_cross_entropy(
     weights: jax.Array,
     *,
     softcap: float | None = None,
+    tile: int | None = None,
     implementation: str | None = None,
-) -> jax.Array:
+    return_logits: bool = False,
+) -> jax.Array | tuple[jax.Array, jax.Array]:
     """Σ_m weights[m] · (logsumexp_v z[m, v] − z[m, targets[m]]) with z = cap(hidden headᵀ).
 
-    hidden: (M, D); head: (V, D); targets: (M,) int in [0, V); weights: (M,) float32, rows of weight 0 count nothing.
-    Logits, softmax and the sum are float32; returns a float32 scalar. implementation: "tiled" (default) or
-    "reference"; both differentiate with respect to hidden and head. Raises ValueError on shapes that do not fit.
+    hidden: (M, D); head: (V, D); targets: (M,) int in [0, V); weights: (M,) float32, rows of weight 0 count nothing
+    and cost nothing. Logits, softmax and the sum are float32; returns a float32 scalar, or with return_logits that and
+    z (M, V) float32, which the default then computes by "reference". tile: rows whose logits exist at a time, on each
+    device; None chooses by `tile_rows`. implementation: "tiled" (default) or "reference"; both differentiate with
+    respect to hidden and head ("tiled" in reverse mode only). Raises ValueError on shapes that do not fit and names
+    that are unknown, NotImplementedError where "tiled" is asked for the logits.
     """
     M, D = hidden.shape
     if head.shape[1:] != (D,) or targets.shape != (M,) or weights.shape != (M,):
@@ -29,15 +48,39 @@ def linear_cross_entropy(
             f"hidden has shape {hidden.shape}, head {head.shape}, targets {targets.shape}, weights {weights.shape}; "
             "need (M, D), (V, D), (M,), (M,)"
         )
-    weights = weights.astype(jnp.float32)
-    if implementation == "reference":
-        return reference.linear_cross_entropy(hidden, head, targets, weights, softcap)
-    if implementation not in (None, "tiled"):
+    if implementation not in (None, "tiled", "reference"):
         raise ValueError(f"implementation {implementation!r}: must be 'tiled' or 'reference'")
-    return tiled.linear_cross_entropy(hidden, head, targets, weights, softcap, min(TILE, M))
+    weights = weights.astype(jnp.float32)
+    if return_logits and implementation == "tiled":
+        raise NotImplementedError("return_logits: tiled never holds all logits; leave the implementation to be chosen")
+    if return_logits or implementation == "reference":
+        scores = reference.logits(hidden, head, softcap)
+        total = reference.cross_entropy(scores, targets, weights)
+        return (total, scores) if return_logits else total
+    groups = _row_groups(M)
+    tile = tile or tile_rows(M // groups, head.shape[0])
+    return tiled.linear_cross_entropy(hidden, head, targets, weights, softcap, tile, groups)
 
 
 def logits(hidden: jax.Array, head: jax.Array, *, softcap: float | None = None) -> jax.Array:
     """cap(hidden headᵀ): hidden (..., D), head (V, D), result (..., V) float32."""
-    flat = reference.logits(hidden.reshape(-1, hidden.shape[-1]), head, softcap)
-    return flat.reshape(*hidden.shape[:-1], head.shape[0])
+    return reference.logits(hidden, head, softcap)
+
+
+def tile_rows(M: int, V: int) -> int:
+    """Rows a tile: as many as `TILE` and `TILE_BYTES` allow, spread evenly, so that the last tile is not nearly empty.
+
+    tile_rows(16384, 151936) == 768: 22 tiles, the last one of 256 rows.
+    """
+    most = max(1, min(TILE, TILE_BYTES // (4 * V), M))
+    if most > ROWS:
+        most -= most % ROWS
+    even = -(-M // -(-M // most))
+    return even if even <= ROWS else min(most, -(-even // ROWS) * ROWS)
+
+
+def _row_groups(M: int) -> int:
+    """Over how many devices the rows are split, by the mesh of `jax.set_mesh`; 1 where they cannot be split evenly."""
+    mesh = jax.sharding.get_abstract_mesh()
+    groups = 1 if mesh.empty else mesh.shape.get("data", 1) * mesh.shape.get("fsdp", 1)
+    return groups if M % groups == 0 else 1

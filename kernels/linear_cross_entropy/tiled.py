@@ -1,9 +1,14 @@
 """Cross entropy behind a linear head, one tile of tokens at a time: the logits of the others never exist.
 
-The gradient is computed in the forward pass, tile by tile, because the tile's logits are at hand there:
-dz = weights · (softmax(z) − onehot(target)), dhidden = dz head, dhead = Σ_tiles dzᵀ hidden. Backward multiplies what
-was kept by the upstream scalar. Each tile is one product over the whole vocabulary; the last tile is padded with
-rows of weight 0. The head's gradient is computed only where the head is differentiated.
+    z = cap(h headᵀ),  nll = logsumexp(z) − z[target],  dz = weight · (softmax(z) − onehot(target)) · cap′
+    dhidden = dz head,  dhead = Σ_tiles dzᵀ h
+
+The gradient is computed in the forward pass, because the tile's logits are at hand there; backward multiplies what was
+kept (dhidden, dhead; each only where it is asked for) by the upstream scalar. Each product is over the whole
+vocabulary. Rows of weight 0 are sorted behind the others, and tiles that hold nothing else are never computed, so that
+masked prompts and padding cost nothing. A tile's float32 logits are written once, by their product, and read three
+times (maximum; sum and target; dz); dz is written once, in the compute dtype, for the products that read it.
+On a mesh the rows come in `groups` (one a data-parallel device), and every tile takes rows of all groups.
 """
 
 import functools
@@ -14,66 +19,88 @@ import jax.numpy as jnp
 from jaxft.kernels.linear_cross_entropy import reference
 
 
-def _tiles(array: jax.Array, tile: int) -> jax.Array:
-    padded = jnp.pad(array, [(0, -array.shape[0] % tile)] + [(0, 0)] * (array.ndim - 1))
-    return padded.reshape(-1, tile, *array.shape[1:])
-
-
-def _forward(hidden, head, targets, weights, softcap, tile, with_hidden, with_head):
+def _forward(hidden, head, targets, weights, softcap, tile, groups, with_hidden, with_head):
     precision = jax.lax.Precision.HIGHEST if hidden.dtype == jnp.float32 else None
-    M = hidden.shape[0]
+    (M, D), rows = hidden.shape, hidden.shape[0] // groups
+    tile = min(tile, rows)
+    hidden, targets, weights = (
+        hidden.reshape(groups, rows, D),
+        targets.reshape(groups, rows),
+        weights.reshape(groups, rows),
+    )
+    head = head.astype(hidden.dtype)
+    order = jnp.argsort(weights == 0, axis=1, stable=True).astype(jnp.int32)
+    padded = jnp.pad(order, ((0, 0), (0, -rows % tile)), constant_values=rows)  # no such row: reads as 0
+    used = jnp.max(jnp.sum((weights != 0).astype(jnp.int32), axis=1))
 
-    def one_tile(carry, inputs):
-        total, d_head = carry
-        h, target, weight = inputs
-        z = reference.logits(h, head, softcap)
-        top = jnp.max(z, axis=1, keepdims=True)
-        exp = jnp.exp(z - top)
-        normaliser = jnp.sum(exp, axis=1, keepdims=True)
-        at_target = jnp.arange(z.shape[1], dtype=targets.dtype)[None, :] == target[:, None]
-        z_target = jnp.sum(jnp.where(at_target, z, 0.0), axis=1)
-        nll = jnp.log(normaliser[:, 0]) + top[:, 0] - z_target
-        total = total + jnp.sum(jnp.where(weight != 0, weight * nll, 0.0))
+    def read(array, index):
+        return jax.vmap(lambda a, i: a.at[i].get(mode="fill", fill_value=0))(array, index)
+
+    def one_tile(number, carry):
+        total, d_sorted, d_head = carry
+        index = jax.lax.dynamic_slice_in_dim(padded, number * tile, tile, axis=1)
+        target, weight = read(targets, index)[..., None], read(weights, index)[..., None]
+        # not even an infinite row of weight 0 touches the head's gradient, where 0 · ∞ would
+        h = jnp.where(weight != 0, read(hidden, index), jnp.zeros((), hidden.dtype))
+        z = reference.logits(h, head, softcap)  # (groups, tile, V) float32
+        at_target = jax.lax.broadcasted_iota(target.dtype, z.shape, 2) == target
+        top = jnp.max(z, axis=2, keepdims=True)
+        log_sum = jnp.log(jnp.sum(jnp.exp(z - top), axis=2, keepdims=True))
+        z_target = jnp.sum(jnp.where(at_target, z, 0.0), axis=2, keepdims=True)
+        total = total + jnp.sum(jnp.where(weight != 0, weight * (log_sum + top - z_target), 0.0))
         if not (with_hidden or with_head):
-            return (total, d_head), None
-        dz = (exp / normaliser - at_target.astype(jnp.float32)) * weight[:, None]
+            return total, d_sorted, d_head
+        # exp again rather than exp(z − top) / sum: keeping that one would write and read another float32 tile
+        dz = (jnp.exp((z - top) - log_sum) - at_target.astype(jnp.float32)) * weight
         if softcap is not None:
             dz = dz * (1 - jnp.square(z / softcap))
         # the products below read dz in the compute dtype: a float32 dz would turn them into slow TF32 ones
-        dz = jnp.where(weight[:, None] != 0, dz, 0.0).astype(hidden.dtype)
-        d_h = jnp.einsum("MV,VD->MD", dz, head.astype(hidden.dtype), precision=precision)
+        dz = jnp.where(weight != 0, dz, 0.0).astype(hidden.dtype)
+        if with_hidden:
+            d_h = jnp.einsum("GMV,VD->GMD", dz, head, precision=precision)
+            d_sorted = jax.lax.dynamic_update_slice_in_dim(d_sorted, d_h, number * tile, axis=1)
         if with_head:
-            d_head = d_head + jnp.einsum(
-                "MV,MD->VD", dz, h, preferred_element_type=jnp.float32, precision=precision
-            )
-        return (total, d_head), d_h
+            d_head = d_head + jnp.einsum("GMV,GMD->VD", dz, h, preferred_element_type=jnp.float32, precision=precision)
+        return total, d_sorted, d_head
 
-    start = (jnp.float32(0), jnp.zeros(head.shape, jnp.float32) if with_head else jnp.float32(0))
-    inputs = (_tiles(hidden, tile), _tiles(targets, tile), _tiles(weights, tile))
-    (total, d_head), d_hidden = jax.lax.scan(one_tile, start, inputs)
-    if d_hidden is not None:
-        d_hidden = d_hidden.reshape(-1, hidden.shape[1])[:M]
-    return total, d_hidden, d_head.astype(head.dtype) if with_head else None
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def linear_cross_entropy(
-    hidden: jax.Array, head: jax.Array, targets: jax.Array, weights: jax.Array, softcap: float | None, tile: int
-) -> jax.Array:
-    """As the reference, `tile` rows at a time. Not differentiated with respect to weights."""
-    return _forward(hidden, head, targets, weights, softcap, tile, False, False)[0]
-
-
-def _vjp_forward(hidden, head, targets, weights, softcap, tile):
-    total, d_hidden, d_head = _forward(
-        hidden.value, head.value, targets.value, weights.value, softcap, tile, hidden.perturbed, head.perturbed
+    start = (
+        jnp.float32(0),
+        jnp.zeros((groups, padded.shape[1], D), hidden.dtype) if with_hidden else None,
+        jnp.zeros(head.shape, jnp.float32) if with_head else None,
     )
-    return total, (d_hidden if hidden.perturbed else None, d_head, weights.value)
+    total, d_sorted, d_head = jax.lax.fori_loop(0, (used + tile - 1) // tile, one_tile, start)
+    if d_sorted is None:
+        return total, None, d_head
+    position = jnp.argsort(order, axis=1)  # where each row stands among the sorted ones
+    return total, read(d_sorted, position).reshape(M, D), d_head
 
 
-def _vjp_backward(softcap, tile, kept, upstream):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
+def linear_cross_entropy(
+    hidden: jax.Array,
+    head: jax.Array,
+    targets: jax.Array,
+    weights: jax.Array,
+    softcap: float | None,
+    tile: int,
+    groups: int,
+) -> jax.Array:
+    """As the reference, `tile` rows of each group at a time. Not differentiated with respect to weights."""
+    return _forward(hidden, head, targets, weights, softcap, tile, groups, False, False)[0]
+
+
+def _vjp_forward(hidden, head, targets, weights, softcap, tile, groups):
+    total, d_hidden, d_head = _forward(
+        hidden.value, head.value, targets.value, weights.value, softcap, tile, groups, hidden.perturbed, head.perturbed
+    )
+    d_head = None if d_head is None else d_head.astype(head.value.dtype)
+    return total, (d_hidden, d_head, weights.value)
+
+
+def _vjp_backward(softcap, tile, groups, kept, upstream):
     d_hidden, d_head, weights = kept
-    scaled = [None if d is None else d * upstream.astype(d.dtype) for d in (d_hidden, d_head)]
+    # in float32: float16 does not hold the 65536 that loss scaling starts with
+    scaled = [None if d is None else (d.astype(jnp.float32) * upstream).astype(d.dtype) for d in (d_hidden, d_head)]
     return scaled[0], scaled[1], None, jnp.zeros_like(weights)
 
 

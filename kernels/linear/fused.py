@@ -1,0 +1,255 @@
+"""Linear layers that read one x, as one operation: fewer passes over x and dY, and no gradient nobody asked for.
+
+    u_i = drop_i(x) A_iᵀ                        all A_i in one product: x is read once for all of them
+    y_i = x W_iᵀ + u_i (s_i B_i)ᵀ + bias_i      the scale is folded into B: the sum can be the large product's own
+    g_i = dY_i (s_i B_i)
+    dB_i = s_i dY_iᵀ u_i     dA_i = g_iᵀ drop_i(x)     one product for all A_i
+    dx  = Σ_i drop_i(g_i A_i) + Σ_i dY_i W_i    the low-rank parts in one product
+
+Kept for backward: x, the u_i (R columns each), and the parameters as they came. Gradients of A, B, biases and the
+scales are float32 sums over bfloat16 operands (a float32 operand would make the product a slow TF32 one); dW has the
+weight's own dtype. Whatever is not differentiated gets no gradient: a frozen W costs no product. Dropout's masks are
+drawn again from the key in backward. A quantised W is kept as it is held, has no gradient, and is made dense once for
+each product that reads it.
+"""
+
+import functools
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jax.custom_derivatives import SymbolicZero
+
+from jaxft.kernels.linear import reference
+from jaxft.kernels.linear.weights import Weights
+from jaxft.quant import Weight, dense, is_quantized
+
+Keys = tuple[jax.Array | None, ...]  # one dropout key a layer
+
+
+class PerLeaf(NamedTuple):
+    """Something about each leaf of a layer's `Weights`, in their structure: whether it is wanted, or its gradient."""
+
+    weight: Any
+    bias: Any
+    lora: Any
+
+
+@jax.tree_util.register_static
+@dataclass(frozen=True)
+class Wanted:
+    """Which inputs are differentiated: x, and of each layer the leaves that are True; a quantised weight never is."""
+
+    x: bool
+    layers: tuple[PerLeaf, ...]
+
+
+def _precision(dtype: jnp.dtype) -> jax.lax.Precision | None:
+    return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None  # float32 means float32, not TF32
+
+
+def times(dy: jax.Array, weight: Weight) -> jax.Array:
+    """dY W for dY (..., O) and weight (O, I): (..., I) in dY's dtype, accumulated in float32."""
+    contracted = (((dy.ndim - 1,), (0,)), ((), ()))
+    return jax.lax.dot_general(dy, dense(weight, dy.dtype, after=dy), contracted, precision=_precision(dy.dtype))
+
+
+def over_tokens(left: jax.Array, right: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """leftᵀ right summed over all tokens: (..., O), (..., I) to (O, I) in `dtype`, accumulated in float32."""
+    tokens = tuple(range(left.ndim - 1))
+    return jax.lax.dot_general(
+        left, right, ((tokens, tokens), ((), ())), precision=_precision(left.dtype), preferred_element_type=dtype
+    )
+
+
+def _scaled(b: jax.Array, scale: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    """s B in `dtype`: multiplied in float32, so that it is rounded once."""
+    return (b.astype(jnp.float32) * scale.astype(jnp.float32)).astype(dtype)
+
+
+def _dropped(keys: Keys, rate: float) -> bool:
+    return bool(rate) and any(key is not None for key in keys)
+
+
+def _dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
+    return x if key is None else reference.dropout(x, rate, key)
+
+
+def _concatenated_a(layers: tuple[Weights, ...], dtype: jnp.dtype) -> jax.Array:
+    return jnp.concatenate([layer.lora[0].astype(dtype) for layer in layers if layer.lora is not None])
+
+
+def _split_ranks(array: jax.Array, layers: tuple[Weights, ...], axis: int) -> list[jax.Array | None]:
+    """Cuts `array` along `axis` into one part a layer, R wide; None for a layer without LoRA."""
+    parts: list[jax.Array | None] = []
+    start = 0
+    for layer in layers:
+        rank = 0 if layer.lora is None else layer.lora[0].shape[0]
+        parts.append(jax.lax.slice_in_dim(array, start, start + rank, axis=axis) if rank else None)
+        start += rank
+    return parts
+
+
+def low_rank_inputs(x: jax.Array, layers: tuple[Weights, ...], rate: float, keys: Keys) -> list[jax.Array | None]:
+    """u_i = drop_i(x) A_iᵀ, (..., R) in x's dtype each; None for a layer without LoRA."""
+    if all(layer.lora is None for layer in layers):
+        return [None] * len(layers)
+    if _dropped(keys, rate):  # each layer has its own mask
+        return [
+            None
+            if layer.lora is None
+            else checkpoint_name(reference.matmul(_dropout(x, rate, key), layer.lora[0]), "lora_low_rank")
+            for layer, key in zip(layers, keys, strict=True)
+        ]
+    u = checkpoint_name(reference.matmul(x, _concatenated_a(layers, x.dtype)), "lora_low_rank")
+    return _split_ranks(u, layers, axis=u.ndim - 1)
+
+
+def outputs(x: jax.Array, lows: list[jax.Array | None], layers: tuple[Weights, ...]) -> tuple[jax.Array, ...]:
+    """y_i = x W_iᵀ + u_i (s_i B_i)ᵀ + bias_i, (..., O_i) in x's dtype each."""
+    found = []
+    for layer, u in zip(layers, lows, strict=True):
+        y = reference.matmul(x, dense(layer.weight, x.dtype))
+        if layer.lora is not None and u is not None:
+            y = y + reference.matmul(u, _scaled(layer.lora[1], layer.lora[2], x.dtype))
+        if layer.bias is not None:
+            y = y + jax.lax.expand_dims(layer.bias.astype(x.dtype), range(y.ndim - 1))
+        found.append(y)
+    return tuple(found)
+
+
+def gradients(
+    x: jax.Array,
+    lows: list[jax.Array | None],
+    dys: tuple[jax.Array, ...],
+    layers: tuple[Weights, ...],
+    wanted: Wanted,
+    rate: float,
+    keys: Keys,
+    weight_dtype: jnp.dtype | None = None,
+) -> tuple[jax.Array | None, tuple[PerLeaf, ...]]:
+    """dx (..., I) in x's dtype, and for each layer its gradients: float32, dW in weight_dtype (the weight's own where
+    None), None for what is not wanted."""
+    g = [
+        None if layer.lora is None else times(dy, _scaled(layer.lora[1], layer.lora[2], dy.dtype))
+        for layer, dy in zip(layers, dys, strict=True)
+    ]
+    return (
+        _input_gradient(g, dys, layers, rate, keys) if wanted.x else None,
+        _parameter_gradients(x, lows, g, dys, layers, wanted, rate, keys, weight_dtype),
+    )
+
+
+def _input_gradient(g, dys, layers, rate, keys):
+    dropped = _dropped(keys, rate)
+    present = [part for part in g if part is not None]
+    dx = None
+    if present and not dropped:
+        dx = times(jnp.concatenate(present, axis=-1), _concatenated_a(layers, dys[0].dtype))
+    for layer, part, dy, key in zip(layers, g, dys, keys, strict=True):
+        if part is not None and dropped:
+            low_rank = _dropout(times(part, layer.lora[0]), rate, key)
+            dx = low_rank if dx is None else low_rank + dx
+        # the large product stands on the left, so that it takes the sum so far as its own start (beta = 1)
+        full = times(dy, layer.weight)
+        dx = full if dx is None else full + dx
+    return dx
+
+
+def _parameter_gradients(x, lows, g, dys, layers, wanted, rate, keys, weight_dtype):
+    wants_a = any(want.lora is not None and want.lora[0] for want in wanted.layers)
+    together: list[Any] = [None] * len(layers)
+    if wants_a and not _dropped(keys, rate):
+        joined = jnp.concatenate([part for part in g if part is not None], axis=-1)
+        together = _split_ranks(over_tokens(joined, x, jnp.float32), layers, axis=0)
+    found = []
+    for layer, want, u, part, dy, key, d_a in zip(layers, wanted.layers, lows, g, dys, keys, together, strict=True):
+        tokens = tuple(range(dy.ndim - 1))
+        d_weight = over_tokens(dy, x, weight_dtype or layer.weight.dtype) if want.weight else None
+        d_bias = jnp.sum(dy.astype(jnp.float32), axis=tokens) if want.bias else None
+        d_lora = None
+        if layer.lora is not None:
+            _, b, scale = layer.lora
+            if want.lora[0] and d_a is None:
+                d_a = over_tokens(part, _dropout(x, rate, key), jnp.float32)
+            unscaled = over_tokens(dy, u, jnp.float32) if want.lora[1] or want.lora[2] else None
+            d_lora = (
+                d_a if want.lora[0] else None,
+                unscaled * scale.astype(jnp.float32) if want.lora[1] else None,
+                jnp.sum(unscaled * b.astype(jnp.float32)) if want.lora[2] else None,
+            )
+        found.append(PerLeaf(d_weight, d_bias, d_lora))
+    return tuple(found)
+
+
+def no_gradients(layers: tuple[Weights, ...], wanted: Wanted) -> tuple[PerLeaf, ...]:
+    """Float32 zeros in the structure that `gradients` returns."""
+
+    def zeros(asked: bool, leaf: Any) -> jax.Array | None:
+        return jnp.zeros(leaf.shape, jnp.float32) if asked else None
+
+    return tuple(
+        PerLeaf(*jax.tree.map(zeros, tuple(want), tuple(layer)))
+        for layer, want in zip(layers, wanted.layers, strict=True)
+    )
+
+
+def values(primals: Any) -> Any:
+    """The arrays of a tree of `custom_vjp` primals."""
+    return jax.tree.map(lambda leaf: leaf.value, primals)
+
+
+def perturbed(x: Any, layers: Any) -> Wanted:
+    """What the primals x and layers of a `custom_vjp` say is differentiated."""
+
+    def asked(layer: Any) -> PerLeaf:
+        weight = False if is_quantized(layer.weight) else layer.weight.perturbed
+        return PerLeaf(weight, *jax.tree.map(lambda leaf: leaf.perturbed, tuple(layer[1:])))
+
+    return Wanted(x.perturbed, tuple(map(asked, layers)))
+
+
+def cotangents(tree: Any) -> Any:
+    """Upstream gradients with zeros where nothing depends on an output."""
+    return jax.tree.map(
+        lambda leaf: jnp.zeros(leaf.shape, leaf.dtype) if isinstance(leaf, SymbolicZero) else leaf,
+        tree,
+        is_leaf=lambda leaf: isinstance(leaf, SymbolicZero),
+    )
+
+
+def in_dtypes(grads: tuple[PerLeaf, ...], layers: tuple[Weights, ...]) -> Any:
+    """Gradients as `Weights` in their parameters' dtypes; None stays None."""
+
+    def cast(grad: jax.Array | None, parameter: Any) -> jax.Array | None:
+        return None if grad is None else grad.astype(parameter.dtype)
+
+    def one(grad: PerLeaf, layer: Any) -> Any:
+        bias = None if layer.bias is None else cast(grad.bias, layer.bias)
+        lora = None if layer.lora is None else tuple(map(cast, grad.lora, layer.lora))
+        return layer._replace(weight=cast(grad.weight, layer.weight), bias=bias, lora=lora)
+
+    return tuple(map(one, grads, layers))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def linears(x: jax.Array, layers: tuple[Weights, ...], rate: float, keys: Keys) -> tuple[jax.Array, ...]:
+    """As `reference.linear` for each layer, keys one a layer (None switches dropout off)."""
+    return outputs(x, low_rank_inputs(x, layers, rate, keys), layers)
+
+
+def _vjp_forward(x, layers, rate, keys):
+    wanted, x, layers, keys = perturbed(x, layers), x.value, values(layers), values(keys)
+    lows = low_rank_inputs(x, layers, rate, keys)
+    return outputs(x, lows, layers), (x, lows, layers, keys, wanted)
+
+
+def _vjp_backward(rate, kept, upstream):
+    x, lows, layers, keys, wanted = kept
+    dx, grads = gradients(x, lows, cotangents(upstream), layers, wanted, rate, keys)
+    return dx, in_dtypes(grads, layers), (None,) * len(keys)
+
+
+linears.defvjp(_vjp_forward, _vjp_backward, symbolic_zeros=True)

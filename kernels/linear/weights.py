@@ -1,0 +1,15 @@
+"""What one linear layer reads."""
+
+from typing import NamedTuple
+
+import jax
+
+from jaxft.quant import Weight
+
+
+class Weights(NamedTuple):
+    """weight (O, I), bias (O,), and LoRA's A (R, I), B (O, R) and scale ()."""
+
+    weight: Weight
+    bias: jax.Array | None = None
+    lora: tuple[jax.Array, jax.Array, jax.Array] | None = None

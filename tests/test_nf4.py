@@ -1,0 +1,146 @@
+"""NF4 and 8-bit weights hold the bits that bitsandbytes holds, and the kernel computes what the definition says."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxft.kernels.dequantize import dequantize_nf4, triton
+from jaxft.quant import _divide, dense, quantize, quantize_nf4
+from tests.nf4_cases import CASES, DTYPES, PARTS, bell, digest
+
+ROOT = Path(__file__).resolve().parents[1]
+GOLDEN = json.loads((ROOT / "tests" / "data" / "nf4_golden.json").read_text(encoding="utf-8"))["cases"]
+
+
+def weight_of(case: str) -> jax.Array:
+    name, dtype = case.rsplit(", ", 1)
+    return jnp.asarray(CASES[name][0].astype(np.float32).astype(DTYPES[dtype]))
+
+
+def leaf_of(case: str, kind: str):
+    return jax.jit(quantize, static_argnums=1)(weight_of(case), kind)
+
+
+@pytest.mark.parametrize("case", GOLDEN)
+def test_four_bits_scales_and_values_equal_those_of_bitsandbytes(case):
+    leaf = leaf_of(case, "nf4")
+    values = jax.jit(lambda leaf: dense(leaf, leaf.dtype))(leaf)
+    found = digest(dict(zip(PARTS, [*map(np.asarray, jax.tree.leaves(leaf)), np.asarray(values)], strict=True)))
+    assert found == GOLDEN[case]["nf4"]
+
+
+@pytest.mark.parametrize("case", GOLDEN)
+def test_eight_bits_scales_and_values_equal_those_of_bitsandbytes(case):
+    leaf = leaf_of(case, "int8")
+    values = jax.jit(lambda leaf: dense(leaf, jnp.float32))(leaf)
+    found = {"codes": np.asarray(leaf.codes), "scales": np.asarray(leaf.scales), "dense": np.asarray(values)}
+    assert digest(found) == GOLDEN[case]["int8"]
+
+
+def test_division_is_rounded_to_nearest():
+    random = np.random.default_rng(0)
+    a, b = (np.exp(random.uniform(-40, 40, 50_000)).astype(np.float32) for _ in range(2))
+    with np.errstate(over="ignore", under="ignore"):
+        exact = a / b
+    normal = np.isfinite(exact) & (exact >= np.finfo(np.float32).tiny)
+    np.testing.assert_array_equal(np.asarray(jax.jit(_divide)(a, b))[normal], exact[normal])
+
+
+def test_nf4_takes_four_and_an_eighth_bits_a_weight():
+    leaf = leaf_of("large, bfloat16", "nf4")
+    bits = 8 * sum(array.nbytes for array in jax.tree.leaves(leaf)) / leaf.size
+    assert 4.125 < bits < 4.13
+    assert leaf.shape == (640, 832) and leaf.ndim == 2
+
+
+def test_quantising_a_large_weight_takes_little_beside_it():
+    shape = jax.ShapeDtypeStruct((2048, 1024), jnp.bfloat16)
+    for kind in ("nf4", "int8"):
+        memory = jax.jit(quantize, static_argnums=1).lower(shape, kind).compile().memory_analysis()
+        assert memory is not None
+        # on a CPU one copy of its bits, and the float32 values of a sixteenth of it
+        assert memory.temp_size_in_bytes < 1.3 * 2 * shape.size
+
+
+@pytest.mark.parametrize(("block", "double"), [(32, True), (64, False), (4096, True)])
+def test_other_blocks_and_single_quantisation_read_back_as_level_times_scale(block, double):
+    weight = jnp.asarray(bell((48, 200), 9), jnp.float32)
+    leaf = jax.jit(lambda w: quantize_nf4(w, block=block, double=double))(weight)
+    values = np.asarray(jax.jit(lambda leaf: dense(leaf, jnp.float32))(leaf)).reshape(-1)
+    padded = np.pad(np.asarray(weight).reshape(-1), (0, -9600 % block)).reshape(-1, block)
+    largest = np.abs(padded).max(1)
+    # half the widest gap between levels, and what 8 bits do to a scale
+    bound = 0.152 * np.repeat(largest, block)[:9600] + 0.01 * largest.max()
+    assert np.all(np.abs(values - np.asarray(weight).reshape(-1)) <= bound)
+    assert (leaf.nested is None) == (not double)
+
+
+def test_a_stack_and_a_wrong_shape_are_refused_with_the_shapes():
+    leaf = leaf_of("random, float32", "nf4")
+    stack = jax.tree.map(lambda array: array[None], leaf)
+    assert stack.shape == (1, 64, 128)
+    with pytest.raises(ValueError, match="one layer at a time"):
+        dense(stack, jnp.float32)
+    with pytest.raises(ValueError, match=r"needs uint8 \(4096,\)"):
+        dense(dataclasses.replace(leaf, codes=leaf.codes[:-1]), jnp.float32)
+    with pytest.raises(ValueError, match="must be one of triton, reference"):
+        dense(leaf, jnp.float32, implementation="cuda")
+    with pytest.raises(ValueError, match="must be one of nf4, int8"):
+        quantize(leaf.codes, "fp4")
+
+
+# the kernel
+
+MISSING = [name for name in ("triton", "jax_triton", "jax_cuda13_plugin") if find_spec(name) is None]
+needs_triton = pytest.mark.skipif(bool(MISSING), reason=f"needs {', '.join(MISSING)}, which [cuda] installs on Linux")
+
+
+@needs_triton
+@pytest.mark.parametrize("capability", [80, 86, 89, 90, 100, 120])
+def test_the_kernel_compiles_for_every_card_with_wide_stores_and_no_shared_memory(capability):
+    from jax_triton import triton_lib
+
+    found, compile_ptx = [], triton_lib.compile_ttir_to_ptx_inplace
+
+    def record(*arguments):
+        found.append(compile_ptx(*arguments))
+        return found[-1]
+
+    n, S = 4096 * 1024, jax.ShapeDtypeStruct
+    arrays = S((n // 2,), jnp.uint8), S((n // 64,), jnp.uint8), S((n // 64 // 256,), jnp.float32), S((), jnp.float32)
+    triton_lib._COMPILED_KERNEL_CACHE.clear()
+    triton_lib.compile_ttir_to_ptx_inplace = record
+    try:
+        function = jax.jit(lambda *x: triton.dequantize_nf4(*x, (4096, 1024), 64, jnp.bfloat16, capability))
+        function.trace(*arrays).lower(lowering_platforms=("cuda",))
+    finally:
+        triton_lib.compile_ttir_to_ptx_inplace = compile_ptx
+    (kernel,) = found
+    assert kernel.shared_mem_bytes == 0
+    assert "st.global.v4.b32" in kernel.binary and "fma.rn.f32" not in kernel.binary
+
+
+@needs_triton
+def test_the_interpreted_kernel_equals_the_reference():
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "tests" / "interpret_dequantize.py")], capture_output=True, text=True, cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT)}, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count(": ok") == 5
+
+
+def test_the_kernel_refuses_a_dtype_that_it_cannot_write():
+    leaf = leaf_of("random, float32", "nf4")
+    parts = leaf.codes, leaf.scales, leaf.nested, leaf.offset
+    with pytest.raises(NotImplementedError, match="dtype int32"):
+        dequantize_nf4(*parts, shape=(64, 128), block=64, dtype=jnp.int32, implementation="triton")

@@ -1,0 +1,312 @@
+"""A run that was stopped, or killed at any moment, and resumed is the run that was not: bit for bit."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from jaxft import train
+from jaxft.checkpoint import Checkpoints
+from jaxft.errors import InputError
+from jaxft.evaluate import evaluate
+from jaxft.loop import _signals
+from tests.tiny_runs import compile_cache, flags, lines_of, losses_of, same_tensors, sums, write_base, write_rows
+
+ROOT = Path(__file__).parent.parent
+STEPS = 12
+RUN = flags(
+    max_length=64, per_device_train_batch_size=8, learning_rate=0.01, warmup_steps=2, max_steps=STEPS, save_steps=4,
+    eval_steps=6, lora_r=4, lora_dropout=0.2, weight_decay=0.1,
+)  # fmt: skip
+ADAPTER = "adapter_model.safetensors"
+
+# Imports once and forks a child for every run, because importing takes longer than the run. `act` names a function,
+# the count of its calls at which the child sends `signal` to itself, and whether before or after the call.
+FORKER = """
+import importlib, json, os, signal, sys
+from jaxft import checkpoint, loop, metrics, output
+from jaxft.errors import run_command
+from jaxft.train import main
+
+def arm(name, count, number, after):
+    module, *path = name.split(".")
+    owner = globals()[module]
+    for part in path[:-1]:
+        owner = getattr(owner, part)
+    whole = getattr(owner, path[-1])
+    calls = [0]
+    def wrapped(*args, **kwargs):
+        calls[0] += 1
+        if calls[0] == count and not after:
+            os.kill(os.getpid(), number)
+        result = whole(*args, **kwargs)
+        if calls[0] == count and after:
+            os.kill(os.getpid(), number)
+        return result
+    setattr(owner, path[-1], wrapped)
+
+for line in sys.stdin:
+    asked = json.loads(line)
+    child = os.fork()
+    if child == 0:
+        os.dup2(os.open(asked["stderr"], os.O_CREAT | os.O_WRONLY | os.O_TRUNC), 2)
+        os.environ.update(asked["environment"])
+        for act in asked["act"]:
+            arm(*act)
+        os._exit(run_command(main, asked["argv"]))
+    print(child, flush=True)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    with compile_cache(tmp_path_factory.getbasetemp() / "xla") as environment:
+        yield environment
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("resume")
+    write_base(directory / "base")
+    write_rows(directory / "train.jsonl", sums(40))
+    write_rows(directory / "held.jsonl", sums(8, 40))
+    return directory
+
+
+def arguments(place, out, *argv, **settings) -> list[str]:
+    named = flags(model_name_or_path=place / "base", dataset=place / "train.jsonl", eval_dataset=place / "held.jsonl")
+    return [*RUN, *named, f"--output_dir={out}", *argv, *flags(**settings)]
+
+
+@pytest.fixture(scope="module")
+def processes(place, cache):
+    """run(out, *argv, act=[…], kill_after=…) in a process of its own: its exit code and what it said."""
+    command = [sys.executable, "-W", "ignore", "-c", FORKER]
+    environment = os.environ | cache
+    with subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as forker:
+
+        def run(out, *argv, act=(), watch=None, environment=None, **settings):
+            stderr = place / "stderr"
+            asked = {"argv": arguments(place, out, *argv, **settings), "act": act, "stderr": str(stderr)}
+            forker.stdin.write(json.dumps(asked | {"environment": environment or {}}) + "\n")
+            forker.stdin.flush()
+            child = int(forker.stdout.readline())
+            if watch is not None:
+                watch(child)
+            return int(forker.stdout.readline()), stderr.read_text(encoding="utf-8")
+
+        yield run
+        forker.stdin.close()
+
+
+@pytest.fixture(scope="module")
+def whole(place, cache):
+    """The run that nothing stopped."""
+    assert train.main(arguments(place, place / "whole")) == 0
+    return place / "whole"
+
+
+def timeless(directory: Path) -> list[dict]:
+    """The lines of metrics without what a clock says."""
+    clocks = ("tokens_per_second", "step_seconds")
+    return [{name: value for name, value in line.items() if name not in clocks} for line in lines_of(directory)]
+
+
+def assert_same_run(out: Path, whole: Path) -> None:
+    assert timeless(out) == timeless(whole)
+    assert same_tensors(out / ADAPTER, whole / ADAPTER)
+    assert {entry.name for entry in out.iterdir()} == {entry.name for entry in whole.iterdir()}
+    assert Checkpoints(out / "checkpoints").steps() == [4, 8, 12]
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_saves_and_the_resumed_run_is_the_one_that_was_not_stopped(number, code, processes, place, whole):
+    out = place / f"stopped-{number.name}"
+    line_of_step_5 = 1 + 5  # behind the first evaluation
+    found, said = processes(out, act=[("metrics.MetricsFile.write", line_of_step_5, number, True)])
+    assert found == code and "Traceback" not in said
+    last = said.splitlines()[-1]
+    assert last == (
+        f"stopped by {number.name} after step 5 of 12; go on with --output_dir {out} --resume_from_checkpoint auto"
+    )
+    assert {entry.name for entry in out.iterdir()} == {"checkpoints", "metrics.jsonl"}
+    assert Checkpoints(out / "checkpoints").steps() == [4, 5]
+    found, said = processes(out, "--resume_from_checkpoint=auto")
+    assert found == 0 and "5 of 12 steps done" in said
+    Checkpoints(out / "checkpoints").delete(5)
+    assert_same_run(out, whole)
+
+
+# (function, call, before or after it): where a run is killed, with no chance to do anything about it
+MOMENTS = {
+    "before the first step": ("metrics.MetricsFile.write", 1, False),
+    "half way through the first save": ("checkpoint.Checkpoints._commit", 1, False),
+    "before the rename of the second save": ("checkpoint.os.fsync", 3, True),
+    "after the last step, before its save": ("checkpoint.Checkpoints.save", 3, False),
+    "after the last save, before the evaluation": ("checkpoint.Checkpoints.save", 3, True),
+    "while the result is written": ("output.copy_tokenizer", 1, True),
+    "before the last file of the result": ("output.config_text", 1, False),
+}
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_a_run_killed_at_a_bad_moment_goes_on_as_if_it_had_not_been(moment, processes, place, whole):
+    out = place / f"killed {moment}"
+    function, call, after = MOMENTS[moment]
+    found, _ = processes(out, act=[(function, call, signal.SIGKILL, after)])
+    assert found == -signal.SIGKILL
+    found, said = processes(out, "--resume_from_checkpoint=auto")
+    assert found == 0 and "Traceback" not in said
+    assert_same_run(out, whole)
+
+
+@pytest.mark.long
+def test_a_run_killed_again_and_again_at_random_moments_ends_as_if_it_had_not_been(processes, place, whole):
+    out, chance = place / "again", random.Random(0)
+    kills = 0
+
+    def kill(child):
+        nonlocal kills
+        while not (out / "metrics.jsonl").exists():
+            time.sleep(0.01)
+        time.sleep(0.02 + chance.random() * 0.3)
+        os.kill(child, signal.SIGKILL)
+        kills += 1
+
+    while True:
+        found, said = processes(out, "--resume_from_checkpoint=auto", watch=kill if kills < 6 else None)
+        assert found in (0, -signal.SIGKILL), said
+        if found == 0:
+            break
+    assert_same_run(out, whole)
+
+
+def test_a_line_of_metrics_that_a_stop_fell_into_covers_the_same_steps(place, cache):
+    out, resumed = place / "lines", place / "lines resumed"
+    assert train.main(arguments(place, out, logging_steps=3)) == 0
+    assert train.main(arguments(place, resumed, logging_steps=3, resume_from_checkpoint=out / "checkpoints" / "4")) == 0
+    whole = [line for line in timeless(out) if "loss" in line]
+    assert [line["step"] for line in whole] == [3, 6, 9, 12]
+    assert [line for line in timeless(resumed) if "loss" in line] == whole[1:]
+
+
+def test_a_signal_during_an_evaluation_ends_it_and_the_resumed_run_makes_it(place, cache, whole, monkeypatch):
+    out = place / "evaluating"
+
+    def interrupted(*arguments):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return evaluate(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("jaxft.loop.evaluate", interrupted)
+        assert train.main(arguments(place, out)) == 143
+    assert [entry.name for entry in out.iterdir()] == ["checkpoints"]
+    assert train.main(arguments(place, out, resume_from_checkpoint="auto")) == 0
+    assert timeless(out) == timeless(whole) and same_tensors(out / ADAPTER, whole / ADAPTER)
+
+
+def test_a_second_signal_acts_at_once():
+    with pytest.raises(KeyboardInterrupt), _signals() as stop:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.received is signal.SIGTERM
+        os.kill(os.getpid(), signal.SIGINT)
+        pytest.fail("the second signal did nothing")
+
+
+@pytest.mark.parametrize("source", ["", "checkpoints", "checkpoints/12", "checkpoints/4"])
+def test_a_run_a_checkpoints_directory_or_one_checkpoint_can_be_named(source, place, cache, whole, capsys):
+    out = place / f"from {source}".replace("/", " ")
+    assert train.main(arguments(place, out, resume_from_checkpoint=whole / source)) == 0
+    step = 4 if source.endswith("4") else 12
+    assert f"resumed from {whole / 'checkpoints' / str(step)}: {step} of 12 steps done" in capsys.readouterr().err
+    assert same_tensors(out / ADAPTER, whole / ADAPTER)
+    assert timeless(out)[-1] == timeless(whole)[-1]
+    assert losses_of(out) == losses_of(whole)[step:]
+
+
+def test_going_back_to_an_earlier_checkpoint_drops_what_came_after_it(place, cache, whole):
+    out = place / "back"
+    assert train.main(arguments(place, out)) == 0
+    other = arguments(place, out, resume_from_checkpoint=out / "checkpoints" / "4", max_steps=6)
+    assert train.main(other) == 0
+    assert Checkpoints(out / "checkpoints").steps() == [4, 6]
+    assert losses_of(out)[:4] == losses_of(whole)[:4] and len(losses_of(out)) == 6
+
+
+def test_auto_without_a_checkpoint_starts_fresh_and_save_total_limit_keeps_the_newest(place, cache, whole):
+    out = place / "fresh"
+    assert train.main(arguments(place, out, resume_from_checkpoint="auto", save_total_limit=2)) == 0
+    assert timeless(out) == timeless(whole) and same_tensors(out / ADAPTER, whole / ADAPTER)
+    assert Checkpoints(out / "checkpoints").steps() == [8, 12]
+    assert (out / "config.yaml").read_text().count("resume_from_checkpoint: null") == 1
+
+
+def test_a_finished_run_ends_at_once_and_nothing_of_it_changes(place, cache, whole, capsys):
+    before = {path: (path.stat().st_mtime_ns, path.stat().st_size) for path in whole.rglob("*")}
+    began = time.monotonic()
+    assert train.main(arguments(place, whole, resume_from_checkpoint="auto")) == 0
+    assert time.monotonic() - began < 2
+    assert "holds the finished run of these settings" in capsys.readouterr().err
+    assert {path: (path.stat().st_mtime_ns, path.stat().st_size) for path in whole.rglob("*")} == before
+
+
+def test_a_finished_run_can_be_made_longer_and_says_that_the_schedule_changes(place, cache, whole, capsys):
+    out = place / "longer"
+    assert train.main(arguments(place, out, resume_from_checkpoint=whole, max_steps=14)) == 0
+    assert "12 steps were planned" in capsys.readouterr().err
+    assert [line["step"] for line in lines_of(out) if "loss" in line] == [13, 14]
+
+
+def test_settings_that_contradict_the_checkpoint_are_listed_and_nothing_is_touched(place, cache, whole):
+    out = place / "contradicting"
+    for settings, said in (
+        ({"learning_rate": 0.1, "seed": 3}, r"learning_rate was 0\.01 and is 0\.1, seed was 0 and is 3\. Resume with"),
+        ({"lora_r": 8}, "lora_r was 4 and is 8"),
+        ({"per_device_train_batch_size": 4}, "rows_per_step was 8 and is 4"),
+        ({"train_on": "all"}, "the tokenised data are others"),
+        ({"dtype": "bfloat16"}, r"dtype was float32 weights, computed in float32 and is bfloat16"),
+    ):
+        with pytest.raises(InputError, match=said):
+            train.main(arguments(place, out, resume_from_checkpoint=whole, **settings))
+    assert not out.exists()
+
+
+def test_no_checkpoint_and_the_checkpoint_of_another_run_are_refused(place, cache, whole):
+    out = place / "nothing"
+    with pytest.raises(InputError, match=r"--resume_from_checkpoint .*base: there is no checkpoint"):
+        train.main(arguments(place, out, resume_from_checkpoint=place / "base"))
+    with pytest.raises(InputError, match="auto needs --output_dir"):
+        train.main([*RUN, "--resume_from_checkpoint=auto"])
+    assert not out.exists()
+    out.mkdir()
+    (out / "metrics.jsonl").write_text("")
+    with pytest.raises(InputError, match=r"nothing is not empty and .*whole is the checkpoint of another run"):
+        train.main(arguments(place, out, resume_from_checkpoint=whole))
+    (out / "adapter_config.json").write_text("{}")
+    with pytest.raises(InputError, match=r"holds adapter_config\.json and no checkpoint to go on from"):
+        train.main(arguments(place, out, resume_from_checkpoint="auto"))
+
+
+@pytest.mark.parametrize("mesh", ["data=8", "data=2,fsdp=4"])
+def test_a_run_resumed_on_another_mesh_has_the_same_losses(mesh, processes, place, whole):
+    out = place / f"mesh {mesh}"
+    (out / "checkpoints").mkdir(parents=True)
+    os.symlink(whole / "checkpoints" / "4", out / "checkpoints" / "4")
+    devices = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    found, said = processes(
+        out, mesh=mesh, per_device_train_batch_size=1, resume_from_checkpoint="auto", per_device_eval_batch_size=1,
+        environment=devices,
+    )  # fmt: skip
+    assert found == 0, said
+    assert "on 8 × cpu" in said and "4 of 12 steps done" in said
+    assert losses_of(out) == pytest.approx(losses_of(whole)[4:], abs=1e-5)
+    assert lines_of(out)[-1]["eval_loss"] == pytest.approx(lines_of(whole)[-1]["eval_loss"], abs=1e-5)
