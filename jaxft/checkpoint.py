@@ -30,18 +30,20 @@ class Checkpoints:
     """The checkpoints in one directory, by step.
 
     Opening repairs what a killed run left: half-written folders go, a folder caught between two renames comes back.
-    So only the run that writes a directory may open it. `save_total_limit` keeps the newest N (None keeps all).
+    So only the run that writes a directory may open it like that; `repair=False` only reads.
+    `save_total_limit` keeps the newest N (None keeps all).
     On several hosts every process calls every method, and the directory is shared between them.
     """
 
-    def __init__(self, directory: str | Path, save_total_limit: int | None = None) -> None:
+    def __init__(self, directory: str | Path, save_total_limit: int | None = None, *, repair: bool = True) -> None:
         if save_total_limit is not None and save_total_limit < 1:
             raise InputError(f"save_total_limit is {save_total_limit}; it must be at least 1")
         self.directory = Path(directory).absolute()
         self.save_total_limit = save_total_limit
         if self.directory.exists() and not self.directory.is_dir():
             raise RunError(f"{self.directory} is a file; checkpoints need a directory there")
-        _on_first_process(self._repair)
+        if repair:
+            _on_first_process(self._repair)
 
     def steps(self) -> list[int]:
         """The steps that have a whole checkpoint, smallest first."""

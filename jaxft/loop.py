@@ -219,10 +219,10 @@ def _resume_source(settings: TrainSettings, own: Checkpoints) -> tuple[Checkpoin
         return None if latest is None else (own, latest)
     path = Path(wanted).expanduser()
     if path.name.isdecimal() and path.is_dir():
-        return Checkpoints(path.parent), int(path.name)
+        return Checkpoints(path.parent, repair=False), int(path.name)
     for directory in (path / CHECKPOINTS, path):
-        if directory.is_dir() and (latest := Checkpoints(directory).latest()) is not None:
-            return Checkpoints(directory), latest
+        if directory.is_dir() and (latest := Checkpoints(directory, repair=False).latest()) is not None:
+            return Checkpoints(directory, repair=False), latest
     raise InputError(f"--resume_from_checkpoint {wanted}: there is no checkpoint")
 
 

@@ -20,6 +20,7 @@ from tests.tiny_runs import compile_cache, flags, losses_of, sums, write_base, w
 
 ROOT = Path(__file__).parent.parent
 RUN = flags(max_length=64, per_device_train_batch_size=4, max_steps=3, lora_r=4, learning_rate=0.01, save_steps=2)
+RUN += flags(gradient_checkpointing="none")
 
 
 @pytest.fixture(scope="module", autouse=True)

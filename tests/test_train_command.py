@@ -35,7 +35,7 @@ from tests.tiny_runs import (
 ROOT = Path(__file__).parent.parent
 # a constant rate: then neither it nor the number of steps is part of the compiled program, and runs share one
 RUN = flags(max_length=64, per_device_train_batch_size=4, learning_rate=0.01, lr_scheduler_type="constant")
-RUN += flags(weight_decay=0.1, save_steps=0)
+RUN += flags(weight_decay=0.1, save_steps=0, gradient_checkpointing="none")
 LORA = flags(lora_r=4, lora_alpha=8)
 STEP_KEYS = {
     "step", "epoch", "loss", "grad_norm", "learning_rate", "target_tokens", "tokens_per_second", "step_seconds",
@@ -400,7 +400,7 @@ def test_the_script_makes_a_model_around_any_tokenizer(make_tiny_model, tmp_path
     with pytest.raises(InputError, match="exists already"):
         make_tiny_model(argv)
     losses = losses_of(start("scripted", base=tmp_path / "tiny", max_steps=2))
-    assert losses[0] == pytest.approx(math.log(320), abs=0.1)
+    assert losses[0] == pytest.approx(math.log(320), abs=0.3)
 
 
 @pytest.mark.long
