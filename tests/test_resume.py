@@ -21,8 +21,9 @@ from tests.tiny_runs import compile_cache, flags, lines_of, losses_of, same_tens
 ROOT = Path(__file__).parent.parent
 STEPS = 12
 RUN = flags(
-    max_length=64, per_device_train_batch_size=8, learning_rate=0.01, warmup_steps=2, max_steps=STEPS, save_steps=4,
+    max_length=64, per_device_train_batch_size=8, learning_rate=0.01, max_steps=STEPS, save_steps=4,
     eval_steps=6, lora_r=4, lora_dropout=0.2, weight_decay=0.1, gradient_checkpointing="none",
+    lr_scheduler_type="constant_with_warmup", warmup_steps=9,
 )  # fmt: skip
 ADAPTER = "adapter_model.safetensors"
 
@@ -158,7 +159,10 @@ MOMENTS = {
 }
 
 
-@pytest.mark.parametrize("moment", MOMENTS)
+USUAL = ("half way through the first save", "after the last save, before the evaluation", "while the result is written")
+
+
+@pytest.mark.parametrize("moment", [pytest.param(m, marks=[] if m in USUAL else pytest.mark.long) for m in MOMENTS])
 def test_a_run_killed_at_a_bad_moment_goes_on_as_if_it_had_not_been(moment, processes, place, whole):
     out = place / f"killed {moment}"
     function, call, after = MOMENTS[moment]
@@ -296,7 +300,7 @@ def test_no_checkpoint_and_the_checkpoint_of_another_run_are_refused(place, cach
         train.main(arguments(place, out, resume_from_checkpoint="auto"))
 
 
-@pytest.mark.parametrize("mesh", ["data=8", "data=2,fsdp=4"])
+@pytest.mark.parametrize("mesh", [pytest.param("data=8", marks=pytest.mark.long), "data=2,fsdp=4"])
 def test_a_run_resumed_on_another_mesh_has_the_same_losses(mesh, processes, place, whole):
     out = place / f"mesh {mesh}"
     (out / "checkpoints").mkdir(parents=True)
