@@ -18,7 +18,6 @@ from jaxft.data import load_rows, tokenize_dataset
 from jaxft.errors import InputError
 from jaxft.metrics import MetricsFile
 from jaxft.packing import Sample
-from tests.conftest import need_shared
 from tests.tiny_runs import (
     V,
     compile_cache,
@@ -371,40 +370,3 @@ def test_evaluation_on_a_directory_without_test_files_never_takes_the_training_f
     write_rows(tmp_path / "train.jsonl", sums(4))
     with pytest.raises(InputError, match=r"no file of split 'test' among a\.jsonl, b\.jsonl, train\.jsonl"):
         evaluate.main([*flags(max_length=64, dataset=tmp_path), *model])
-
-
-# Real tokenizers
-
-
-@pytest.fixture
-def make_tiny_model(monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / "scripts")
-    import make_tiny_model
-
-    return make_tiny_model.main
-
-
-def test_the_script_makes_a_model_around_any_tokenizer(make_tiny_model, tmp_path, capsys, start):
-    make_tokenizer().save_pretrained(tmp_path / "tokenizer")
-    argv = ["llama", str(tmp_path / "tokenizer"), str(tmp_path / "tiny")]
-    assert make_tiny_model([*argv, "--layers=1", "--hidden_size=32"]) == 0
-    assert "260 tokens in 320 rows, EOS <|im_end|>, with a chat template" in capsys.readouterr().out
-    with pytest.raises(InputError, match="exists already"):
-        make_tiny_model(argv)
-    losses = losses_of(start("scripted", base=tmp_path / "tiny", max_steps=2))
-    assert losses[0] == pytest.approx(math.log(320), abs=0.3)
-
-
-@pytest.mark.long
-def test_gsm8k_trains_with_the_real_qwen_vocabulary(make_tiny_model, tmp_path, capsys):
-    pytest.importorskip("gguf", reason="transformers reads the vocabulary file through the gguf package")
-    vocabulary, data = need_shared("tokenizers/ggml-vocab-qwen2.gguf"), need_shared("data/gsm8k/train.jsonl")
-    base = tmp_path / "tiny"
-    assert make_tiny_model(["qwen2", str(vocabulary), str(base), "--layers=1", "--hidden_size=32"]) == 0
-    settings = flags(model_name_or_path=base, dataset=data, max_length=512, output_dir=tmp_path / "out", max_steps=6)
-    settings += flags(per_device_train_batch_size=1, learning_rate=0.02)
-    assert train.main([*settings, "--full_finetuning"]) == 0
-    # the counts are those of rendering and tokenising every row with transformers alone
-    assert "samples: 7473, 1505271 tokens, 917545 of them targets" in capsys.readouterr().err
-    losses = losses_of(tmp_path / "out")
-    assert losses[0] == pytest.approx(math.log(151936), abs=0.1) and losses[-1] < losses[0] - 0.5
