@@ -17,6 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from jaxft.kernels.dequantize.tables import dynamic_map as levels
+
 BLOCK = 256  # numbers that share a largest magnitude, as in bitsandbytes
 SMALLEST = 4096  # tensors with fewer numbers keep float32 moments, as in bitsandbytes
 CHUNK = 1 << 24  # numbers updated at a time: bounds the float32 copies of a large tensor's moments
@@ -43,23 +45,6 @@ class Adam8State(NamedTuple):
     steps: jax.Array
     mu: Any
     nu: Any
-
-
-@functools.cache
-def levels(signed: bool) -> np.ndarray:
-    """The 256 levels in rising order, float32: bit for bit those of bitsandbytes, so that codes mean the same."""
-    found: list[np.ndarray] = [np.array([0, 1], np.float32)]
-    for decade in range(7):
-        parts = 2 ** (decade if signed else decade + 1)
-        index = np.arange(parts + 1)
-        step = np.float64(np.float32(np.float32(1) - np.float32(0.1)) / np.float32(parts))
-        # counted from the nearer end and rounded to float32 once
-        from_below = (np.float64(np.float32(0.1)) + step * index).astype(np.float32)
-        from_above = (1 - step * (parts - index)).astype(np.float32)
-        edges = np.where(index < (parts + 1) // 2, from_below, from_above)
-        middles = (edges[:-1] + edges[1:]) / np.float32(2) * np.float32(10.0 ** (decade - 6))
-        found += [middles, -middles] if signed else [middles]
-    return np.sort(np.concatenate(found))
 
 
 def encode(values: jax.Array, signed: bool) -> jax.Array:

@@ -20,19 +20,21 @@ def nf4_levels() -> np.ndarray:
 
 
 @functools.cache
-def dynamic_map() -> np.ndarray:
+def dynamic_map(signed: bool = True) -> np.ndarray:
     """(256,) float32, ascending: ± 10^(i−6) · (midpoints of 2^i equal parts of [0.1, 1]) for i = 0 … 6, 0 and 1.
 
-    Dettmers 2015, https://arxiv.org/abs/1511.04561. Every float32 rounding is that of bitsandbytes' map: the parts'
-    ends are computed with one rounding each, the lower half from 0.1 and the upper half from 1.
+    Unsigned: no negative ones, and 2^(i+1) parts. Dettmers 2015, https://arxiv.org/abs/1511.04561. Every float32
+    rounding is that of bitsandbytes' map, so that codes mean the same; NF4's scales and 8-bit AdamW's moments use it.
     """
-    values = [0.0, 1.0]
-    for i in range(7):
-        count = 2**i
-        step = float(np.float32((np.float32(1) - np.float32(0.1)) / np.float32(count)))
-        at = np.arange(count + 1)
-        from_below, from_above = float(np.float32(0.1)) + step * at, 1 - step * (count - at)
-        ends = np.where(at < (count + 1) // 2, from_below, from_above).astype(np.float32)
-        middles = np.float32(10 ** (i - 6)) * ((ends[:-1] + ends[1:]) / np.float32(2))
-        values += [*middles.tolist(), *(-middles).tolist()]
-    return np.sort(np.array(values, np.float32))
+    found: list[np.ndarray] = [np.array([0, 1], np.float32)]
+    for decade in range(7):
+        parts = 2 ** (decade if signed else decade + 1)
+        index = np.arange(parts + 1)
+        step = np.float64(np.float32(np.float32(1) - np.float32(0.1)) / np.float32(parts))
+        # counted from the nearer end and rounded to float32 once
+        from_below = (np.float64(np.float32(0.1)) + step * index).astype(np.float32)
+        from_above = (1 - step * (parts - index)).astype(np.float32)
+        edges = np.where(index < (parts + 1) // 2, from_below, from_above)
+        middles = (edges[:-1] + edges[1:]) / np.float32(2) * np.float32(10.0 ** (decade - 6))
+        found += [middles, -middles] if signed else [middles]
+    return np.sort(np.concatenate(found))
