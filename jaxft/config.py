@@ -1,215 +1,30 @@
-"""Settings of the commands: which flags there are, their defaults, and how flags and `--config` become one object."""
+"""How flags and `--config` become one settings object, and how that object is written down again."""
 
 import dataclasses
 import difflib
 import json
-import math
 import re
 import sys
 import typing
 from argparse import Action, ArgumentError, ArgumentParser, Namespace
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NoReturn
+from typing import Any, Literal, NoReturn
 
 import yaml
 
 from jaxft.errors import InputError
-from jaxft.sharding import MESH_AXES
-
-SCHEDULES = (
-    *("linear", "constant", "constant_with_warmup", "cosine", "cosine_with_restarts", "cosine_with_min_lr"),
-    *("polynomial", "inverse_sqrt", "warmup_stable_decay"),
+from jaxft.settings import (
+    GROUPS,
+    SETTINGS,
+    EvaluateSettings,
+    GenerateSettings,
+    JsonObject,
+    Settings,
+    TrainSettings,
+    check,
 )
+
 GIVEN_KEY = "settings_given"  # in a written config.yaml: which of its keys were chosen rather than left at defaults
-
-
-class JsonObject(dict[str, Any]):
-    """A dict that is typed on the command line as a JSON object."""
-
-    def __init__(self, source: Any = ()) -> None:
-        value = json.loads(source) if isinstance(source, str) else source
-        if isinstance(source, str) and not isinstance(value, dict):
-            raise ValueError(f"{source} is not a JSON object")
-        super().__init__(value)
-
-
-def _flag(default: Any, help: str, **options: Any) -> Any:
-    """A field that becomes a flag; `options` go to argparse's add_argument."""
-    return dataclasses.field(default=default, metadata={"help": help, **options})
-
-
-@dataclasses.dataclass(frozen=True)
-class ModelArguments:
-    _argument_group_name: ClassVar[str] = "model"
-    model_name_or_path: str | None = _flag(None, "a local model directory, or a name on the hub")
-    adapter: str | None = _flag(None, "start from this PEFT LoRA adapter; r, alpha and targets come from its config")
-    dtype: Literal["float32", "bfloat16", "float16"] | None = _flag(None, "float32 on a CPU, else bfloat16")
-    bf16: bool | None = _flag(None, "compute in bfloat16; false is float32", nargs="?", const=True)
-    fp16: bool | None = _flag(None, "compute in float16", nargs="?", const=True)
-    max_length: int = _flag(1024, "longest row in tokens")
-    load_in_4bit: bool = _flag(False, "hold the base's linear layers in 4 bits (NF4, double quantisation)")
-    load_in_8bit: bool = _flag(False, "hold the base's linear layers in 8 bits")
-    mesh: str | None = _flag(None, "devices by axis, such as data=2,fsdp=4; without it all local devices are data")
-    debug: bool = _flag(False, "show the traceback of an error")
-
-    def param_dtype(self, platform_dtype: str) -> str:
-        """Dtype in which weights are held; `platform_dtype` is the default: float32 on a CPU, else bfloat16."""
-        return self.dtype or self.compute_dtype(platform_dtype)
-
-    def compute_dtype(self, platform_dtype: str) -> str:
-        """Dtype of the matmuls. `--dtype float32 --bf16` holds float32 and computes in bfloat16."""
-        if self.bf16:
-            return "bfloat16"
-        if self.fp16:
-            return "float16"
-        return self.dtype or ("float32" if self.bf16 is False else platform_dtype)
-
-    @property
-    def quantization(self) -> str | None:
-        """How the base's linear layers are held: 'nf4', 'int8', or None for as the files have them."""
-        return "nf4" if self.load_in_4bit else "int8" if self.load_in_8bit else None
-
-    @property
-    def mesh_axes(self) -> dict[str, int] | None:
-        """`--mesh data=2,fsdp=4` as {'data': 2, 'fsdp': 4}; None where it is not given."""
-        if self.mesh is None:
-            return None
-        axes: dict[str, int] = {}
-        for part in self.mesh.split(","):
-            name, _, size = (word.strip() for word in part.partition("="))
-            if name not in MESH_AXES or name in axes or not size.isdecimal() or int(size) < 1:
-                raise InputError(f"--mesh {self.mesh!r}: expected {', '.join(MESH_AXES)} such as data=2,fsdp=4")
-            axes[name] = int(size)
-        return axes
-
-
-@dataclasses.dataclass(frozen=True)
-class LoraArguments:
-    _argument_group_name: ClassVar[str] = "LoRA"
-    lora_r: int = _flag(16, "rank")
-    lora_alpha: int = _flag(16, "the branch is scaled by alpha / r")
-    lora_dropout: float = _flag(0.0, "dropout on the input of the branch")
-    lora_target_modules: str = _flag("all-linear", "all-linear, or names (q_proj,v_proj)", nargs="+")
-    use_rslora: bool = _flag(False, "scale by alpha / sqrt(r)")
-    full_finetuning: bool = _flag(False, "train every weight, without LoRA")
-
-    @property
-    def lora_targets(self) -> Literal["all-linear"] | tuple[str, ...]:
-        """`lora_target_modules` taken apart: 'all-linear' or the module names."""
-        return "all-linear" if self.lora_target_modules == "all-linear" else tuple(self.lora_target_modules.split(","))
-
-
-@dataclasses.dataclass(frozen=True)
-class DataArguments:
-    _argument_group_name: ClassVar[str] = "data"
-    dataset: str | None = _flag(None, "a local file, a directory, or a name on the hub")
-    eval_dataset: str | None = _flag(None, "the same, held out for evaluation")
-    dataset_config: str | None = _flag(None, "configuration of a hub dataset")
-    dataset_train_split: str = _flag("train", "split to train on")
-    dataset_test_split: str = _flag("test", "split to evaluate on")
-    train_on: Literal["responses", "all"] = _flag("responses", "tokens that count in the loss")
-    packing: bool = _flag(True, "put several documents into one row")
-    per_device_eval_batch_size: int = _flag(8, "rows a device in evaluation")
-    shuffle_dataset: bool = _flag(True, "false keeps the order of the data")
-
-
-@dataclasses.dataclass(frozen=True)
-class TrainArguments:
-    _argument_group_name: ClassVar[str] = "training"
-    output_dir: str | None = _flag(None, "where everything is written; without it a new runs/MODEL-N")
-    learning_rate: float | None = _flag(None, "without it 2e-4, or 2e-5 for --full_finetuning")
-    lr_scheduler_type: str = _flag("linear", "schedule of the learning rate", choices=SCHEDULES)
-    lr_scheduler_kwargs: JsonObject = dataclasses.field(
-        default_factory=JsonObject, metadata={"help": 'its further settings as JSON, such as {"min_lr": 1e-6}'}
-    )
-    warmup_steps: int = _flag(0, "steps of linear warm-up")
-    warmup_ratio: float | None = _flag(None, "warm-up as a share of all steps, instead of --warmup_steps")
-    weight_decay: float = _flag(0.0, "decoupled decay; norms and biases never decay")
-    adam_beta1: float = _flag(0.9, "decay of the first moment")
-    adam_beta2: float = _flag(0.999, "decay of the second moment")
-    adam_epsilon: float = _flag(1e-8, "added to the root of the second moment")
-    max_grad_norm: float = _flag(1.0, "clip gradients to this global norm; 0 does not clip")
-    num_train_epochs: float = _flag(3.0, "passes over the data")
-    max_steps: int = _flag(-1, "optimizer steps instead of epochs; -1 counts epochs")
-    per_device_train_batch_size: int = _flag(8, "rows a device and micro-batch")
-    gradient_accumulation_steps: int = _flag(1, "micro-batches an optimizer step")
-    gradient_checkpointing: Literal["full", "none", "offload", "attention", "products", "true", "false"] = _flag(
-        "full",
-        "full (or true) recomputes each layer in the backward pass; offload also keeps its input on the host; "
-        "attention and products keep more on the device and recompute less; none (or false) keeps all",
-        nargs="?",
-        const="full",
-    )
-    optim: Literal["adamw", "adamw_torch", "adamw_8bit"] = _flag("adamw", "adamw_torch is adamw; 8bit: its moments")
-    logging_steps: int = _flag(1, "steps a line of metrics")
-    save_steps: int = _flag(500, "steps a checkpoint; 0 saves at the end only")
-    save_total_limit: int | None = _flag(None, "keep the newest N checkpoints")
-    resume_from_checkpoint: str | None = _flag(None, "auto, or the directory of a checkpoint")
-    sample_prompts: int = _flag(0, "answer the first N held-out prompts before and after the run")
-    eval_steps: int = _flag(0, "steps an evaluation; 0 evaluates at the end only")
-    seed: int = _flag(0, "seed of everything random")
-
-
-@dataclasses.dataclass(frozen=True)
-class GenerateArguments:
-    _argument_group_name: ClassVar[str] = "generation"
-    prompt: str | None = _flag(None, "text to continue")
-    messages: str | None = _flag(None, "JSON file of a conversation, rendered with the chat template")
-    chat: bool = _flag(False, "the prompt is a user's turn, rendered with the chat template")
-    max_new_tokens: int = _flag(128, "most tokens to generate")
-    temperature: float = _flag(0.0, "0 is greedy")
-    top_p: float = _flag(1.0, "sample from the most probable tokens that make up this much probability")
-    seed: int = _flag(0, "seed of sampling")
-
-
-@dataclasses.dataclass(frozen=True)
-class _Origin:
-    """`settings_given`: names that were set by a flag or YAML; `settings_ignored`: YAML keys of other commands."""
-
-    settings_given: frozenset[str] = dataclasses.field(default=frozenset(), compare=False)
-    settings_ignored: frozenset[str] = dataclasses.field(default=frozenset(), compare=False)
-
-
-@dataclasses.dataclass(frozen=True)
-class TrainSettings(_Origin, TrainArguments, DataArguments, LoraArguments, ModelArguments):
-    """Everything `jaxft.train` can be told; what depends on other settings is filled in."""
-
-    learning_rate: float = 2e-4
-
-
-@dataclasses.dataclass(frozen=True)
-class EvaluateSettings(_Origin, DataArguments, ModelArguments):
-    """Everything `jaxft.evaluate` can be told."""
-
-
-@dataclasses.dataclass(frozen=True)
-class GenerateSettings(_Origin, GenerateArguments, ModelArguments):
-    """Everything `jaxft.generate` can be told."""
-
-
-Settings = TrainSettings | EvaluateSettings | GenerateSettings
-
-GROUPS: dict[str, tuple[Any, ...]] = {
-    "train": (ModelArguments, LoraArguments, DataArguments, TrainArguments),
-    "evaluate": (ModelArguments, DataArguments),
-    "generate": (ModelArguments, GenerateArguments),
-}
-SETTINGS: dict[str, type] = {"train": TrainSettings, "evaluate": EvaluateSettings, "generate": GenerateSettings}
-
-RANGES: list[tuple[str, str, Callable[[float], bool]]] = [
-    ("learning_rate weight_decay max_grad_norm temperature", "at least 0", lambda x: x >= 0),
-    ("warmup_steps save_steps eval_steps sample_prompts", "at least 0", lambda x: x >= 0),
-    ("lora_r lora_alpha logging_steps save_total_limit gradient_accumulation_steps", "at least 1", lambda x: x >= 1),
-    ("max_new_tokens per_device_train_batch_size per_device_eval_batch_size", "at least 1", lambda x: x >= 1),
-    ("lora_dropout adam_beta1 adam_beta2", "at least 0 and below 1", lambda x: 0 <= x < 1),
-    ("adam_epsilon num_train_epochs", "above 0", lambda x: x > 0),
-    ("warmup_ratio", "from 0 to 1", lambda x: 0 <= x <= 1),
-    ("top_p", "above 0 and at most 1", lambda x: 0 < x <= 1),
-    ("max_length", "at least 2", lambda x: x >= 2),
-    ("max_steps", "at least 1, or -1 to count epochs", lambda x: x == -1 or x >= 1),
-    ("seed", "from 0 to 4294967295", lambda x: 0 <= x < 2**32),
-]
 _UNSET: Any = object()
 
 
@@ -232,7 +47,7 @@ def parse(command: str, argv: list[str] | None = None) -> tuple[Any, dict[str, s
     values = from_yaml | flags
     source = dict.fromkeys(from_yaml, str(path)) | dict.fromkeys(flags, "flag")
     settings = _resolve(command, values)
-    _check(settings, {name: f"--{name}" if name in flags else f"{path}: {name}" for name in values})
+    check(settings, {name: f"--{name}" if name in flags else f"{path}: {name}" for name in values})
     provenance = {name: source[name] for name in values if _is_choice(command, values, name)}
     settings = dataclasses.replace(settings, settings_given=frozenset(values), settings_ignored=frozenset(ignored))
     return settings, provenance
@@ -382,31 +197,3 @@ def _is_choice(command: str, values: dict[str, Any], name: str) -> bool:
     """Whether `name` in `values` differs from what it would be if it were left out."""
     without = _resolve(command, {other: value for other, value in values.items() if other != name})
     return getattr(_resolve(command, values), name) != getattr(without, name)
-
-
-def _check(settings: Any, where: dict[str, str]) -> None:
-    """Raises InputError for values out of range and for contradictions; `where` names the place of each."""
-    for name, text, fits in ((name, text, fits) for names, text, fits in RANGES for name in names.split()):
-        value = getattr(settings, name, None)
-        if value is not None and not (abs(value) < math.inf and fits(value)):
-            raise InputError(f"{where[name]} is {value}; it must be {text}")
-    exclusive = (
-        *(("bf16", "fp16"), ("warmup_steps", "warmup_ratio"), ("prompt", "messages"), ("load_in_4bit", "load_in_8bit")),
-        *(("load_in_4bit", "full_finetuning"), ("load_in_8bit", "full_finetuning")),
-    )
-    for one, two in exclusive:
-        if getattr(settings, one, None) and getattr(settings, two, None):
-            raise InputError(f"{where[one]} and {where[two]} contradict each other; choose one")
-    for dtype, own, other in (("bfloat16", "bf16", "fp16"), ("float16", "fp16", "bf16")):
-        if settings.dtype == dtype and (getattr(settings, own) is False or getattr(settings, other)):
-            name = other if getattr(settings, other) else own
-            value = str(getattr(settings, name)).lower()
-            raise InputError(f"{where['dtype']} {dtype} and {where[name]} {value} contradict each other; choose one")
-    _ = settings.mesh_axes  # raises where it cannot be read
-    if isinstance(settings, TrainSettings):
-        targets = settings.lora_target_modules.split(",")
-        if targets == [""] or ("all-linear" in targets and len(targets) > 1):
-            raise InputError(f"--lora_target_modules {settings.lora_target_modules!r}: expected all-linear or names")
-        lora = [name for name in where if name.startswith(("lora_", "use_rslora")) and where[name].startswith("--")]
-        if settings.full_finetuning and lora:
-            raise InputError(f"{where[lora[0]]} has no meaning with --full_finetuning, which trains without LoRA")

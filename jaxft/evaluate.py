@@ -11,12 +11,13 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from jaxft.config import EvaluateSettings, TrainSettings, describe, parse
+from jaxft.config import describe, parse
 from jaxft.data import find_files, load_rows, tokenize_dataset
 from jaxft.errors import InputError, RunError, run_command
 from jaxft.load import EMBEDDED
 from jaxft.packing import Batch, eval_batches
 from jaxft.prepare import prepare
+from jaxft.settings import EvaluateSettings, TrainSettings
 from jaxft.sharding import batch_sharding, data_parallel_size
 from jaxft.step import EvalStep, make_eval_step
 from jaxft.trees import Tree

@@ -13,11 +13,12 @@ import numpy as np
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from jaxft.config import GenerateSettings, describe, parse
+from jaxft.config import describe, parse
 from jaxft.errors import InputError, run_command
 from jaxft.load import EMBEDDED
 from jaxft.models import Model
 from jaxft.prepare import prepare
+from jaxft.settings import GenerateSettings
 from jaxft.trees import Tree
 
 BUCKET = 64  # prompts are padded to a multiple of this many slots, so that few lengths are compiled

@@ -15,7 +15,6 @@ import numpy as np
 import optax
 
 from jaxft.checkpoint import Checkpoints
-from jaxft.config import TrainSettings
 from jaxft.errors import InputError, RunError
 from jaxft.evaluate import evaluate
 from jaxft.metrics import Display, Line, MetricsFile, live_display
@@ -24,6 +23,7 @@ from jaxft.optim_8bit import Moment8, place
 from jaxft.output import CHECKPOINTS, METRICS
 from jaxft.packing import Batches
 from jaxft.prepare import Prepared
+from jaxft.settings import TrainSettings
 from jaxft.sharding import batch_sharding
 from jaxft.step import make_eval_step, make_train_step
 from jaxft.trees import Tree

@@ -10,11 +10,12 @@ import jax
 import jax.numpy as jnp
 from safetensors import SafetensorError
 
-from jaxft.config import TrainSettings, to_yaml
+from jaxft.config import to_yaml
 from jaxft.convert import peft
 from jaxft.errors import InputError, RunError
 from jaxft.load import copy_tokenizer, write_model
 from jaxft.prepare import Prepared
+from jaxft.settings import TrainSettings
 from jaxft.trees import Tree
 
 CONFIG, METRICS, CHECKPOINTS = "config.yaml", "metrics.jsonl", "checkpoints"

@@ -9,12 +9,12 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerBase
 
-from jaxft.config import GenerateSettings, ModelArguments, TrainSettings
 from jaxft.errors import InputError
 from jaxft.load import find_directory, load_adapter, load_model, load_tokenizer, new_adapter
 from jaxft.lora import LoraConfig
 from jaxft.models import Model, describe_model, read_hf_config
 from jaxft.quant import is_quantized
+from jaxft.settings import GenerateSettings, ModelArguments, TrainSettings
 from jaxft.sharding import make_mesh, mesh_sizes
 from jaxft.trees import Tree, flatten
 

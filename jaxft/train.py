@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxft.config import TrainSettings, describe, parse
+from jaxft.config import describe, parse
 from jaxft.data import load_rows, tokenize_dataset
 from jaxft.errors import InputError, run_command
 from jaxft.evaluate import held_out_split, read_from
@@ -21,6 +21,7 @@ from jaxft.optim import make_optimizer, make_schedule, with_loss_scale
 from jaxft.output import choose_directory, is_finished, model_card, write_result
 from jaxft.packing import Batches, Sample, eval_batches, make_plan
 from jaxft.prepare import Prepared, prepare
+from jaxft.settings import TrainSettings
 from jaxft.sharding import data_parallel_size
 from jaxft.trees import Tree
 

@@ -11,7 +11,8 @@ import pytest
 
 import jaxft
 from jaxft import train
-from jaxft.config import GROUPS, parse, to_yaml
+from jaxft.config import parse, to_yaml
+from jaxft.settings import GROUPS
 from tests.tiny_runs import compile_cache, lines_of
 
 ROOT = Path(__file__).parent.parent
