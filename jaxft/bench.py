@@ -138,6 +138,7 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
             max_documents=documents,
         ),
         donate_argnums=(0, 1),
+        compiler_options=dict(options.compiler_option),
     )  # fmt: skip
     key = jax.random.key(2)
     began = time.perf_counter()
@@ -170,6 +171,7 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
         "shape": [workload.batch, workload.length],
         "gradient_checkpointing": remat,
         "mlp_tiles": options.mlp_tiles,
+        "compiler_options": dict(options.compiler_option),
         "optim": options.optim,
         "device": device.device_kind,
         "tokens_per_second": tokens / median,
@@ -185,6 +187,13 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def _compiler_option(text: str) -> tuple[str, str | bool]:
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected NAME=VALUE")
+    return name, {"true": True, "false": False}.get(value, value)
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m jaxft.bench", description=__doc__)
     parser.add_argument("workloads", nargs="+", choices=WORKLOADS, metavar="ID", help=", ".join(WORKLOADS))
@@ -193,6 +202,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--gradient_checkpointing", choices=list(REMAT), help="instead of the workload's own")
     parser.add_argument("--mlp_tiles", type=int, default=1, help="in how many parts the MLPs take the tokens")
     parser.add_argument("--optim", default="adamw_8bit", choices=["adamw", "adamw_8bit"])
+    parser.add_argument(
+        "--compiler_option", action="append", type=_compiler_option, default=[], metavar="NAME=VALUE",
+        help="an option of XLA, such as xla_gpu_enable_triton_gemm=false; as often as wanted",
+    )  # fmt: skip
     parser.add_argument("--profile", help="write a trace of the timed steps here, and say where their time goes")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     options = parser.parse_args(argv)

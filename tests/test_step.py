@@ -10,6 +10,7 @@ import optax
 import pytest
 
 from jaxft import LoraConfig, add_lora, make_eval_step, make_optimizer, make_train_step
+from jaxft.models.layers import REMAT
 from jaxft.optim import with_loss_scale
 from jaxft.trees import flatten
 from tests.tiny_models import LENGTHS, T, V, documents, nonzero_adapter, pack, packed_batch, tiny_model
@@ -89,10 +90,11 @@ def test_every_factorisation_into_micro_batches_gives_the_same_gradients():
 def test_gradient_checkpointing_changes_nothing():
     run, trainable, frozen = gradient_step("llama2", lora=True, dropout=0.4)
     kept, gradients = run(trainable, frozen, packed_batch())
-    run, _, _ = gradient_step("llama2", lora=True, dropout=0.4, checkpointing="full")
-    again, recomputed = run(trainable, frozen, packed_batch())
-    np.testing.assert_allclose(kept["loss"], again["loss"], rtol=1e-6)
-    assert_same_gradients(recomputed, gradients)
+    for policy in sorted(REMAT.keys() - {"none"}):
+        run, _, _ = gradient_step("llama2", lora=True, dropout=0.4, checkpointing=policy)
+        again, recomputed = run(trainable, frozen, packed_batch())
+        np.testing.assert_allclose(kept["loss"], again["loss"], rtol=1e-6, err_msg=policy)
+        assert_same_gradients(recomputed, gradients)
     run, trainable, frozen = gradient_step("llama2", checkpointing="some")
     with pytest.raises(ValueError, match="gradient_checkpointing 'some': must be one of none, full"):
         run(trainable, frozen, packed_batch())

@@ -18,7 +18,8 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxft.kernels import attention as attention_op
 from jaxft.kernels import linear as linear_op
 from jaxft.kernels import mlp as mlp_op
-from jaxft.kernels.rms_norm import rms_norm
+from jaxft.kernels.rms_norm import residual_rms_norm, rms_norm
+from jaxft.models.offload import offloaded_scan
 from jaxft.sharding import constrain
 
 M = TypeVar("M", bound=nnx.Module)
@@ -63,9 +64,12 @@ class Linear(nnx.Module):
         return linear_op.Weights(self.weight[...], None if self.bias is None else self.bias[...], lora)
 
 
-def linears(x: jax.Array, *layers: Linear, key: jax.Array | None) -> tuple[jax.Array, ...]:
-    """The outputs of linear layers that read the same x (..., I); key drives LoRA's dropout, None switches it off."""
-    return linear_op.linears(x, tuple(layer.weights() for layer in layers), dropout=_dropout(layers), key=key)
+def linears(
+    x: jax.Array, *layers: Linear, key: jax.Array | None, add: jax.Array | None = None
+) -> tuple[jax.Array, ...]:
+    """The outputs of linear layers that read the same x (..., I), the first one + add; key drives LoRA's dropout, None
+    switches it off."""
+    return linear_op.linears(x, tuple(layer.weights() for layer in layers), dropout=_dropout(layers), key=key, add=add)
 
 
 def gated_mlp(
@@ -77,11 +81,12 @@ def gated_mlp(
     activation: str,
     keys: tuple[jax.Array | None, jax.Array | None],
     tiles: int,
+    add: jax.Array | None = None,
 ) -> jax.Array:
-    """down(act(gate(x)) · up(x)) for x (B, T, D), in `tiles` parts; keys: dropout of gate and up, of down."""
+    """down(act(gate(x)) · up(x)) + add for x (B, T, D), in `tiles` parts; keys: dropout of gate and up, of down."""
     return mlp_op.mlp(
         x, gate.weights(), up.weights(), down.weights(), activation=activation, dropout=_dropout((gate, up, down)),
-        keys=keys, tiles=tiles,
+        keys=keys, tiles=tiles, add=add,
     )  # fmt: skip
 
 
@@ -96,6 +101,10 @@ class RMSNorm(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return rms_norm(x, self.weight[...], eps=self.eps)
+
+    def beside(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """x, which goes on as a residual, and its norm: both through one operation, so that backward is one pass."""
+        return residual_rms_norm(x, self.weight[...], eps=self.eps)
 
 
 class Embedding(nnx.Module):
@@ -195,26 +204,23 @@ def stack(block: M, count: int) -> M:
     return block
 
 
-SAVED_NAMES = ("attention_out", "attention_lse")  # what an attention kernel needs to not run forward again
+ATTENTION = ("attention_out", "attention_lse")  # what an attention kernel needs to not run forward again
+LOW_RANK = "mlp_low_rank"  # R columns that spare the backward pass the MLP's widest array
+kept = jax.checkpoint_policies.save_only_these_names
 REMAT: dict[str, Callable[..., bool] | None] = {
     # keeps everything that the backward pass reads
     "none": None,
     # keeps each layer's input and computes the rest again
-    "full": jax.checkpoint_policies.nothing_saveable,
-    # the same, with the inputs on the host
-    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
-        names_which_can_be_saved=[],
-        names_which_can_be_offloaded=["layer_input"],
-        offload_src="device",
-        offload_dst="pinned_host",
-    ),
+    "full": kept(LOW_RANK),
     # keeps each layer's input and attention's output and log-sum-exp
-    "attention": jax.checkpoint_policies.save_only_these_names("layer_input", *SAVED_NAMES),
+    "attention": kept(LOW_RANK, *ATTENTION),
     # keeps what the hand-derived backward passes read: only norms, rotations and activations are computed again
-    "products": jax.checkpoint_policies.save_only_these_names(
-        "layer_input", "attention_qkv", *SAVED_NAMES, "layer_middle", "mlp_gate", "mlp_up", "lora_low_rank"
-    ),
+    "products": kept(LOW_RANK, "attention_qkv", *ATTENTION, "layer_middle", "mlp_gate", "mlp_up", "lora_low_rank"),
+    # full and attention with what is kept on the host (`offload.py`)
+    "offload": kept(LOW_RANK),
+    "offload_attention": kept(LOW_RANK, *ATTENTION),
 }
+OFFLOADED = ("offload", "offload_attention")
 
 
 def scan_layers(block: nnx.Module, x: jax.Array, layers: LayerData, context: Context, cache, remat: str):
@@ -226,14 +232,19 @@ def scan_layers(block: nnx.Module, x: jax.Array, layers: LayerData, context: Con
         raise ValueError(f"gradient_checkpointing {remat!r}: must be one of {', '.join(REMAT)}")
     graphdef, parameters = nnx.split(block)
 
-    def body(x, inputs):
-        parameters, layer, cache = inputs
-        # the body's input is named, not its output: a named output is not what the backward pass of a scan reads
-        x = checkpoint_name(x, "layer_input")
-        x, cache = nnx.merge(graphdef, parameters)(x, layer, context, cache)
+    def run(x, layer, context, cache):
+        parameters, data = layer
+        x, cache = nnx.merge(graphdef, parameters)(x, data, context, cache)
         return constrain(x, ("batch", "length", "embed_activation")), cache
 
-    policy = REMAT[remat]
-    if policy is not None:
-        body = jax.checkpoint(body, prevent_cse=False, policy=policy)
-    return jax.lax.scan(body, x, (parameters, layers, cache))
+    if remat in OFFLOADED and cache is None:
+        body = jax.checkpoint(lambda *args: run(*args, None)[0], prevent_cse=False, policy=REMAT[remat])
+        return offloaded_scan(body, x, (parameters, layers), context), None
+
+    def step(x, inputs):
+        layer, cache = inputs
+        return run(x, layer, context, cache)
+
+    if REMAT[remat] is not None:
+        step = jax.checkpoint(step, prevent_cse=False, policy=REMAT[remat])
+    return jax.lax.scan(step, x, ((parameters, layers), cache))

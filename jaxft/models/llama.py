@@ -44,7 +44,7 @@ class Attention(nnx.Module):
         self.o_proj = Linear(N * H, D, bias=c.attention_bias, axes=("embed", "heads"))
 
     def __call__(
-        self, x: jax.Array, layer: LayerData, context: Context, cache: Cache | None
+        self, x: jax.Array, layer: LayerData, context: Context, cache: Cache | None, add: jax.Array
     ) -> tuple[jax.Array, Cache | None]:
         B, T, _ = x.shape
         qkv_key, o_key, _, _ = layer.keys(4)
@@ -55,7 +55,7 @@ class Attention(nnx.Module):
         cos, sin = layer.tables(context)
         q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
         mixed, cache = attend(q, k, v, context=context, layer=layer, cache=cache, scale=self.head_dim**-0.5)
-        (out,) = linears(mixed.reshape(B, T, self.heads * self.head_dim), self.o_proj, key=o_key)
+        (out,) = linears(mixed.reshape(B, T, self.heads * self.head_dim), self.o_proj, key=o_key, add=add)
         return out, cache
 
 
@@ -67,11 +67,11 @@ class MLP(nnx.Module):
         self.up_proj = Linear(D, F, bias=c.mlp_bias, axes=("ffw", "embed"))
         self.down_proj = Linear(F, D, bias=c.mlp_bias, axes=("embed", "ffw"))
 
-    def __call__(self, x: jax.Array, layer: LayerData, context: Context) -> jax.Array:
+    def __call__(self, x: jax.Array, layer: LayerData, context: Context, add: jax.Array) -> jax.Array:
         _, _, up_key, down_key = layer.keys(4)
         return gated_mlp(
             x, self.gate_proj, self.up_proj, self.down_proj, activation=self.activation, keys=(up_key, down_key),
-            tiles=context.mlp_tiles,
+            tiles=context.mlp_tiles, add=add,
         )  # fmt: skip
 
 
@@ -85,6 +85,7 @@ class Block(nnx.Module):
     def __call__(
         self, x: jax.Array, layer: LayerData, context: Context, cache: Cache | None
     ) -> tuple[jax.Array, Cache | None]:
-        attended, cache = self.self_attn(self.input_layernorm(x), layer, context, cache)
-        x = checkpoint_name(x + attended, "layer_middle")
-        return x + self.mlp(self.post_attention_layernorm(x), layer, context), cache
+        x, normed = self.input_layernorm.beside(x)
+        x, cache = self.self_attn(normed, layer, context, cache, add=x)
+        x, normed = self.post_attention_layernorm.beside(checkpoint_name(x, "layer_middle"))
+        return self.mlp(normed, layer, context, add=x), cache

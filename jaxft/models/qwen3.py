@@ -5,7 +5,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from transformers import PretrainedConfig
 
-from jaxft.kernels.rope import apply_rope
+from jaxft.kernels.norm_rope import norm_rope
 from jaxft.models.decoder import ModelConfig
 from jaxft.models.layers import Cache, Context, LayerData, Linear, RMSNorm, attend, gated_mlp, linears
 from jaxft.models.qwen2 import sliding_windows
@@ -47,18 +47,17 @@ class Attention(nnx.Module):
         self.k_norm = RMSNorm(H, c.rms_norm_eps)
 
     def __call__(
-        self, x: jax.Array, layer: LayerData, context: Context, cache: Cache | None
+        self, x: jax.Array, layer: LayerData, context: Context, cache: Cache | None, add: jax.Array
     ) -> tuple[jax.Array, Cache | None]:
         B, T, _ = x.shape
         qkv_key, o_key, _, _ = layer.keys(4)
         q, k, v = linears(x, self.q_proj, self.k_proj, self.v_proj, key=qkv_key)
-        q = self.q_norm(q.reshape(B, T, self.heads, self.head_dim))
-        k = self.k_norm(k.reshape(B, T, self.kv_heads, self.head_dim))
-        v = v.reshape(B, T, self.kv_heads, self.head_dim)
+        q, k, v = (part.reshape(B, T, -1, self.head_dim) for part in (q, k, v))
         cos, sin = layer.tables(context)
-        q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
+        q = norm_rope(q, self.q_norm.weight[...], cos, sin, eps=self.q_norm.eps)
+        k = norm_rope(k, self.k_norm.weight[...], cos, sin, eps=self.k_norm.eps)
         mixed, cache = attend(q, k, v, context=context, layer=layer, cache=cache, scale=self.head_dim**-0.5)
-        (out,) = linears(mixed.reshape(B, T, self.heads * self.head_dim), self.o_proj, key=o_key)
+        (out,) = linears(mixed.reshape(B, T, self.heads * self.head_dim), self.o_proj, key=o_key, add=add)
         return out, cache
 
 
@@ -70,11 +69,11 @@ class MLP(nnx.Module):
         self.up_proj = Linear(D, F, bias=False, axes=("ffw", "embed"))
         self.down_proj = Linear(F, D, bias=False, axes=("embed", "ffw"))
 
-    def __call__(self, x: jax.Array, layer: LayerData, context: Context) -> jax.Array:
+    def __call__(self, x: jax.Array, layer: LayerData, context: Context, add: jax.Array) -> jax.Array:
         _, _, up_key, down_key = layer.keys(4)
         return gated_mlp(
             x, self.gate_proj, self.up_proj, self.down_proj, activation=self.activation, keys=(up_key, down_key),
-            tiles=context.mlp_tiles,
+            tiles=context.mlp_tiles, add=add,
         )  # fmt: skip
 
 
@@ -88,6 +87,7 @@ class Block(nnx.Module):
     def __call__(
         self, x: jax.Array, layer: LayerData, context: Context, cache: Cache | None
     ) -> tuple[jax.Array, Cache | None]:
-        attended, cache = self.self_attn(self.input_layernorm(x), layer, context, cache)
-        x = checkpoint_name(x + attended, "layer_middle")
-        return x + self.mlp(self.post_attention_layernorm(x), layer, context), cache
+        x, normed = self.input_layernorm.beside(x)
+        x, cache = self.self_attn(normed, layer, context, cache, add=x)
+        x, normed = self.post_attention_layernorm.beside(checkpoint_name(x, "layer_middle"))
+        return self.mlp(normed, layer, context, add=x), cache

@@ -3,9 +3,10 @@
 import jax
 
 from jaxft.kernels.linear import fused, reference
+from jaxft.kernels.linear.fused import one_device
 from jaxft.kernels.linear.weights import Weights
 
-__all__ = ["Weights", "check_fit", "layer_keys", "linears"]
+__all__ = ["Weights", "check_add", "check_fit", "layer_keys", "linears", "one_device"]
 
 
 def linears(
@@ -14,25 +15,29 @@ def linears(
     *,
     dropout: float = 0.0,
     key: jax.Array | None = None,
+    add: jax.Array | None = None,
     implementation: str | None = None,
 ) -> tuple[jax.Array, ...]:
     """y_i = x W_iᵀ + bias_i + s_i · dropout(x) A_iᵀ B_iᵀ for layers that read the same x (q, k, v; or gate, up).
 
     x: (..., I), its dtype is the compute dtype: weights, A and B are read in theirs and cast to it; products
     accumulate in float32; each y_i is (..., O_i) in x's dtype. dropout is LoRA's, drawn anew for each layer from
-    key, and off where key is None. implementation: "fused" (default; reverse-mode derivatives only) or "reference".
-    Raises ValueError where a shape does not fit or the implementation is unknown.
+    key, and off where key is None. add: added to y_0, a residual, of its shape and dtype.
+    implementation: "fused" (default; reverse-mode derivatives only) or "reference". Raises ValueError where a shape
+    does not fit or the implementation is unknown.
     """
     check_fit(x.shape, layers)
+    check_add(x, layers[0], add)
     keys = layer_keys(key, len(layers))
     if implementation == "reference":
-        return tuple(
+        found = [
             reference.linear(x, layer.weight, layer.bias, layer.lora, dropout, layer_key)
             for layer, layer_key in zip(layers, keys, strict=True)
-        )
+        ]
+        return (found[0] if add is None else found[0] + add, *found[1:])
     if implementation not in (None, "fused"):
         raise ValueError(f"implementation {implementation!r}: must be 'fused' or 'reference'")
-    return fused.linears(x, layers, dropout, keys)
+    return fused.linears(x, layers, dropout, keys, add)
 
 
 def check_fit(shape: tuple[int, ...], layers: tuple[Weights, ...]) -> None:
@@ -42,6 +47,13 @@ def check_fit(shape: tuple[int, ...], layers: tuple[Weights, ...]) -> None:
         low_rank = [] if layer.lora is None else [layer.lora[0].shape[1:], layer.lora[1].shape[:1]]
         if shape[-1] != columns or (low_rank and low_rank != [(columns,), (rows,)]):
             raise ValueError(f"x has shape {shape}, weight (O, I) {layer.weight.shape}, A and B need (R, I), (O, R)")
+
+
+def check_add(x: jax.Array, layer: Weights, add: jax.Array | None) -> None:
+    """Raises ValueError where `add` is not of the shape and dtype of the layer's output."""
+    shape = (*x.shape[:-1], layer.weight.shape[0])
+    if add is not None and (add.shape != shape or add.dtype != x.dtype):
+        raise ValueError(f"add is {add.dtype} {add.shape}; the output is {x.dtype} {shape}")
 
 
 def layer_keys(key: jax.Array | None, count: int) -> tuple[jax.Array | None, ...]:

@@ -46,6 +46,12 @@ class Wanted:
     layers: tuple[PerLeaf, ...]
 
 
+def one_device() -> bool:
+    """Whether arrays are whole here: kernels that XLA cannot split serve no mesh of several devices."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return mesh.empty or mesh.size == 1
+
+
 def _precision(dtype: jnp.dtype) -> jax.lax.Precision | None:
     return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None  # float32 means float32, not TF32
 
@@ -64,8 +70,10 @@ def over_tokens(left: jax.Array, right: jax.Array, dtype: jnp.dtype) -> jax.Arra
     )
 
 
-def _scaled(b: jax.Array, scale: jax.Array, dtype: jnp.dtype) -> jax.Array:
-    """s B in `dtype`: multiplied in float32, so that it is rounded once."""
+def scaled_b(layer: Weights, dtype: jnp.dtype) -> jax.Array:
+    """s B (O, R) of a layer with LoRA, in `dtype`: multiplied in float32, so that it is rounded once."""
+    assert layer.lora is not None
+    _, b, scale = layer.lora
     return (b.astype(jnp.float32) * scale.astype(jnp.float32)).astype(dtype)
 
 
@@ -107,13 +115,19 @@ def low_rank_inputs(x: jax.Array, layers: tuple[Weights, ...], rate: float, keys
     return _split_ranks(u, layers, axis=u.ndim - 1)
 
 
-def outputs(x: jax.Array, lows: list[jax.Array | None], layers: tuple[Weights, ...]) -> tuple[jax.Array, ...]:
-    """y_i = x W_iᵀ + u_i (s_i B_i)ᵀ + bias_i, (..., O_i) in x's dtype each."""
+def outputs(
+    x: jax.Array, lows: list[jax.Array | None], layers: tuple[Weights, ...], add: jax.Array | None = None
+) -> tuple[jax.Array, ...]:
+    """y_i = x W_iᵀ + u_i (s_i B_i)ᵀ + bias_i, (..., O_i) in x's dtype each; the first one + add."""
     found = []
     for layer, u in zip(layers, lows, strict=True):
         y = reference.matmul(x, dense(layer.weight, x.dtype))
+        start, add = add, None
         if layer.lora is not None and u is not None:
-            y = y + reference.matmul(u, _scaled(layer.lora[1], layer.lora[2], x.dtype))
+            low = reference.matmul(u, scaled_b(layer, x.dtype))
+            start = low if start is None else start + low
+        if start is not None:  # one sum beside the large product, which can take it as its own start (beta = 1)
+            y = y + start
         if layer.bias is not None:
             y = y + jax.lax.expand_dims(layer.bias.astype(x.dtype), range(y.ndim - 1))
         found.append(y)
@@ -129,17 +143,21 @@ def gradients(
     rate: float,
     keys: Keys,
     weight_dtype: jnp.dtype | None = None,
+    unscaled: tuple[jax.Array | None, ...] | None = None,
 ) -> tuple[jax.Array | None, tuple[PerLeaf, ...]]:
     """dx (..., I) in x's dtype, and for each layer its gradients: float32, dW in weight_dtype (the weight's own where
-    None), None for what is not wanted."""
-    g = [
-        None if layer.lora is None else times(dy, _scaled(layer.lora[1], layer.lora[2], dy.dtype))
-        for layer, dy in zip(layers, dys, strict=True)
-    ]
+    None), None for what is not wanted. unscaled: dYᵀ u of each layer where it is known already."""
+    g = [low_rank_gradient(dy, layer) for layer, dy in zip(layers, dys, strict=True)]
+    d_a = _a_gradients(x, g, layers, wanted, rate, keys)
     return (
         _input_gradient(g, dys, layers, rate, keys) if wanted.x else None,
-        _parameter_gradients(x, lows, g, dys, layers, wanted, rate, keys, weight_dtype),
+        parameter_gradients(x, lows, d_a, dys, layers, wanted, weight_dtype, unscaled),
     )
+
+
+def low_rank_gradient(dy: jax.Array, layer: Weights) -> jax.Array | None:
+    """g = dY (s B), (..., R) in dY's dtype; None for a layer without LoRA."""
+    return None if layer.lora is None else times(dy, scaled_b(layer, dy.dtype))
 
 
 def _input_gradient(g, dys, layers, rate, keys):
@@ -158,27 +176,48 @@ def _input_gradient(g, dys, layers, rate, keys):
     return dx
 
 
-def _parameter_gradients(x, lows, g, dys, layers, wanted, rate, keys, weight_dtype):
-    wants_a = any(want.lora is not None and want.lora[0] for want in wanted.layers)
-    together: list[Any] = [None] * len(layers)
-    if wants_a and not _dropped(keys, rate):
+def _a_gradients(x, g, layers, wanted, rate, keys):
+    """dA_i (R, I) float32; None where it is not wanted."""
+    asked = [want.lora is not None and want.lora[0] for want in wanted.layers]
+    if not any(asked):
+        return (None,) * len(layers)
+    if _dropped(keys, rate):
+        together = [
+            None if part is None else over_tokens(part, _dropout(x, rate, key), jnp.float32)
+            for part, key in zip(g, keys, strict=True)
+        ]
+    else:
         joined = jnp.concatenate([part for part in g if part is not None], axis=-1)
         together = _split_ranks(over_tokens(joined, x, jnp.float32), layers, axis=0)
+    return tuple(d_a if want else None for d_a, want in zip(together, asked, strict=True))
+
+
+def parameter_gradients(
+    x: jax.Array,
+    lows: list[jax.Array | None],
+    d_a: tuple[jax.Array | None, ...],
+    dys: tuple[jax.Array, ...],
+    layers: tuple[Weights, ...],
+    wanted: Wanted,
+    weight_dtype: jnp.dtype | None = None,
+    unscaled: tuple[jax.Array | None, ...] | None = None,
+) -> tuple[PerLeaf, ...]:
+    """The gradients that `gradients` returns for each layer, with dA_i given."""
     found = []
-    for layer, want, u, part, dy, key, d_a in zip(layers, wanted.layers, lows, g, dys, keys, together, strict=True):
+    known = unscaled or (None,) * len(layers)
+    for layer, want, u, dy, of_a, product in zip(layers, wanted.layers, lows, dys, d_a, known, strict=True):
         tokens = tuple(range(dy.ndim - 1))
         d_weight = over_tokens(dy, x, weight_dtype or layer.weight.dtype) if want.weight else None
         d_bias = jnp.sum(dy.astype(jnp.float32), axis=tokens) if want.bias else None
         d_lora = None
         if layer.lora is not None:
             _, b, scale = layer.lora
-            if want.lora[0] and d_a is None:
-                d_a = over_tokens(part, _dropout(x, rate, key), jnp.float32)
-            unscaled = over_tokens(dy, u, jnp.float32) if want.lora[1] or want.lora[2] else None
+            if product is None and u is not None and (want.lora[1] or want.lora[2]):
+                product = over_tokens(dy, u, jnp.float32)
             d_lora = (
-                d_a if want.lora[0] else None,
-                unscaled * scale.astype(jnp.float32) if want.lora[1] else None,
-                jnp.sum(unscaled * b.astype(jnp.float32)) if want.lora[2] else None,
+                of_a,
+                product * scale.astype(jnp.float32) if want.lora[1] else None,
+                jnp.sum(product * b.astype(jnp.float32)) if want.lora[2] else None,
             )
         found.append(PerLeaf(d_weight, d_bias, d_lora))
     return tuple(found)
@@ -235,21 +274,24 @@ def in_dtypes(grads: tuple[PerLeaf, ...], layers: tuple[Weights, ...]) -> Any:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def linears(x: jax.Array, layers: tuple[Weights, ...], rate: float, keys: Keys) -> tuple[jax.Array, ...]:
-    """As `reference.linear` for each layer, keys one a layer (None switches dropout off)."""
-    return outputs(x, low_rank_inputs(x, layers, rate, keys), layers)
+def linears(
+    x: jax.Array, layers: tuple[Weights, ...], rate: float, keys: Keys, add: jax.Array | None
+) -> tuple[jax.Array, ...]:
+    """As `reference.linear` for each layer, keys one a layer (None switches dropout off); the first one + add."""
+    return outputs(x, low_rank_inputs(x, layers, rate, keys), layers, add)
 
 
-def _vjp_forward(x, layers, rate, keys):
-    wanted, x, layers, keys = perturbed(x, layers), x.value, values(layers), values(keys)
+def _vjp_forward(x, layers, rate, keys, add):
+    wanted, x, layers, keys, add = perturbed(x, layers), x.value, values(layers), values(keys), values(add)
     lows = low_rank_inputs(x, layers, rate, keys)
-    return outputs(x, lows, layers), (x, lows, layers, keys, wanted)
+    return outputs(x, lows, layers, add), (x, lows, layers, keys, wanted, add is not None)
 
 
 def _vjp_backward(rate, kept, upstream):
-    x, lows, layers, keys, wanted = kept
-    dx, grads = gradients(x, lows, cotangents(upstream), layers, wanted, rate, keys)
-    return dx, in_dtypes(grads, layers), (None,) * len(keys)
+    x, lows, layers, keys, wanted, added = kept
+    dys = cotangents(upstream)
+    dx, grads = gradients(x, lows, dys, layers, wanted, rate, keys)
+    return dx, in_dtypes(grads, layers), (None,) * len(keys), dys[0] if added else None
 
 
 linears.defvjp(_vjp_forward, _vjp_backward, symbolic_zeros=True)

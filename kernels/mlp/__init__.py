@@ -2,8 +2,9 @@
 
 import jax
 
-from jaxft.kernels.linear import Weights, check_fit, layer_keys
-from jaxft.kernels.mlp import fused, reference
+from jaxft.kernels.attention.triton import device_capability
+from jaxft.kernels.linear import Weights, check_add, check_fit, layer_keys, one_device
+from jaxft.kernels.mlp import fused, reference, triton
 from jaxft.kernels.mlp.reference import ACTIVATIONS
 
 __all__ = ["ACTIVATIONS", "mlp"]
@@ -18,6 +19,7 @@ def mlp(
     activation: str,
     dropout: float = 0.0,
     keys: tuple[jax.Array | None, jax.Array | None] = (None, None),
+    add: jax.Array | None = None,
     tiles: int = 1,
     implementation: str | None = None,
 ) -> jax.Array:
@@ -25,12 +27,13 @@ def mlp(
 
     x: (..., T, D), its dtype is the compute dtype; gate, up: weights (F, D); down: (D, F); y: (..., T, D) in x's dtype.
     activation: "silu", "gelu" (exact) or "gelu_pytorch_tanh", computed in float32. dropout: LoRA's; keys: one for
-    gate and up, one for down, off where None.
+    gate and up, one for down, off where None. add: added to y, a residual, of its shape and dtype.
     tiles: how many parts the tokens are cut into, one after the other, each computed again in the backward pass: only
     one part's (…, F) arrays exist at a time. Dropout draws other masks for each number of tiles.
-    implementation: "fused" (default; reverse-mode derivatives only) or "reference" (tiles must be 1). With one tile,
-    "fused" keeps x, gate(x) and up(x) for backward; their names for rematerialisation policies are "mlp_gate" and
-    "mlp_up". Raises ValueError where a shape does not fit or a name is unknown.
+    implementation: "triton" (own kernels between the large products), "fused" (plain XLA; both with reverse-mode
+    derivatives only), "reference" (tiles must be 1), or None: the first of them that serves. What is kept for backward,
+    and its names for rematerialisation policies: see `fused`. Raises ValueError where a shape does not fit or a name is
+    unknown, NotImplementedError where the implementation that was asked for cannot serve.
     """
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation {activation!r}: must be one of {', '.join(ACTIVATIONS)}")
@@ -39,15 +42,34 @@ def mlp(
     check_fit((*x.shape[:-1], F), (down,))
     if up.weight.shape[0] != F:
         raise ValueError(f"gate has shape {gate.weight.shape}, up {up.weight.shape}; both must be (F, D)")
+    check_add(x, down, add)
     if tiles < 1 or x.ndim < 2:
         raise ValueError(f"tiles is {tiles}, x has shape {x.shape}; need at least one tile and x (..., T, D)")
     both = (*layer_keys(keys[0], 2), *layer_keys(keys[1], 1))
     if implementation == "reference":
         if tiles != 1:
             raise NotImplementedError(f"the reference is not tiled; tiles is {tiles}")
-        return reference.mlp(x, gate, up, down, activation, dropout, both)
-    if implementation not in (None, "fused"):
-        raise ValueError(f"implementation {implementation!r}: must be 'fused' or 'reference'")
+        y = reference.mlp(x, gate, up, down, activation, dropout, both)
+        return y if add is None else y + add
+    if implementation not in (None, "triton", "fused"):
+        raise ValueError(f"implementation {implementation!r}: must be 'triton', 'fused' or 'reference'")
+    layers = (gate, up, down)
+    card = None if implementation == "fused" else _card(x.dtype, layers, activation, dropout, both, implementation)
     if tiles == 1:
-        return fused.mlp(x, (gate, up, down), activation, dropout, both)
-    return fused.tiled_mlp(x, (gate, up, down), activation, dropout, both, tiles)
+        return fused.mlp(x, layers, activation, dropout, both, add, card)
+    return fused.tiled_mlp(x, layers, activation, dropout, both, add, card, tiles)
+
+
+def _card(dtype, layers, activation, rate, keys, implementation) -> int | None:
+    """The compute capability that the kernels are compiled for, None where they cannot serve and were not asked for."""
+    try:
+        if not one_device():
+            raise NotImplementedError("a mesh of several devices: the kernels have no rule to be split")
+        capability = device_capability()
+        dropped = bool(rate) and any(key is not None for key in keys)
+        triton.check(dtype, layers, activation, dropped, capability)
+    except NotImplementedError as refusal:
+        if implementation == "triton":
+            raise NotImplementedError(f"mlp by triton: {refusal}") from None
+        return None
+    return capability

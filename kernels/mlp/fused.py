@@ -3,10 +3,12 @@
     e = gate(x), v = up(x), h = act(e) · v, y = down(h)        each with its LoRA branch (`linear/fused.py`)
     dh = ∂down/∂h (dY),  de = dh · v · act′(e),  dv = dh · act(e),  dx = ∂gate/∂x (de) + ∂up/∂x (dv)
 
-Kept for backward: x, e, v and the R columns of the low-rank inputs; h is computed again, in the same pass over e, v
-and dh that gives de and dv. e and v carry the names "mlp_gate" and "mlp_up", so that a rematerialisation policy can
-keep them or not. Tiled: only x is kept, and a tile's e and v are computed again in backward; gradients of parameters
-are added up over the tiles in float32.
+What stands between the large products is one Triton kernel each way where `triton.check` lets it, else plain XLA.
+Kept for backward: x, e, v (without their low-rank parts where the kernels add them) and the R columns of the low-rank
+inputs; h is computed again, in the same pass over e, v and dh that gives de and dv. Names for a rematerialisation
+policy: "mlp_gate", "mlp_up" and "mlp_low_rank", the input of down's B, which costs R columns and spares the backward
+pass the whole of h. Tiled: only x and mlp_low_rank are kept, a tile's e and v are computed again in backward;
+gradients of parameters are added up over the tiles in float32.
 """
 
 import functools
@@ -17,8 +19,10 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxft.kernels.linear import fused as linear
+from jaxft.kernels.linear import reference
 from jaxft.kernels.linear.fused import Keys, Wanted
 from jaxft.kernels.linear.weights import Weights
+from jaxft.kernels.mlp import triton
 from jaxft.kernels.mlp.reference import ACTIVATIONS
 from jaxft.quant import dense, is_quantized
 
@@ -30,26 +34,66 @@ def _product(e: jax.Array, v: jax.Array, activation: str) -> jax.Array:
     return (ACTIVATIONS[activation](e.astype(jnp.float32)) * v.astype(jnp.float32)).astype(e.dtype)
 
 
-def _inner(x, layers: Layers, rate: float, keys: Keys):
-    """e, v and the low-rank inputs of gate and up."""
+def _inner(x, layers: Layers, rate: float, keys: Keys, card: int | None):
+    """e, v (without their low-rank parts where kernels add them) and the low-rank inputs of gate and up."""
     lows = linear.low_rank_inputs(x, layers[:2], rate, keys[:2])
-    e, v = linear.outputs(x, lows, layers[:2])
+    if card is None:
+        e, v = linear.outputs(x, lows, layers[:2])
+    else:
+        e, v = (reference.matmul(x, dense(layer.weight, x.dtype)) for layer in layers[:2])
     return checkpoint_name(e, "mlp_gate"), checkpoint_name(v, "mlp_up"), lows
 
 
-def _outer(e, v, layers: Layers, activation: str, rate: float, keys: Keys):
+def _outer(e, v, lows, layers: Layers, activation: str, rate: float, keys: Keys, card: int | None, add):
     """y and the low-rank input of down."""
-    h = _product(e, v, activation)
-    lows = linear.low_rank_inputs(h, layers[2:], rate, keys[2:])
-    return linear.outputs(h, lows, layers[2:])[0], lows
+    if card is None:
+        h = _product(e, v, activation)
+        low = linear.low_rank_inputs(h, layers[2:], rate, keys[2:])
+    else:
+        h, u = triton.forward(e, v, lows, _scaled(layers, e.dtype), _a(layers, e.dtype), activation, card)
+        low = [u]
+    return linear.outputs(h, low, layers[2:], add)[0], low
+
+
+def _named(lows: list[jax.Array | None]) -> list[jax.Array | None]:
+    """Down's low-rank input under its name: R columns that spare backward the whole of h."""
+    return [None if u is None else checkpoint_name(u, "mlp_low_rank") for u in lows]
+
+
+def _scaled(layers: Layers, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
+    """s B of gate and up."""
+    return linear.scaled_b(layers[0], dtype), linear.scaled_b(layers[1], dtype)
+
+
+def _a(layers: Layers, dtype: jnp.dtype) -> jax.Array:
+    """A of down."""
+    assert layers[2].lora is not None
+    return layers[2].lora[0].astype(dtype)
 
 
 def _gradients(
-    x, e, v, lows, dy, layers: Layers, wanted: Wanted, activation: str, rate: float, keys: Keys, weight_dtype=None
-):
+    x, e, v, lows, dy, layers: Layers, wanted: Wanted, activation: str, rate: float, keys: Keys, card: int | None,
+    weight_dtype=None,
+):  # fmt: skip
     """dx or None, and the gradients of gate, up and down as `linear.fused.gradients` returns them."""
-    h = _product(e, v, activation)
     down_wanted, inner_wanted = Wanted(True, wanted.layers[2:]), Wanted(wanted.x, wanted.layers[:2])
+    if card is not None and not any(want.weight for want in wanted.layers):
+        g = linear.low_rank_gradient(dy, layers[2])
+        dh = linear.times(dy, layers[2].weight)
+        de, dv, *unscaled, d_a = triton.backward(
+            e, v, dh, (*lows[:2], g), _scaled(layers, e.dtype), _a(layers, e.dtype), activation, card
+        )
+        down_grads = linear.parameter_gradients(dy, lows[2:], (d_a,), (dy,), layers[2:], down_wanted)
+        dx, inner_grads = linear.gradients(
+            x, lows[:2], (de, dv), layers[:2], inner_wanted, rate, keys[:2], unscaled=tuple(unscaled)
+        )
+        return dx, inner_grads + down_grads
+    if card is not None:
+        e, v = (
+            product + reference.matmul(low, linear.scaled_b(layer, product.dtype))
+            for product, low, layer in zip((e, v), lows[:2], layers[:2], strict=True)
+        )
+    h = _product(e, v, activation)
     dh, down_grads = linear.gradients(h, lows[2:], (dy,), layers[2:], down_wanted, rate, keys[2:], weight_dtype)
     assert dh is not None  # it was asked for
     _, pull = jax.vjp(
@@ -60,24 +104,29 @@ def _gradients(
     return dx, inner_grads + down_grads
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def mlp(x: jax.Array, layers: Layers, activation: str, rate: float, keys: Keys) -> jax.Array:
-    """As `reference.mlp`; keys one a layer (None switches dropout off)."""
-    e, v, _ = _inner(x, layers, rate, keys)
-    return _outer(e, v, layers, activation, rate, keys)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 6))
+def mlp(
+    x: jax.Array, layers: Layers, activation: str, rate: float, keys: Keys, add: jax.Array | None, card: int | None
+) -> jax.Array:
+    """As `reference.mlp` + add; keys one a layer (None switches dropout off). card: the compute capability that Triton
+    kernels are compiled for, as `triton.check` allows it; None takes plain XLA."""
+    e, v, lows = _inner(x, layers, rate, keys, card)
+    return _outer(e, v, lows, layers, activation, rate, keys, card, add)[0]
 
 
-def _mlp_forward(x, layers, activation, rate, keys):
-    wanted, x, layers, keys = linear.perturbed(x, layers), x.value, linear.values(layers), linear.values(keys)
-    e, v, inner_lows = _inner(x, layers, rate, keys)
-    y, outer_lows = _outer(e, v, layers, activation, rate, keys)
-    return y, (x, e, v, inner_lows + outer_lows, layers, keys, wanted)
+def _mlp_forward(x, layers, activation, rate, keys, add, card):
+    wanted = linear.perturbed(x, layers)
+    x, layers, keys, add = linear.values((x, layers, keys, add))
+    e, v, inner_lows = _inner(x, layers, rate, keys, card)
+    y, outer_lows = _outer(e, v, inner_lows, layers, activation, rate, keys, card, add)
+    return y, (x, e, v, inner_lows + _named(outer_lows), layers, keys, wanted, add is not None)
 
 
-def _mlp_backward(activation, rate, kept, dy):
-    x, e, v, lows, layers, keys, wanted = kept
-    dx, grads = _gradients(x, e, v, lows, linear.cotangents(dy), layers, wanted, activation, rate, keys)
-    return dx, linear.in_dtypes(grads, layers), (None,) * len(keys)
+def _mlp_backward(activation, rate, card, kept, dy):
+    x, e, v, lows, layers, keys, wanted, added = kept
+    dy = linear.cotangents(dy)
+    dx, grads = _gradients(x, e, v, lows, dy, layers, wanted, activation, rate, keys, card)
+    return dx, linear.in_dtypes(grads, layers), (None,) * len(keys), dy if added else None
 
 
 mlp.defvjp(_mlp_forward, _mlp_backward, symbolic_zeros=True)
@@ -89,7 +138,7 @@ def _cut(x: jax.Array, tiles: int) -> jax.Array:
     On one device all tokens count as one row, so that no data moves; on a mesh only T is cut, because the other
     dimensions are split over devices.
     """
-    if _one_device():
+    if linear.one_device():
         x = x.reshape(-1, x.shape[-1])
     T = x.shape[-2]
     t = -(-T // tiles)
@@ -105,11 +154,6 @@ def _join(parts: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     return rows[..., :T, :].reshape(shape)
 
 
-def _one_device() -> bool:
-    mesh = jax.sharding.get_abstract_mesh()
-    return mesh.empty or mesh.size == 1
-
-
 def _dense(layers: Layers, dtype: jnp.dtype, after: jax.Array | None = None) -> Layers:
     """The layers with quantised weights made dense, once for all tiles; a plain weight stays as it is."""
     gate, up, down = (
@@ -123,44 +167,61 @@ def _tile_keys(keys: Keys, index: jax.Array) -> Keys:
     return tuple(None if key is None else jax.random.fold_in(key, index) for key in keys)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 5))
-def tiled_mlp(x: jax.Array, layers: Layers, activation: str, rate: float, keys: Keys, tiles: int) -> jax.Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 6, 7))
+def tiled_mlp(
+    x: jax.Array,
+    layers: Layers,
+    activation: str,
+    rate: float,
+    keys: Keys,
+    add: jax.Array | None,
+    card: int | None,
+    tiles: int,
+) -> jax.Array:
     """As `mlp`, in `tiles` parts of the tokens; dropout's masks differ from those of `mlp`."""
+    return _tiles(x, layers, activation, rate, keys, add, card, tiles)[0]
+
+
+def _tiles(x, layers, activation, rate, keys, add, card, tiles):
+    """y, and each tile's low-rank input of down."""
     layers = _dense(layers, x.dtype)
 
     def one(_, inputs):
-        part, index = inputs
+        part, part_add, index = inputs
         own = _tile_keys(keys, index)
-        e, v, _ = _inner(part, layers, rate, own)
-        return None, _outer(e, v, layers, activation, rate, own)[0]
+        e, v, lows = _inner(part, layers, rate, own, card)
+        return None, _outer(e, v, lows, layers, activation, rate, own, card, part_add)
 
-    _, parts = jax.lax.scan(one, None, (_cut(x, tiles), jnp.arange(tiles)))
-    return _join(parts, x.shape)
-
-
-def _tiled_forward(x, layers, activation, rate, keys, tiles):
-    wanted, x, layers, keys = linear.perturbed(x, layers), x.value, linear.values(layers), linear.values(keys)
-    return tiled_mlp(x, layers, activation, rate, keys, tiles), (x, layers, keys, wanted)
+    adds = None if add is None else _cut(add, tiles)
+    _, (parts, lows) = jax.lax.scan(one, None, (_cut(x, tiles), adds, jnp.arange(tiles)))
+    return _join(parts, x.shape), lows
 
 
-def _tiled_backward(activation, rate, tiles, kept, dy):
-    x, layers, keys, wanted = kept
+def _tiled_forward(x, layers, activation, rate, keys, add, card, tiles):
+    wanted = linear.perturbed(x, layers)
+    x, layers, keys, add = linear.values((x, layers, keys, add))
+    y, lows = _tiles(x, layers, activation, rate, keys, add, card, tiles)
+    return y, (x, _named(lows), layers, keys, wanted, add is not None)
+
+
+def _tiled_backward(activation, rate, card, tiles, kept, dy):
+    x, lows, layers, keys, wanted, added = kept
     dy = linear.cotangents(dy)
     layers = _dense(layers, x.dtype, after=dy)
 
     def one(total, inputs):
-        part, d_part, index = inputs
+        part, d_part, outer_lows, index = inputs
         own = _tile_keys(keys, index)
-        e, v, lows = _inner(part, layers, rate, own)
-        h = _product(e, v, activation)
-        lows = lows + linear.low_rank_inputs(h, layers[2:], rate, own[2:])
-        dx, grads = _gradients(part, e, v, lows, d_part, layers, wanted, activation, rate, own, jnp.float32)
+        e, v, inner_lows = _inner(part, layers, rate, own, card)
+        dx, grads = _gradients(
+            part, e, v, inner_lows + outer_lows, d_part, layers, wanted, activation, rate, own, card, jnp.float32
+        )
         return jax.tree.map(lambda a, b: a + b.astype(jnp.float32), total, grads), dx
 
-    inputs = (_cut(x, tiles), _cut(dy, tiles), jnp.arange(tiles))
+    inputs = (_cut(x, tiles), _cut(dy, tiles), lows, jnp.arange(tiles))
     grads, parts = jax.lax.scan(one, linear.no_gradients(layers, wanted), inputs)
     dx = None if parts is None else _join(parts, x.shape)
-    return dx, linear.in_dtypes(grads, layers), (None,) * len(keys)
+    return dx, linear.in_dtypes(grads, layers), (None,) * len(keys), dy if added else None
 
 
 tiled_mlp.defvjp(_tiled_forward, _tiled_backward, symbolic_zeros=True)

@@ -1,8 +1,11 @@
 """Root mean square normalisation over the last axis (Zhang and Sennrich 2019, https://arxiv.org/abs/1910.07467)."""
 
 import jax
+import jax.numpy as jnp
 
-from jaxft.kernels.rms_norm import reference
+from jaxft.kernels.attention.triton import device_capability
+from jaxft.kernels.linear import one_device
+from jaxft.kernels.rms_norm import reference, triton
 
 
 def rms_norm(x: jax.Array, weight: jax.Array, *, eps: float) -> jax.Array:
@@ -14,3 +17,30 @@ def rms_norm(x: jax.Array, weight: jax.Array, *, eps: float) -> jax.Array:
     if weight.shape != x.shape[-1:]:
         raise ValueError(f"weight has shape {weight.shape}, x {x.shape}; weight must be ({x.shape[-1]},)")
     return reference.rms_norm(x, weight.reshape((1,) * (x.ndim - 1) + weight.shape), eps)
+
+
+def residual_rms_norm(
+    x: jax.Array, weight: jax.Array, *, eps: float, implementation: str | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """x as it is and `rms_norm` of it: where a residual stream goes on beside its norm, so that backward is one pass.
+
+    Shapes and dtypes as `rms_norm`. implementation: "triton" (reverse-mode derivatives only), "reference", or None: the
+    first that serves. Raises ValueError where weight is not (D,) or the name is unknown, NotImplementedError where the
+    implementation that was asked for cannot serve.
+    """
+    if implementation not in (None, "triton", "reference"):
+        raise ValueError(f"implementation {implementation!r}: must be 'triton' or 'reference'")
+    if implementation != "reference" and weight.shape == x.shape[-1:]:
+        try:
+            if not one_device():
+                raise NotImplementedError("a mesh of several devices: the kernel has no rule to be split")
+            capability = device_capability()
+            triton.check(x, capability)
+        except NotImplementedError as refusal:
+            if implementation == "triton":
+                raise NotImplementedError(f"residual_rms_norm by triton: {refusal}") from None
+        else:
+            # float32, so that a layer's slice of a stack is made by a kernel: XLA makes slices alone by copies on a
+            # stream of their own, where they wait behind residuals on their way to the host
+            return triton.residual_rms_norm(x, weight.astype(jnp.float32), eps, capability)
+    return x, rms_norm(x, weight, eps=eps)

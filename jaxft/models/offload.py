@@ -1,0 +1,131 @@
+"""A scan over layers whose residuals wait on the host: copied out behind the forward pass, fetched one layer ahead.
+
+`jax.checkpoint`'s own offloading fetches a layer's residuals when its backward pass begins, which then waits for the
+copy. Here the backward loop carries the residuals of the layer at hand, and its body fetches those of the layer below
+while it computes. What is kept is what the policy of `jax.checkpoint` names, and each layer's input; small residuals
+stay on the device. Beside those, two layers' residuals stand there at most.
+"""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+Body = Callable[[jax.Array, Any, Any], jax.Array]  # (x, what one layer has, what all layers share) -> x
+SMALL = 4  # a residual of less than a fourth of x's numbers stays on the device
+
+
+@jax.tree_util.register_static
+@dataclass(frozen=True)
+class _Pull:
+    """How one layer's backward function is put together again: from inputs of the layer and from what was kept.
+
+    sources: for each leaf of the function, where it comes from: ("far" | "near" | "layer" | "shared", index); far is
+    what waits on the host, near what stays on the device. wanted: which leaves of a layer are differentiated.
+    """
+
+    treedef: Any
+    sources: tuple[tuple[str, int], ...]
+    wanted: tuple[bool, ...]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def offloaded_scan(body: Body, x: jax.Array, layers: Any, shared: Any) -> jax.Array:
+    """x after body(x, layer, shared) for each layer; the leaves of `layers` have a leading L.
+
+    body is `jax.checkpoint`ed, so that its residuals are few. Differentiated with respect to x and whatever leaves of
+    layers are differentiated; `shared` has no derivative: TypeError where one is asked for.
+    """
+    return jax.lax.scan(lambda x, layer: (body(x, layer, shared), None), x, layers)[0]
+
+
+def _forward(body, x, layers, shared):
+    if any(leaf.perturbed for leaf in jax.tree.leaves(shared)):
+        raise TypeError("what all layers share is differentiated; offloaded_scan has no derivative for it")
+    wanted = tuple(leaf.perturbed for leaf in jax.tree.leaves(layers))
+    x, layers, shared = jax.tree.map(lambda leaf: leaf.value, (x, layers, shared))
+    pulls: list[_Pull] = []
+    count = jax.tree.leaves(layers)[0].shape[0]
+
+    def one(x, index):
+        layer = _at(layers, index)
+        y, pull = _pull_back(body, x, layer, shared, wanted)
+        leaves, treedef = jax.tree.flatten(pull)
+        own = {id(leaf): ("layer", i) for i, leaf in enumerate(jax.tree.leaves(layer))}
+        own |= {id(leaf): ("shared", i) for i, leaf in enumerate(jax.tree.leaves(shared))}
+        kept = [leaf for leaf in leaves if id(leaf) not in own]
+        far = [leaf for leaf in kept if leaf.size * SMALL >= x.size]
+        near = [leaf for leaf in kept if leaf.size * SMALL < x.size]
+        own |= {id(leaf): ("far", i) for i, leaf in enumerate(far)}
+        own |= {id(leaf): ("near", i) for i, leaf in enumerate(near)}
+        pulls.append(_Pull(treedef, tuple(own[id(leaf)] for leaf in leaves), wanted))
+        return y, far, near
+
+    def step(carry):
+        index, x, host, device = carry
+        x, far, near = one(x, index)
+        # the backward loop counts up where this one counts down: XLA leaves a copy to the copy engines only where its
+        # offset is the loop's own counter, or known from it outside of the copy
+        host = _put(host, jax.device_put(far, jax.memory.Space.Host), count - 1 - index)
+        return index + 1, x, host, _put(device, near, index)
+
+    _, far, near = jax.eval_shape(one, x, jnp.int32(0))
+    host = [jax.device_put(jnp.zeros((count + 1, *leaf.shape), leaf.dtype), jax.memory.Space.Host) for leaf in far]
+    device = [jnp.zeros((count, *leaf.shape), leaf.dtype) for leaf in near]
+    _, x, host, device = jax.lax.while_loop(lambda carry: carry[0] < count, step, (jnp.int32(0), x, host, device))
+    return x, (host, device, layers, shared, pulls[-1])
+
+
+def _put(stacks: list[jax.Array], rows: list[jax.Array], index: jax.Array) -> list[jax.Array]:
+    """The stacked arrays with `rows` at `index`."""
+    return [jax.lax.dynamic_update_index_in_dim(to, row, index, 0) for to, row in zip(stacks, rows, strict=True)]
+
+
+def _at(tree, index):
+    """Row `index` of every leaf."""
+    return jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False), tree)
+
+
+def _pull_back(body, x, layer, shared, wanted):
+    """The layer's output, and the function from its cotangent to those of x and of the wanted leaves."""
+    leaves, treedef = jax.tree.flatten(layer)
+    asked = [leaf for leaf, want in zip(leaves, wanted, strict=True) if want]
+
+    def of_wanted(x, asked):
+        rest = iter(asked)
+        merged = [next(rest) if want else leaf for leaf, want in zip(leaves, wanted, strict=True)]
+        return body(x, jax.tree.unflatten(treedef, merged), shared)
+
+    return jax.vjp(of_wanted, x, asked)
+
+
+def _backward(body, residuals, dy):
+    host, device, layers, shared, pull = residuals
+    treedef, count = jax.tree.structure(layers), jax.tree.leaves(layers)[0].shape[0]
+
+    def fetch(slot):
+        """What waits in `slot`, the residuals of layer count − 1 − slot; slot `count` is empty."""
+        return jax.device_put(_at(host, slot), jax.memory.Space.Device)
+
+    def step(carry):
+        slot, dx, here, grads = carry
+        index = count - slot
+        below = fetch(slot)
+        layer, near = _at(layers, index), _at(device, index)
+        found = {"far": here, "near": near, "layer": jax.tree.leaves(layer), "shared": jax.tree.leaves(shared)}
+        back = jax.tree.unflatten(pull.treedef, [found[source][i] for source, i in pull.sources])
+        dx, new = back(dx)
+        return slot + 1, dx, below, _put(grads, new, index)
+
+    leaves = zip(jax.tree.leaves(layers), pull.wanted, strict=True)
+    grads = [jnp.zeros_like(leaf) for leaf, want in leaves if want]
+    start = (jnp.int32(1), dy, fetch(jnp.int32(0)), grads)
+    _, dx, _, grads = jax.lax.while_loop(lambda carry: carry[0] <= count, step, start)
+    rest = iter(grads)
+    return dx, jax.tree.unflatten(treedef, [next(rest) if want else None for want in pull.wanted]), None
+
+
+offloaded_scan.defvjp(_forward, _backward, symbolic_zeros=True)

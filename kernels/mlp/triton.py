@@ -1,0 +1,122 @@
+"""The gated MLP's passes between its large products by our own Triton kernels: what they serve, tile sizes, launches.
+
+The kernels and their formulas are in `triton_kernels.py`. Triton and jax-triton are imported when a kernel is launched
+and not before.
+"""
+
+from dataclasses import dataclass
+from importlib.util import find_spec
+
+import jax
+import jax.numpy as jnp
+
+from jaxft.kernels.linear.weights import Weights
+
+
+@dataclass(frozen=True)
+class Tile:
+    """BT tokens by BF features, and how Triton compiles the kernel."""
+
+    tokens: int
+    features: int
+    warps: int
+    stages: int
+
+
+FORWARD = Tile(64, 128, 4, 3)
+BACKWARD = Tile(64, 64, 4, 1)
+CHUNKS = 8  # parts of the tokens whose gradients of the low-rank matrices are summed apart
+ACTIVATIONS = ("silu", "gelu_pytorch_tanh")
+LARGEST_RANK = 128
+SMALLEST_CAPABILITY = 80
+
+
+def check(dtype: jnp.dtype, layers: tuple[Weights, ...], activation: str, dropped: bool, capability: int) -> None:
+    """Raises NotImplementedError with the reason where these kernels cannot serve."""
+    if dtype not in (jnp.bfloat16, jnp.float16):
+        raise NotImplementedError(f"dtype {dtype}: needs bfloat16 or float16")
+    if activation not in ACTIVATIONS:
+        raise NotImplementedError(f"activation {activation}: needs {' or '.join(ACTIVATIONS)}")
+    if dropped:
+        raise NotImplementedError("dropout: the kernels draw no masks")
+    for layer in layers:
+        if layer.lora is None or layer.bias is not None:
+            raise NotImplementedError("a layer without LoRA or with a bias: needs LoRA alone on all three")
+        if layer.lora[0].shape[0] > LARGEST_RANK:
+            raise NotImplementedError(f"rank {layer.lora[0].shape[0]}: needs at most {LARGEST_RANK}")
+    if capability < SMALLEST_CAPABILITY:
+        raise NotImplementedError(f"compute capability {capability / 10}: needs 8.0 (tensor cores through Triton)")
+    for module in ("triton", "jax_triton"):
+        if find_spec(module) is None:
+            raise NotImplementedError(f"{module} is not installed: pip install 'jaxft[cuda]'")
+
+
+def constants(e: jax.Array, ranks: tuple[int, int, int], activation: str, tile: Tile) -> dict[str, int | str]:
+    """The compile-time arguments that both kernels take, in their order."""
+    T, F = e.shape
+    padded = [max(16, 1 << (rank - 1).bit_length()) for rank in ranks]
+    return dict(
+        zip(("T", "F", "RE", "RV", "RD", "REP", "RVP", "RDP"), (T, F, *ranks, *padded), strict=True),
+        KIND=activation, BT=tile.tokens, BF=tile.features,
+    )  # fmt: skip
+
+
+def forward(
+    e: jax.Array, v: jax.Array, lows: tuple[jax.Array, jax.Array], scaled: tuple[jax.Array, jax.Array], a: jax.Array,
+    activation: str, capability: int, tile: Tile = FORWARD,
+) -> tuple[jax.Array, jax.Array]:  # fmt: skip
+    """h (..., F) and down's low-rank input (..., R) in e's dtype.
+
+    e, v: (..., F), the large products of gate and up; lows: their low-rank inputs (..., R); scaled: their s B (F, R);
+    a: down's A (R, F). All of one 16-bit dtype.
+    """
+    from jaxft.kernels.mlp import triton_kernels
+
+    lead = e.shape[:-1]
+    e, v, *lows = (x.reshape(-1, x.shape[-1]) for x in (e, v, *lows))
+    ranks = (lows[0].shape[1], lows[1].shape[1], a.shape[0])
+    T = e.shape[0]
+    h, low = _launch(
+        triton_kernels.forward, (e, v, *lows, *scaled, a),
+        (jax.ShapeDtypeStruct(e.shape, e.dtype), jax.ShapeDtypeStruct((T, ranks[2]), e.dtype)),
+        (-(-T // tile.tokens),), tile, capability, constants(e, ranks, activation, tile),
+    )  # fmt: skip
+    return h.reshape(*lead, -1), low.reshape(*lead, -1)
+
+
+def backward(
+    e: jax.Array, v: jax.Array, dh: jax.Array, lows: tuple[jax.Array, jax.Array, jax.Array],
+    scaled: tuple[jax.Array, jax.Array], a: jax.Array, activation: str, capability: int, tile: Tile = BACKWARD,
+    chunks: int = CHUNKS,
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]:  # fmt: skip
+    """de, dv (..., F) in e's dtype, and in float32 deᵀ u_e, dvᵀ u_v (F, R) and g_dᵀ h (R, F).
+
+    As `forward`, with dh (..., F), the large product of down's backward, and lows: the low-rank inputs of gate and up
+    and the low-rank gradient of down.
+    """
+    from jaxft.kernels.mlp import triton_kernels
+
+    shape = e.shape
+    e, v, dh, *lows = (x.reshape(-1, x.shape[-1]) for x in (e, v, dh, *lows))
+    T, F = e.shape
+    ranks = (lows[0].shape[1], lows[1].shape[1], lows[2].shape[1])
+    chunk = -(-T // (chunks * tile.tokens)) * tile.tokens
+    count = -(-T // chunk)
+    full, sums = jax.ShapeDtypeStruct(e.shape, e.dtype), [(F, rank) for rank in ranks]
+    de, dv, *parts = _launch(
+        triton_kernels.backward, (e, v, dh, *lows, *scaled, a),
+        (full, full, *(jax.ShapeDtypeStruct((count, *one), jnp.float32) for one in sums)),
+        (-(-F // tile.features), count), tile, capability,
+        constants(e, ranks, activation, tile) | {"CHUNK": chunk},
+    )  # fmt: skip
+    d_be, d_bv, d_a = (jnp.sum(part, axis=0) for part in parts)
+    return de.reshape(shape), dv.reshape(shape), d_be, d_bv, d_a.T
+
+
+def _launch(kernel, arrays, out_shape, grid, tile, capability, constants):
+    import jax_triton
+
+    return jax_triton.triton_call(
+        *arrays, kernel=kernel, out_shape=out_shape, grid=grid, num_warps=tile.warps, num_stages=tile.stages,
+        compute_capability=capability, name=f"mlp_{kernel.fn.__name__}", **constants,
+    )  # fmt: skip

@@ -1,0 +1,134 @@
+"""The Triton kernels of a gated MLP with LoRA: what stands between its large products, in one pass each way.
+
+    e = E + u_e b_eᵀ,  v = V + u_v b_vᵀ,  h = act(e) · v          E, V (T, F): the large products of gate and up
+    u_d = h A_dᵀ
+    dh = DH + g_d A_d                                             DH (T, F): the large product of down's backward
+    de = dh · v · act′(e),  dv = dh · act(e)
+    dB_e = deᵀ u_e,  dB_v = dvᵀ u_v,  dA_d = g_dᵀ h
+
+u, g (T, R) are the low-rank inputs and their gradients, b (F, R) the scaled B of gate and up, A_d (R, F) that of down.
+
+Tiles. A program of `forward` holds BT tokens and walks over F in tiles of BF, so that u_d is a sum in registers. A
+program of `backward` holds BF features and walks over one chunk of the tokens in tiles of BT, so that the gradients of
+the low-rank matrices are sums in registers; each chunk writes its own, added up outside. Sums and everything
+elementwise are float32; e, v, h and dh are never rounded before they are used. Traffic: 3 and 5 arrays of (T, F), where
+separate passes take 8 and 18 (each low-rank product is written and read again, and each thin product reads all of h,
+de or dv). Nothing is kept for the backward beyond E, V and u.
+Measured: docs/log.md.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _activation(x, KIND: tl.constexpr):
+    """act(x) and act′(x), float32."""
+    if KIND == "silu":
+        s = 1.0 / (1.0 + tl.exp(-x))
+        y = x * s
+        return y, s + y * (1.0 - s)
+    else:  # gelu_pytorch_tanh: x σ(2z) with z = √(2/π) (x + 0.044715 x³)
+        z2 = 1.5957691216057308 * (x + 0.044715 * x * x * x)
+        s = 1.0 / (1.0 + tl.exp(-z2))
+        dz2 = 1.5957691216057308 * (1.0 + 0.134145 * x * x)
+        return x * s, s + x * s * (1.0 - s) * dz2
+
+
+@triton.jit
+def _matrix(base, row, column, rows, columns: tl.constexpr, EDGE: tl.constexpr, WIDE: tl.constexpr):
+    """base[row, column] of a (rows, columns) array; zeros past its rows (where EDGE) and columns (where WIDE)."""
+    at = base + row.to(tl.int64)[:, None] * columns + column[None, :]
+    if EDGE and WIDE:
+        return tl.load(at, mask=(row < rows)[:, None] & (column < columns)[None, :], other=0.0)
+    elif EDGE:
+        return tl.load(at, mask=(row < rows)[:, None], other=0.0)
+    elif WIDE:
+        return tl.load(at, mask=(column < columns)[None, :], other=0.0)
+    else:
+        return tl.load(at)
+
+
+@triton.jit
+def _tile(at, inside, EDGE: tl.constexpr):
+    if EDGE:
+        return tl.load(at, mask=inside, other=0.0)
+    else:
+        return tl.load(at)
+
+
+@triton.jit
+def forward(
+    e_ptr, v_ptr, ue_ptr, uv_ptr, be_ptr, bv_ptr, ad_ptr, h_ptr, ud_ptr,
+    T: tl.constexpr, F: tl.constexpr, RE: tl.constexpr, RV: tl.constexpr, RD: tl.constexpr, REP: tl.constexpr,
+    RVP: tl.constexpr, RDP: tl.constexpr, KIND: tl.constexpr, BT: tl.constexpr, BF: tl.constexpr,
+):  # fmt: skip
+    """h (T, F) and u_d (T, RD). Grid (token tiles,). REP, RVP, RDP: the ranks padded to powers of two from 16."""
+    t = tl.program_id(0) * BT + tl.arange(0, BT)
+    TE: tl.constexpr = T % BT != 0
+    FE: tl.constexpr = F % BF != 0
+    re, rv, rd = tl.arange(0, REP), tl.arange(0, RVP), tl.arange(0, RDP)
+    ue = _matrix(ue_ptr, t, re, T, RE, TE, RE < REP)
+    uv = _matrix(uv_ptr, t, rv, T, RV, TE, RV < RVP)
+    ud = tl.zeros((BT, RDP), tl.float32)
+    for f0 in range(0, F, BF):
+        f = f0 + tl.arange(0, BF)
+        be = _matrix(be_ptr, f, re, F, RE, FE, RE < REP)
+        bv = _matrix(bv_ptr, f, rv, F, RV, FE, RV < RVP)
+        ad = _matrix(ad_ptr, rd, f, RD, F, RD < RDP, FE)
+        e = _matrix(e_ptr, t, f, T, F, TE, FE).to(tl.float32) + tl.dot(ue, tl.trans(be))
+        v = _matrix(v_ptr, t, f, T, F, TE, FE).to(tl.float32) + tl.dot(uv, tl.trans(bv))
+        activated, _ = _activation(e, KIND)
+        h = (activated * v).to(h_ptr.dtype.element_ty)
+        tl.store(h_ptr + t.to(tl.int64)[:, None] * F + f[None, :], h, mask=(t < T)[:, None] & (f < F)[None, :])
+        ud = tl.dot(h, tl.trans(ad), ud)
+    at = ud_ptr + t.to(tl.int64)[:, None] * RD + rd[None, :]
+    tl.store(at, ud.to(ud_ptr.dtype.element_ty), mask=(t < T)[:, None] & (rd < RD)[None, :])
+
+
+@triton.jit
+def backward(
+    e_ptr, v_ptr, dh_ptr, ue_ptr, uv_ptr, gd_ptr, be_ptr, bv_ptr, ad_ptr,
+    de_ptr, dv_ptr, dbe_ptr, dbv_ptr, dad_ptr,
+    T: tl.constexpr, F: tl.constexpr, RE: tl.constexpr, RV: tl.constexpr, RD: tl.constexpr, REP: tl.constexpr,
+    RVP: tl.constexpr, RDP: tl.constexpr, KIND: tl.constexpr, BT: tl.constexpr, BF: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """de, dv (T, F) and float32 sums of each chunk: dB_e (chunks, F, RE), dB_v (chunks, F, RV), dA_dᵀ (chunks, F, RD).
+
+    Grid (feature tiles, chunks); CHUNK, the tokens of a chunk, is a multiple of BT.
+    """
+    chunk = tl.program_id(1)
+    f = tl.program_id(0) * BF + tl.arange(0, BF)
+    TE: tl.constexpr = T % BT != 0
+    FE: tl.constexpr = F % BF != 0
+    re, rv, rd = tl.arange(0, REP), tl.arange(0, RVP), tl.arange(0, RDP)
+    be = _matrix(be_ptr, f, re, F, RE, FE, RE < REP)
+    bv = _matrix(bv_ptr, f, rv, F, RV, FE, RV < RVP)
+    ad = tl.trans(_matrix(ad_ptr, rd, f, RD, F, RD < RDP, FE))
+    dbe = tl.zeros((BF, REP), tl.float32)
+    dbv = tl.zeros((BF, RVP), tl.float32)
+    dad = tl.zeros((BF, RDP), tl.float32)
+    for t0 in range(chunk * CHUNK, tl.minimum(chunk * CHUNK + CHUNK, T), BT):
+        t = t0 + tl.arange(0, BT)
+        ue = _matrix(ue_ptr, t, re, T, RE, TE, RE < REP)
+        uv = _matrix(uv_ptr, t, rv, T, RV, TE, RV < RVP)
+        gd = _matrix(gd_ptr, t, rd, T, RD, TE, RD < RDP)
+        # tiles stand features by tokens: what comes out of one product is then the next one's left operand in registers
+        at = t.to(tl.int64)[None, :] * F + f[:, None]
+        inside = (t < T)[None, :] & (f < F)[:, None]
+        e = _tile(e_ptr + at, inside, TE or FE).to(tl.float32) + tl.dot(be, tl.trans(ue))
+        v = _tile(v_ptr + at, inside, TE or FE).to(tl.float32) + tl.dot(bv, tl.trans(uv))
+        dh = _tile(dh_ptr + at, inside, TE or FE).to(tl.float32) + tl.dot(ad, tl.trans(gd))
+        activated, slope = _activation(e, KIND)
+        h = (activated * v).to(be.dtype)
+        de = (dh * v * slope).to(be.dtype)
+        dv = (dh * activated).to(be.dtype)
+        dbe = tl.dot(de, ue, dbe)
+        dbv = tl.dot(dv, uv, dbv)
+        dad = tl.dot(h, gd, dad)
+        tl.store(de_ptr + at, de, mask=inside)
+        tl.store(dv_ptr + at, dv, mask=inside)
+    row = (chunk.to(tl.int64) * F + f)[:, None]
+    tl.store(dbe_ptr + row * RE + re[None, :], dbe, mask=(f < F)[:, None] & (re < RE)[None, :])
+    tl.store(dbv_ptr + row * RV + rv[None, :], dbv, mask=(f < F)[:, None] & (rv < RV)[None, :])
+    tl.store(dad_ptr + row * RD + rd[None, :], dad, mask=(f < F)[:, None] & (rd < RD)[None, :])

@@ -1,0 +1,78 @@
+"""RMSNorm of a residual stream by our own Triton kernels (`triton_kernels.py`): what they serve, launches, gradient.
+
+Triton and jax-triton are imported when a kernel is launched and not before.
+"""
+
+import functools
+from dataclasses import dataclass
+from importlib.util import find_spec
+
+import jax
+import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
+
+ROWS = 8  # that a program of the backward kernel walks over
+LARGEST = 16384
+
+
+def check(x: jax.Array, capability: int) -> None:
+    """Raises NotImplementedError with the reason where these kernels cannot serve."""
+    if not 128 <= x.shape[-1] <= LARGEST:
+        raise NotImplementedError(f"width {x.shape[-1]}: needs 128 to {LARGEST}")
+    if x.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
+        raise NotImplementedError(f"dtype {x.dtype}: needs bfloat16, float16 or float32")
+    if capability < 75:
+        raise NotImplementedError(f"compute capability {capability / 10}: needs 7.5")
+    for module in ("triton", "jax_triton"):
+        if find_spec(module) is None:
+            raise NotImplementedError(f"{module} is not installed: pip install 'jaxft[cuda]'")
+
+
+@jax.tree_util.register_static
+@dataclass(frozen=True)
+class _Wanted:
+    """Whether weight is differentiated."""
+
+    weight: bool
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def residual_rms_norm(x: jax.Array, weight: jax.Array, eps: float, capability: int) -> tuple[jax.Array, jax.Array]:
+    """x and its norm, as `residual_rms_norm` of this folder; capability: of the device, 90 for 9.0."""
+    return x, _launch("forward", (x, weight), x, eps, capability)
+
+
+def _forward(x, weight, eps, capability):
+    wanted = _Wanted(weight.perturbed)
+    x, weight = x.value, weight.value
+    return residual_rms_norm(x, weight, eps, capability), (x, weight, wanted)
+
+
+def _backward(eps, capability, kept, upstream):
+    x, weight, wanted = kept
+    more, dy = (jnp.zeros(x.shape, x.dtype) if isinstance(part, SymbolicZero) else part for part in upstream)
+    dx, parts = _launch("backward", (x, weight, more, dy), x, eps, capability, wanted.weight)
+    return dx, jnp.sum(parts, axis=0).astype(weight.dtype) if wanted.weight else None
+
+
+residual_rms_norm.defvjp(_forward, _backward, symbolic_zeros=True)
+
+
+def _launch(name, arrays, x, eps, capability, wanted=None):
+    import jax_triton
+
+    from jaxft.kernels.rms_norm import triton_kernels
+
+    D = x.shape[-1]
+    count, programs = x.size // D, x.size // D
+    like, more = jax.ShapeDtypeStruct(x.shape, x.dtype), {}
+    if wanted is not None:
+        programs = -(-count // ROWS)
+        like = (like, jax.ShapeDtypeStruct((programs if wanted else 1, D), jnp.float32))
+        more = {"ROWS": ROWS, "DW": wanted}
+    wide = 1 << (D - 1).bit_length()
+    return jax_triton.triton_call(
+        *arrays, kernel=getattr(triton_kernels, name), out_shape=like, grid=(programs,),
+        num_warps=min(16, max(4, wide // 1024)), num_stages=1, compute_capability=capability,
+        name=f"rms_norm_{name}", eps=float(eps), COUNT=count, D=D, WIDE=wide, **more,
+    )  # fmt: skip

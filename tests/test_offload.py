@@ -1,0 +1,79 @@
+"""Residuals on the host: the same numbers as keeping them, and only what was asked for is kept."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.ad_checkpoint import checkpoint_name
+
+from jaxft.models.offload import offloaded_scan
+
+L, B, D = 5, 4, 8
+kept = jax.checkpoint_policies.save_only_these_names
+
+
+def body(policy):
+    def block(x, layer, shared):
+        hidden = checkpoint_name(jnp.tanh(x @ layer["in"]), "hidden")
+        small = checkpoint_name(jnp.sum(hidden, axis=1, keepdims=True), "small")
+        return x + hidden * shared @ layer["out"] * layer["number"].astype(jnp.float32) + jnp.sin(small)
+
+    return jax.checkpoint(block, prevent_cse=False, policy=policy)
+
+
+@pytest.fixture(scope="module")
+def inputs():
+    keys = jax.random.split(jax.random.key(0), 4)
+    layers = {
+        "in": jax.random.normal(keys[0], (L, D, D)),
+        "out": jax.random.normal(keys[1], (L, D, D)),
+        "number": jnp.arange(1, L + 1, dtype=jnp.int32),
+    }
+    return jax.random.normal(keys[2], (B, D)), layers, jax.random.normal(keys[3], (B, D))
+
+
+def trained_part(layers):
+    return {name: layers[name] for name in ("in", "out")}
+
+
+def loss(run, x, trained, layers, shared):
+    return jnp.sum(jnp.sin(run(x, {**layers, **trained}, shared)))
+
+
+@pytest.mark.parametrize("names", [(), ("hidden",), ("small",), ("hidden", "small")], ids=str)
+def test_offloaded_scan_equals_a_scan_that_keeps_everything(inputs, names):
+    x, layers, shared = inputs
+
+    def plain(x, layers, shared):
+        return jax.lax.scan(lambda x, layer: (body(None)(x, layer, shared), None), x, layers)[0]
+
+    def offloaded(x, layers, shared):
+        return offloaded_scan(body(kept(*names)), x, layers, shared)
+
+    grads = [
+        jax.jit(jax.value_and_grad(lambda x, trained, run=run: loss(run, x, trained, layers, shared), (0, 1)))(
+            x, trained_part(layers)
+        )
+        for run in (plain, offloaded)
+    ]
+    for want, got in zip(jax.tree.leaves(grads[0]), jax.tree.leaves(grads[1]), strict=True):
+        assert jnp.max(jnp.abs(want - got)) <= 1e-5 * jnp.max(jnp.abs(want))
+
+
+@pytest.mark.parametrize(("names", "far"), [((), 1), (("hidden",), 2), (("small",), 1), (("hidden", "small"), 2)])
+def test_only_the_input_and_what_is_named_and_large_goes_to_the_host(inputs, names, far):
+    x, layers, shared = inputs
+    run = lambda *inputs: offloaded_scan(body(kept(*names)), *inputs)  # noqa: E731
+    grad = jax.grad(lambda x, trained: loss(run, x, trained, layers, shared), (0, 1))
+    loops = [
+        equation
+        for equation in jax.make_jaxpr(grad)(x, trained_part(layers)).eqns
+        if equation.primitive.name == "while"
+    ]
+    stacks = [variable.aval for variable in loops[0].outvars if variable.aval.memory_space == jax.memory.Space.Host]
+    assert [stack.shape for stack in stacks] == [(L + 1, B, D)] * far
+
+
+def test_a_derivative_of_what_all_layers_share_is_refused(inputs):
+    x, layers, shared = inputs
+    with pytest.raises(TypeError, match="share"):
+        jax.grad(lambda shared: jnp.sum(offloaded_scan(body(kept()), x, layers, shared)))(shared)
