@@ -1,7 +1,10 @@
 """From a name to a model on its devices, and back to a directory: the start and end of every run."""
 
+import copy
 import json
 import shutil
+import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +19,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from jaxft.convert import bnb, hf, peft
 from jaxft.errors import InputError
 from jaxft.lora import LoraConfig, add_lora, lora_scales, lora_shapes, with_lora
-from jaxft.models import Model, describe_model, read_hf_config
+from jaxft.models import FAMILIES, Model, describe_model, read_hf_config
 from jaxft.models.quantized import all_linears, linear_weights, with_quantized
 from jaxft.quant import is_quantized, kind_of
 from jaxft.sharding import shardings
@@ -63,7 +66,8 @@ def load_model(
     """
     directory = find_directory(str(name))
     model = describe_model(read_hf_config(directory))
-    stored = bnb.stored_leaves(hf.open_weights(hf.weight_files(directory)), directory)
+    where = hf.open_model(directory, model.family.older, model.family.passed_over)
+    stored = bnb.stored_leaves(where, directory)
     kinds = {kind_of(leaf) for leaf in stored.values()}
     if quantization and kinds - {quantization}:
         held = ", ".join(sorted(kinds))
@@ -74,7 +78,7 @@ def load_model(
     if leaves:
         model = with_quantized(model, leaves)
     places = None if mesh is None else shardings(model.axes, model.shapes, mesh)
-    return model, hf.load_params(directory, model.family.names, model.shapes, dtype, places)
+    return model, hf.load_params(directory, model.family.names, model.shapes, dtype, places, where)
 
 
 def load_adapter(
@@ -133,7 +137,11 @@ def save_model(directory: str | Path, model: Model, params: Tree, *, dtype: Any 
 
 
 def write_model(directory: Path, model: Model, params: Tree, dtype: jnp.dtype) -> None:
-    """config.json and the weights, into a directory that exists."""
+    """config.json and the weights, into a directory that exists.
+
+    A model of which parts were not loaded is written as what was, Gemma 3's text model; that is said on stderr.
+    """
+    model = _as_written(model)
     hf.save_params(directory, model.family.names, params, dtype)
     written = model.hf_config.to_diff_dict() | {"dtype": dtype.name, "architectures": _architectures(model)}
     written.pop("_name_or_path", None)  # a path of this machine
@@ -143,6 +151,20 @@ def write_model(directory: Path, model: Model, params: Tree, dtype: jnp.dtype) -
     if any(is_quantized(leaf) for leaf in by_name.values()):
         written["quantization_config"] = bnb.quantization_config(by_name, list(linear_weights(model)))
     (directory / "config.json").write_text(json.dumps(written, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _as_written(model: Model) -> Model:
+    """The model under the family that it is saved as, where that is another one."""
+    kind = model.family.written_as
+    if kind is None:
+        return model
+    text = copy.deepcopy(model.hf_config.get_text_config())
+    text.tie_word_embeddings = model.config.tie_word_embeddings
+    print(
+        f"saved as {kind}, the text model alone: the other parts of {model.config.model_type} were not loaded",
+        file=sys.stderr,
+    )
+    return replace(model, family=FAMILIES[kind], hf_config=text)
 
 
 def copy_tokenizer(source: Path, directory: Path) -> None:
@@ -155,7 +177,8 @@ def copy_tokenizer(source: Path, directory: Path) -> None:
 
 
 def _architectures(model: Model) -> list[str]:
-    return model.hf_config.architectures or [f"{type(model.hf_config).__name__.removesuffix('Config')}ForCausalLM"]
+    name = type(model.hf_config).__name__.removesuffix("Config").removesuffix("Text")
+    return model.hf_config.architectures or [f"{name}ForCausalLM"]
 
 
 def parameter_count(tree: Tree) -> int:

@@ -10,7 +10,7 @@ side and a verdict; exit 1 where a difference is outside its tolerance.
 import argparse
 import sys
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -105,13 +105,41 @@ def micro_batches(batch: Batch) -> list[Batch]:
     return [{name: array[a] for name, array in batch.items()} for a in range(len(batch["tokens"]))]
 
 
+def scales_by_length(model: torch.nn.Module) -> bool:
+    """Whether the rope depends on how long a document is: then each must be run alone, without padding."""
+    config = model.config.get_text_config()
+    flat = [config.rope_parameters, *config.rope_parameters.values()]
+    return any(isinstance(rope, dict) and rope.get("rope_type") in ("dynamic", "longrope") for rope in flat)
+
+
+def forget_lengths(model: torch.nn.Module) -> None:
+    """Puts "dynamic" ropes back to where they start: transformers keeps the longest length that they have met."""
+    for module in model.modules():
+        if hasattr(module, "original_max_seq_len") and isinstance(getattr(module, "inv_freq", None), torch.Tensor):
+            module.register_buffer("inv_freq", module.original_inv_freq.clone(), persistent=False)
+            module.max_seq_len_cached = module.original_max_seq_len
+
+
+def reference_runs(model: torch.nn.Module, micro: Batch) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """What the reference takes at a time, as `separated`: all documents together, or each alone where it must."""
+    tokens, labels = separated(micro)
+    if not scales_by_length(model):
+        yield tokens, labels
+        return
+    for number, length in enumerate(document_sizes(micro)):
+        forget_lengths(model)
+        yield tokens[number : number + 1, :length], labels[number : number + 1, :length]
+
+
+def document_sizes(micro: Batch) -> list[int]:
+    return [int((row == segment).sum()) for row in micro["segment_ids"] for segment in range(1, row.max() + 1)]
+
+
 def reference_logits(model: torch.nn.Module, micro: Batch) -> np.ndarray:
     """Logits (tokens, V) of all documents of packed rows, padding left out."""
-    tokens, _ = separated(micro)
-    lengths = [int((row == s).sum()) for row in micro["segment_ids"] for s in range(1, row.max() + 1)]
     with torch.no_grad():
-        logits = model(tokens).logits.float().numpy()
-    return np.concatenate([document[:length] for document, length in zip(logits, lengths, strict=True)])
+        found = [row for tokens, _ in reference_runs(model, micro) for row in model(tokens).logits.float().numpy()]
+    return np.concatenate([row[:length] for row, length in zip(found, document_sizes(micro), strict=True)])
 
 
 def reference_course(model: torch.nn.Module, batches: Iterable[Batch], steps: int, training: Training) -> Course:
@@ -126,10 +154,9 @@ def reference_course(model: torch.nn.Module, batches: Iterable[Batch], steps: in
     schedule = get_scheduler(training.lr_scheduler_type, adam, training.warmup_steps, steps)
     losses, norms, gradients = [], [], {}
     for _, batch in zip(range(steps), batches, strict=False):
-        parts = [separated(micro) for micro in micro_batches(batch)]
-        count = sum(int((labels != -100).sum()) for _, labels in parts)
+        count = sum(int((separated(micro)[1] != -100).sum()) for micro in micro_batches(batch))
         total = 0.0
-        for tokens, labels in parts:
+        for tokens, labels in (part for micro in micro_batches(batch) for part in reference_runs(model, micro)):
             loss = model(tokens, labels=labels, num_items_in_batch=count).loss
             loss.backward()
             total += loss.item()
@@ -248,6 +275,7 @@ def greedy_tokens(model: torch.nn.Module, prompt: list[int], count: int) -> list
     tokens = torch.tensor([prompt])
     with torch.no_grad():
         for _ in range(count):
+            forget_lengths(model)
             tokens = torch.cat([tokens, model(tokens).logits[:, -1:].argmax(-1)], dim=1)
     return tokens[0, len(prompt) :].tolist()
 

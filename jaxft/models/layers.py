@@ -1,4 +1,4 @@
-"""The small parts that the architectures share: parameters described by shape, rope, and the scan over layers.
+"""The small parts that the architectures share: parameters described by shape, and the scan over layers.
 
 Legend, here and in all models: B batch, T tokens, S keys, D model, F ffw, N heads, K kv heads, H head size, V vocab,
 R rank, L layers. NNX modules *describe*: their variables hold a `jax.ShapeDtypeStruct` until a tree of arrays is
@@ -11,7 +11,6 @@ from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
@@ -98,24 +97,16 @@ class RMSNorm(nnx.Module):
         return rms_norm(x, self.weight[...], eps=self.eps)
 
 
+class OffsetRMSNorm(RMSNorm):
+    """RMSNorm whose factor is 1 + weight, as Gemma's are: stored around 0, added in float32."""
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return rms_norm(x, 1 + self.weight[...].astype(jnp.float32), eps=self.eps)
+
+
 class Embedding(nnx.Module):
     def __init__(self, vocab_size: int, features: int):
         self.weight = describe((vocab_size, features), ("vocab", "embed"))
-
-
-@dataclass(frozen=True)
-class Rope:
-    """One rotary embedding: angle(position, h) = position · frequencies[h]; cos and sin are multiplied by `scaling`."""
-
-    frequencies: tuple[float, ...]
-    scaling: float = 1.0
-
-    def tables(self, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """cos and sin (B, T, H/2) float32 at positions (B, T) int32."""
-        # float32, as transformers does: bf16 cannot tell position 257 from 256
-        frequencies = jnp.asarray(np.array(self.frequencies, np.float32))
-        angles = positions[..., None].astype(jnp.float32) * frequencies[None, None]
-        return jnp.cos(angles) * self.scaling, jnp.sin(angles) * self.scaling
 
 
 @jax.tree_util.register_dataclass
@@ -212,7 +203,14 @@ REMAT: dict[str, Callable[..., bool] | None] = {
     "attention": jax.checkpoint_policies.save_only_these_names("layer_input", *SAVED_NAMES),
     # keeps what the hand-derived backward passes read: only norms, rotations and activations are computed again
     "products": jax.checkpoint_policies.save_only_these_names(
-        "layer_input", "attention_qkv", *SAVED_NAMES, "layer_middle", "mlp_gate", "mlp_up", "lora_low_rank"
+        "layer_input",
+        "attention_qkv",
+        *SAVED_NAMES,
+        "layer_middle",
+        "mlp_gate",
+        "mlp_up",
+        "lora_low_rank",
+        "branch_out",
     ),
 }
 
