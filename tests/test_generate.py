@@ -57,15 +57,20 @@ def recomputed(model, params, prompt: list[int], count: int) -> list[int]:
 # Against transformers
 
 
-@pytest.mark.parametrize("name", ["llama3", "llama_linear_tied", "qwen2_window", "qwen3"])
+@pytest.mark.parametrize(
+    "name", ["llama3", "llama_linear_tied", "qwen2_window", "qwen3", "llama_dynamic", "gemma2", "gemma3"]
+)
 def test_greedy_tokens_are_those_of_transformers(name, hf_model):
     torch = pytest.importorskip("torch", reason="the reference needs torch")
     from transformers import AutoModelForCausalLM
+
+    from scripts.compare_with_hf import forget_lengths
 
     directory = hf_model(name)
     reference = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
     expected = []
     for prompt in prompts():
+        forget_lengths(reference)
         ids = torch.tensor([prompt])
         out = reference.generate(
             ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=NEW, eos_token_id=None,

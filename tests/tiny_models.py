@@ -1,6 +1,7 @@
 """The tiny models and packed batches that the tests share: small enough for a CPU, and no part of them without effect.
 
-Weights are large (deviation 0.2, norm weights 0.5 around where they start, biases around 0.3), so that every part moves the logits.
+Weights are large (deviation 0.2, norm weights up to 0.5 from where they start, biases around 0.3), so that every part
+moves the logits.
 """
 
 from pathlib import Path
@@ -73,7 +74,7 @@ CONFIGS: dict[str, dict] = {
     "llama_longrope": SIZES | {"model_type": "llama", "rope_parameters": LONGROPE},
     "gemma": GEMMA | {"model_type": "gemma", "hidden_act": "gelu"},
     "gemma2": GEMMA
-    | {"model_type": "gemma2", "sliding_window": 5, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 5.0},
+    | {"model_type": "gemma2", "sliding_window": 5, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 1.0},
     "gemma3": GEMMA | OLD_GEMMA3 | {"model_type": "gemma3_text", "sliding_window": 5},
     "qwen3_window_bias": SIZES | WINDOWS | {"model_type": "qwen3", "head_dim": 16, "attention_bias": True},
 }
@@ -84,6 +85,13 @@ def hf_config(name: str, **changes) -> PretrainedConfig:
     return AutoConfig.for_model(**(CONFIGS[name] | changes))
 
 
+def deviation(path: str, model: Model) -> float:
+    """Of the weights at a path. Gemma multiplies embeddings by √D: larger ones would drown the layers."""
+    if "embed_tokens" in path and model.family.decoder.first_norm == 0:
+        return 0.05
+    return 0.3 if path.endswith("bias") else 0.2
+
+
 def random_params(model: Model, seed: int = 0, dtype=jnp.float32) -> Tree:
     """Parameters that make every part matter; no torch needed."""
     random = np.random.default_rng(seed)
@@ -91,7 +99,7 @@ def random_params(model: Model, seed: int = 0, dtype=jnp.float32) -> Tree:
     def leaf(path, shape):
         if "norm" in path:
             return model.family.decoder.first_norm + random.uniform(-0.5, 0.5, shape)
-        return random.normal(0, 0.3 if path.endswith("bias") else 0.2, shape)
+        return random.normal(0, deviation(path, model), shape)
 
     return unflatten({path: jnp.asarray(leaf(path, s.shape), dtype) for path, s in flatten(model.shapes)})
 
@@ -153,13 +161,14 @@ def write_hf_model(directory: Path, name: str, seed: int = 0) -> Path:
 
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(hf_config(name), dtype=torch.float32)
-    norm = describe_model(hf_config(name)).family.decoder.first_norm
+    ours = describe_model(hf_config(name))
+    norm = ours.family.decoder.first_norm
     with torch.no_grad():
         for path, parameter in model.named_parameters():
             if "norm" in path:
                 parameter.uniform_(norm - 0.5, norm + 0.5)
             else:
-                parameter.normal_(0, 0.3 if path.endswith("bias") else 0.2)
+                parameter.normal_(0, deviation(path, ours))
     model.save_pretrained(directory)
     return directory
 
