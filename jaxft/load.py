@@ -20,11 +20,13 @@ from jaxft.convert import bnb, hf, peft
 from jaxft.errors import InputError
 from jaxft.lora import LoraConfig, add_lora, lora_scales, lora_shapes, with_lora
 from jaxft.models import FAMILIES, Model, describe_model, read_hf_config
+from jaxft.models.extension import Changes, with_changes
 from jaxft.models.quantized import all_linears, linear_weights, with_quantized
 from jaxft.quant import is_quantized, kind_of
 from jaxft.sharding import shardings
 from jaxft.trees import Tree, flatten, join, like
 
+BASE_CONFIG = "base_config.json"  # beside an adapter: fields that its base's config.json must have otherwise
 EMBEDDED = Path(__file__).parent / "embedded"
 MODEL_FILES = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
 TOKENIZER_FILES = (
@@ -56,16 +58,22 @@ def find_directory(name: str) -> Path:
 
 
 def load_model(
-    name: str | Path, *, dtype: Any = jnp.float32, mesh: Mesh | None = None, quantization: str | None = None
+    name: str | Path,
+    *,
+    dtype: Any = jnp.float32,
+    mesh: Mesh | None = None,
+    quantization: str | None = None,
+    changes: Changes | None = None,
 ) -> tuple[Model, Tree]:
     """A Hugging Face model by directory or hub name: its description and its parameters, of `dtype`, on `mesh`.
 
     quantization: "nf4" (4 bits with double quantisation) or "int8" for all linear layers but the head; None: as the
-    files have them, which may be quantised by bitsandbytes. Raises InputError for a model that is missing, damaged, of
+    files have them, which may be quantised by bitsandbytes. changes: fields that config.json should have had otherwise,
+    such as `base_changes(adapter)`. Raises InputError for a model that is missing, damaged, of
     an unknown type, or already quantised in another way.
     """
     directory = find_directory(str(name))
-    model = describe_model(read_hf_config(directory))
+    model = describe_model(with_changes(read_hf_config(directory), changes or {}))
     where = hf.open_model(directory, model.family.older, model.family.passed_over)
     stored = bnb.stored_leaves(where, directory)
     kinds = {kind_of(leaf) for leaf in stored.values()}
@@ -90,10 +98,33 @@ def load_adapter(
     """
     directory = find_directory(str(name))
     config = peft.read_adapter_config(directory)
+    changes, text = base_changes(directory), model.hf_config.get_text_config()
+    if any(getattr(text, field, None) != value for field, value in changes.items()):
+        raise InputError(
+            f"{directory} was trained on a base whose configuration has {json.dumps(changes)}, as its {BASE_CONFIG} "
+            "says; load the base with changes=base_changes(adapter)"
+        )
     model = with_lora(model, config)
     trained, scales = lora_shapes(model)
     trainable = peft.load_adapter(directory, model.family.names, trained)
     return model, *on_mesh(model, trainable, join(params, lora_scales(scales, config)), mesh), config
+
+
+def base_changes(adapter: str | Path) -> Changes:
+    """What an adapter needs its base's configuration to have otherwise; {} for most. Raises InputError if not JSON."""
+    path = find_directory(str(adapter)) / BASE_CONFIG
+    if not path.is_file():
+        return {}
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (json.JSONDecodeError, UnicodeDecodeError, TypeError, ValueError) as error:
+        raise InputError(f"{path} is not a JSON object: {error}") from error
+
+
+def write_changes(directory: Path, changes: Changes) -> None:
+    """Writes what `base_changes` reads, where there is something to write."""
+    if changes:
+        (directory / BASE_CONFIG).write_text(json.dumps(changes, indent=2) + "\n", encoding="utf-8")
 
 
 def new_adapter(

@@ -18,8 +18,10 @@ def read_config(hf: PretrainedConfig) -> ModelConfig:
     """The constants of a Hugging Face Gemma3TextConfig, or of the one inside a Gemma3Config."""
     text = hf.get_text_config()
     refuse_bidirectional(text)
-    if text.attn_logit_softcapping is not None:  # transformers reads the field and does nothing with it
-        raise InputError(f"attn_logit_softcapping is {text.attn_logit_softcapping}; Gemma 3 has none: it must be null")
+    # fields that transformers reads and does nothing with
+    for name in ("attn_logit_softcapping", *(() if text is hf else ("final_logit_softcapping",))):
+        if getattr(text, name) is not None:
+            raise InputError(f"{name} is {getattr(text, name)}; Gemma 3 has none: it must be null")
     kinds = sorted(set(text.layer_types))
     return ModelConfig(
         model_type=hf.model_type,
