@@ -246,14 +246,15 @@ def curve_error(ours: Course, theirs: Course) -> float:
     return float(np.max(np.abs(np.array(ours.losses) - reference) / np.abs(reference)))
 
 
-def random_samples(vocab_size: int, count: int, max_length: int, seed: int) -> list[Sample]:
-    """Documents of random tokens; the first third of each is a prompt of weight 0."""
+def random_samples(vocab_size: int, count: int, max_length: int, seed: int, avoid: int | None) -> list[Sample]:
+    """Documents of random tokens but `avoid`; the first third of each is a prompt of weight 0."""
     random = np.random.default_rng(seed)
     samples = []
     for length in random.integers(max_length // 4, max_length + 1, count):
         weights = np.ones(length, np.float32)
         weights[: max(1, length // 3)] = 0
-        samples.append(Sample(random.integers(0, vocab_size, length).astype(np.int32), weights))
+        ids = random.integers(0, vocab_size, length)
+        samples.append(Sample(np.where(ids == avoid, (ids + 1) % vocab_size, ids).astype(np.int32), weights))
     return samples
 
 
@@ -271,13 +272,15 @@ def fresh_adapter(directory: Path, model: Model, params: Tree, base: Path) -> Pa
 
 
 def greedy_tokens(model: torch.nn.Module, prompt: list[int], count: int) -> list[int]:
-    """The reference's greedy continuation, stopped by nothing."""
-    tokens = torch.tensor([prompt])
+    """The reference's greedy continuation with its key/value cache, stopped by nothing."""
+    forget_lengths(model)
+    new, step, cache = [], torch.tensor([prompt]), None
     with torch.no_grad():
         for _ in range(count):
-            forget_lengths(model)
-            tokens = torch.cat([tokens, model(tokens).logits[:, -1:].argmax(-1)], dim=1)
-    return tokens[0, len(prompt) :].tolist()
+            out = model(step, past_key_values=cache, use_cache=True)
+            step, cache = out.logits[:, -1:].argmax(-1), out.past_key_values
+            new.append(step.item())
+    return new
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -307,7 +310,9 @@ def main(argv: list[str] | None = None) -> int:
         )  # fmt: skip
         print("\n".join(report.lines()))
     else:
-        samples = random_samples(model.config.vocab_size, 8 * args.steps, args.max_length, seed=0)
+        # torch gives the padding token's row of the embedding no gradient, wherever it stands
+        padding = model.hf_config.get_text_config().pad_token_id
+        samples = random_samples(model.config.vocab_size, 8 * args.steps, args.max_length, seed=0, avoid=padding)
     plan = plan_packing([len(sample) for sample in samples], args.max_length, 0)
     rows = Batches(samples, plan, max_length=args.max_length, batch_size=args.batch_size, accumulation=2)
     batches = [rows.batch(step) for step in range(args.steps)]
