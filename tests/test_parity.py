@@ -59,6 +59,7 @@ ADAPTERS: dict[str, dict] = {
     "qwen3_window_bias": {"target_modules": ["k_proj", "up_proj"], "use_rslora": True},
     "mistral": {"target_modules": "all-linear"},
     "llama_longrope": {"target_modules": ["q_proj", "k_proj"]},
+    "granite": {"target_modules": "all-linear"},
     "gemma": {"target_modules": "all-linear"},
     "gemma2": {"target_modules": "all-linear"},
     "gemma3": {"target_modules": "all-linear", "use_rslora": True},
@@ -148,7 +149,8 @@ def test_logits_equal_transformers(name, base, expected_logits):
 
 
 @pytest.mark.parametrize(
-    "name", ["llama3", "llama_bias", "qwen2_tied", "qwen3_window_bias", "mistral", "gemma", "gemma2", "gemma3"]
+    "name",
+    ["llama3", "llama_bias", "qwen2_tied", "qwen3_window_bias", "mistral", "gemma", "gemma2", "gemma3", "granite"],
 )
 def test_logits_with_an_adapter_of_peft_equal_peft(name, base, adapter, expected_logits):
     model, trainable, frozen, _ = load_adapter(adapter(name), *base(name))
@@ -242,6 +244,10 @@ CONFIG_BREAKS = {
         "llama_longrope", {"rope_parameters": LONGROPE | {"short_factor": LONGROPE["long_factor"]}}
     ),
     "longrope without its scaling": ("llama_longrope", {"rope_parameters": LONGROPE | {"attention_factor": 1.0}}),
+    "granite's factor of embeddings": ("granite", {"embedding_multiplier": 2.9}),
+    "granite's factor of branches": ("granite", {"residual_multiplier": 0.41}),
+    "granite's factor of scores": ("granite", {"attention_multiplier": 8**-0.5}),
+    "granite's factor of logits": ("granite", {"logits_scaling": 0.51}),
     "exact gelu": ("gemma2", {"hidden_activation": "gelu"}),
     "scale of scores by the head size": ("gemma2", {"query_pre_attn_scalar": 12}),
     "softcap of scores ignored": ("gemma2", {"attn_logit_softcapping": None}),
@@ -377,9 +383,9 @@ def with_either(trees, change):
 RUNS = [
     (name, "full")
     for name in ("llama_linear_tied", "llama_bias", "qwen2_window", "qwen3_window_bias", "gemma", "gemma3")
-] + [(name, "lora") for name in ("llama2", "llama3", "qwen2_window", "qwen3", "mistral", "gemma2")]
+] + [(name, "lora") for name in ("llama2", "llama3", "qwen2_window", "qwen3", "mistral", "gemma2", "granite")]
 # one step is enough for gradients; the ropes' own curves would say nothing new
-GRADIENTS_ALONE = [(name, "full", 1) for name in ("mistral", "llama_dynamic", "gemma2")] + [
+GRADIENTS_ALONE = [(name, "full", 1) for name in ("mistral", "llama_dynamic", "gemma2", "granite")] + [
     (name, "lora", 1) for name in ("llama_longrope", "gemma", "gemma3")
 ]
 
@@ -436,7 +442,7 @@ def test_wrong_training_fails_the_comparison_of_curves(broken, base, adapter, co
 # generation
 
 
-@pytest.mark.parametrize("name", ["llama3", "qwen2_window", "qwen3", "gemma3"])
+@pytest.mark.parametrize("name", ["llama3", "qwen2_window", "qwen3", "gemma3", "granite"])
 def test_greedy_tokens_equal_the_reference(name, base, hf_model):
     model, params = base(name)
     prompts = [np.random.default_rng(seed).integers(3, V, length).tolist() for seed, length in enumerate((3, 11))]

@@ -76,6 +76,9 @@ CONFIGS: dict[str, dict] = {
     "gemma2": GEMMA
     | {"model_type": "gemma2", "sliding_window": 5, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 1.0},
     "gemma3": GEMMA | OLD_GEMMA3 | {"model_type": "gemma3_text", "sliding_window": 5},
+    "granite": SIZES
+    | {"model_type": "granite", "embedding_multiplier": 3.0, "residual_multiplier": 0.4, "logits_scaling": 0.5}
+    | {"attention_multiplier": 0.6},
     "qwen3_window_bias": SIZES | WINDOWS | {"model_type": "qwen3", "head_dim": 16, "attention_bias": True},
 }
 

@@ -15,13 +15,14 @@ from transformers import AutoConfig, PretrainedConfig
 from jaxft.convert import gemma as gemma_names
 from jaxft.convert import gemma2 as gemma2_names
 from jaxft.convert import gemma3 as gemma3_names
+from jaxft.convert import granite as granite_names
 from jaxft.convert import llama as llama_names
 from jaxft.convert import mistral as mistral_names
 from jaxft.convert import qwen2 as qwen2_names
 from jaxft.convert import qwen3 as qwen3_names
 from jaxft.convert.table import Name
 from jaxft.errors import InputError
-from jaxft.models import gemma, gemma2, gemma3, llama, mistral, qwen2, qwen3
+from jaxft.models import gemma, gemma2, gemma3, granite, llama, mistral, qwen2, qwen3
 from jaxft.models.decoder import Decoder, ModelConfig
 from jaxft.quant import is_quantized, kind_of, quantize
 
@@ -37,7 +38,7 @@ class Family:
     """
 
     read_config: Callable[[PretrainedConfig], ModelConfig]
-    block: Callable[[ModelConfig], nnx.Module]
+    block: Callable[[Any], nnx.Module]  # of what read_config gives
     names: tuple[Name, ...]
     decoder: type[Decoder] = Decoder
     older: tuple[tuple[str, str], ...] = ()
@@ -58,6 +59,7 @@ FAMILIES: dict[str, Family] = {
         gemma3_names.VISION,
         written_as="gemma3_text",
     ),
+    "granite": Family(granite.read_config, granite.Block, granite_names.NAMES, granite.Decoder),
     "llama": Family(llama.read_config, llama.Block, llama_names.NAMES),
     "mistral": Family(mistral.read_config, mistral.Block, mistral_names.NAMES),
     "qwen2": Family(qwen2.read_config, qwen2.Block, qwen2_names.NAMES),

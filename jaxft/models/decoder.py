@@ -140,6 +140,10 @@ class Decoder(nnx.Module):
         """Token embeddings (B, T, D)."""
         return self.embed_tokens.weight[...][tokens].astype(dtype)
 
+    def finish(self, x: jax.Array) -> jax.Array:
+        """What the last layer gives (B, T, D), as the head reads it."""
+        return self.norm(x)
+
     def _run(self, tokens, context, cache, dtype, key, remat):
         c = self.config
         x = self.embed(tokens, dtype or self.embed_tokens.weight[...].dtype)
@@ -155,4 +159,4 @@ class Decoder(nnx.Module):
             )
             run_cache = None if cache is None else cache[start]
             x, new_cache[start] = scan_layers(self.layers[start], x, layers, context, run_cache, remat)
-        return self.norm(x), new_cache
+        return self.finish(x), new_cache
