@@ -161,6 +161,16 @@ def test_adapters_card_loads_it_in_peft_with_the_same_logits(place, adapter):
         load_adapter(adapter, *load_model(place / "base"))
 
 
+def test_dynamic_rope_takes_longer_rows_by_each_documents_length(place, tmp_path, capsys):
+    base = write_base(tmp_path / "dynamic", "llama_dynamic", max_position_embeddings=20)
+    settings = {"model_name_or_path": base, "max_length": LONG}
+    packed, said = held_out_loss(place, capsys, **settings)
+    assert "longer than the model's 20 positions; its rope scales by each document's length" in said
+    assert packed == pytest.approx(held_out_loss(place, capsys, **settings, packing=False)[0], rel=1e-5)
+    write_base(tmp_path / "plain", "llama_dynamic", rope_parameters={"rope_type": "default", "rope_theta": 100.0})
+    assert abs(held_out_loss(place, capsys, model_name_or_path=tmp_path / "plain", max_length=LONG)[0] - packed) > 1e-3
+
+
 def test_full_model_carries_its_rope_in_its_config(place, capsys):
     out = place / "full"
     argv = [*named(place, output_dir=out, max_length=LONG, eval_dataset=place / "held.jsonl"), *RUN]

@@ -11,7 +11,7 @@ from safetensors.numpy import load_file, save_file
 
 from jaxft import LoraConfig, add_lora, describe_model, init_params, load_adapter, load_model, save_adapter, save_model
 from jaxft.errors import InputError
-from jaxft.models import gemma
+from jaxft.models import decoder, gemma, model_of
 from jaxft.quant import dense, is_quantized
 from jaxft.trees import flatten, unflatten
 from tests.tiny_models import CONFIGS, hf_config, micro_logits, nonzero_adapter, tiny_model
@@ -45,6 +45,20 @@ def test_embeddings_are_multiplied_by_a_root_that_is_rounded_as_the_weights_are(
     root = jnp.bfloat16((3072 // 64) ** 0.5)
     assert float(root) == 6.9375  # √48 is 6.928
     assert np.array_equal(embedded, params["embed_tokens"]["weight"][:9] * root)
+
+
+def test_gemma_without_its_root_or_last_norm_computes_something_else():
+    class NoRoot(gemma.Decoder):
+        embed = decoder.Decoder.embed
+
+    class PlainNorm(gemma.Decoder):
+        __init__ = decoder.Decoder.__init__
+
+    model, params = tiny_model("gemma")
+    right = micro_logits(model, params)[0]
+    for broken in (NoRoot, PlainNorm):
+        other = model_of(broken(model.config, model.family.block, (0,)), model.family, model.hf_config)
+        assert np.abs(micro_logits(other, params)[0] - right).max() > 1e-2
 
 
 def test_encoders_are_refused():

@@ -245,3 +245,8 @@ def test_what_cannot_be_continued_is_refused(base, tmp_path):
 def test_max_length_is_no_matter_of_generation(base, capsys):
     assert "256" in (base / "config.json").read_text()  # positions, fewer than the default max_length of 1024
     assert said(capsys, model_name_or_path=base, prompt="x", max_new_tokens=3)
+
+
+def test_dynamic_rope_goes_on_beyond_the_positions(tmp_path):
+    endless = write_base(tmp_path / "base", "llama_dynamic", max_position_embeddings=40)
+    assert command.main(flags(model_name_or_path=endless, prompt="x" * 60, max_new_tokens=3)) == 0

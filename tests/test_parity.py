@@ -292,6 +292,9 @@ PARAMS_BREAKS = {
         }.items()
         for layer in layers
     },
+    "norms by weight, not 1 + weight": (
+        "gemma", lambda tree: changed(tree, "/input_layernorm/weight", lambda leaf: leaf - 1)
+    ),
     "keys' heads in another order": ("llama3", lambda t: changed(t, "k_proj/weight", lambda w: jnp.roll(w, 8, 1))),
     "values' heads in another order": ("llama3", lambda t: changed(t, "v_proj/weight", lambda w: jnp.roll(w, 8, 1))),
     "rotation by neighbours": ("llama2", lambda tree: changed(

@@ -74,7 +74,8 @@ CONFIGS: dict[str, dict] = {
     "llama_longrope": SIZES | {"model_type": "llama", "rope_parameters": LONGROPE},
     "gemma": GEMMA | {"model_type": "gemma", "hidden_act": "gelu"},
     "gemma2": GEMMA
-    | {"model_type": "gemma2", "sliding_window": 5, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 1.0},
+    | {"model_type": "gemma2", "sliding_window": 5, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 5.0}
+    | {"tie_word_embeddings": False},
     "gemma3": GEMMA | OLD_GEMMA3 | {"model_type": "gemma3_text", "sliding_window": 5},
     "granite": SIZES
     | {"model_type": "granite", "embedding_multiplier": 3.0, "residual_multiplier": 0.4, "logits_scaling": 0.5}
