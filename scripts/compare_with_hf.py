@@ -23,7 +23,7 @@ import torch
 from peft import PeftModel
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoModelForCausalLM, get_scheduler
+from transformers import AutoConfig, AutoModelForCausalLM, get_scheduler
 
 from jaxft import (
     LoraConfig,
@@ -41,7 +41,9 @@ from jaxft.convert import hf, peft
 from jaxft.data import load_rows, tokenize_dataset
 from jaxft.errors import InputError, RunError, run_command
 from jaxft.generate import generate
+from jaxft.load import base_changes
 from jaxft.lora import with_lora
+from jaxft.models.extension import with_changes
 from jaxft.packing import Batches, Sample, plan_packing
 from jaxft.trees import Tree, flatten, unflatten
 
@@ -73,9 +75,14 @@ class Course:
 
 
 def reference_model(directory: Path, adapter: Path | None = None) -> torch.nn.Module:
-    """The model, or the adapter on the frozen model, in float32 and without dropout."""
+    """The model, or the adapter on the frozen model as it was trained, in float32 and without dropout."""
+    config = AutoConfig.from_pretrained(directory, local_files_only=True)
     model = AutoModelForCausalLM.from_pretrained(
-        directory, dtype=torch.float32, attn_implementation="eager", local_files_only=True
+        directory,
+        config=with_changes(config, base_changes(adapter) if adapter else {}),
+        dtype=torch.float32,
+        attn_implementation="eager",
+        local_files_only=True,
     )
     if adapter is not None:
         model = PeftModel.from_pretrained(model, str(adapter), is_trainable=True)
@@ -302,7 +309,7 @@ def main(argv: list[str] | None = None) -> int:
         raise InputError(f"{args.model_dir} is no directory")
     training = Training(learning_rate=args.learning_rate or (1e-4 if args.full_finetuning else 1e-3))
 
-    model, params = load_model(args.model_dir)
+    model, params = load_model(args.model_dir, changes=base_changes(args.adapter) if args.adapter else {})
     if args.dataset:
         samples, report = tokenize_dataset(
             load_rows(args.dataset), load_tokenizer(args.model_dir), max_length=args.max_length,

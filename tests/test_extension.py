@@ -157,6 +157,9 @@ def test_adapters_card_loads_it_in_peft_with_the_same_logits(place, adapter):
     decoder = model.bind(trainable, frozen)
     ours = decoder.logits(decoder(tokens, np.ones_like(tokens), np.arange(80, dtype=np.int32)[None]))
     np.testing.assert_allclose(ours, expected, atol=1e-4)
+    from scripts.compare_with_hf import reference_model  # the script finds the same model by itself
+
+    assert reference_model(place / "base", adapter).config.rope_parameters == CHANGES["rope_parameters"]
     with pytest.raises(InputError, match=r"was trained on a base whose configuration has .*changes=base_changes"):
         load_adapter(adapter, *load_model(place / "base"))
 
