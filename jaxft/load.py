@@ -97,7 +97,7 @@ def load_adapter(
     Raises InputError for an adapter that is missing, damaged, of an unsupported method or for another model.
     """
     directory = find_directory(str(name))
-    config = peft.read_adapter_config(directory)
+    config = peft.read_adapter_config(directory, model.family.passed_over)
     changes, text = base_changes(directory), model.hf_config.get_text_config()
     if any(getattr(text, field, None) != value for field, value in changes.items()):
         raise InputError(
@@ -106,19 +106,20 @@ def load_adapter(
         )
     model = with_lora(model, config)
     trained, scales = lora_shapes(model)
-    trainable = peft.load_adapter(directory, model.family.names, trained)
+    trainable = peft.load_adapter(directory, model.family.names, trained, model.family.passed_over)
     return model, *on_mesh(model, trainable, join(params, lora_scales(scales, config)), mesh), config
 
 
 def base_changes(adapter: str | Path) -> Changes:
-    """What an adapter needs its base's configuration to have otherwise; {} for most. Raises InputError if not JSON."""
+    """What an adapter needs its base's configuration to have otherwise; {} for most. Raises InputError if damaged."""
     path = find_directory(str(adapter)) / BASE_CONFIG
     if not path.is_file():
         return {}
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (json.JSONDecodeError, UnicodeDecodeError, TypeError, ValueError) as error:
-        raise InputError(f"{path} is not a JSON object: {error}") from error
+        changes = json.loads(path.read_text(encoding="utf-8"))
+        return {name: changes[name] for name in ("max_position_embeddings", "rope_parameters")}
+    except (json.JSONDecodeError, UnicodeDecodeError, TypeError, KeyError) as error:
+        raise InputError(f"{path} is no JSON object with what the base needs: {error!r}") from error
 
 
 def write_changes(directory: Path, changes: Changes) -> None:
@@ -158,7 +159,7 @@ def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
 def save_adapter(directory: str | Path, model: Model, trainable: Tree, config: LoraConfig, base_model: str) -> None:
     """Writes a PEFT adapter: `PeftModel.from_pretrained(base, directory)` loads it. Nothing half made is left."""
     with hf.whole_directory(Path(directory)) as temporary:
-        peft.save_adapter(temporary, model.family.names, trainable, config, base_model)
+        peft.save_adapter(temporary, model.family.names, trainable, config, base_model, model.family.passed_over)
 
 
 def save_model(directory: str | Path, model: Model, params: Tree, *, dtype: Any = None) -> None:

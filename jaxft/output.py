@@ -80,7 +80,8 @@ def write_result(directory: Path, prepared: Prepared, trainable: Tree, settings:
         temporary.mkdir(parents=True)
         if prepared.lora is not None:
             base = settings.model_name_or_path or str(prepared.directory)
-            peft.save_adapter(temporary, model.family.names, trainable, prepared.lora, base)
+            passed_over = model.family.passed_over
+            peft.save_adapter(temporary, model.family.names, trainable, prepared.lora, base, passed_over)
             write_changes(temporary, prepared.changes)
         else:
             # float32 masters are written as they are: what was trained is what is shipped

@@ -94,20 +94,18 @@ def config_changes(settings: Settings, directory: Path) -> Changes:
     changes = base_changes(settings.adapter) if settings.adapter else {}
     positions = with_changes(hf, changes).get_text_config().max_position_embeddings
     if changes:
-        say = (
-            f"{settings.adapter} was trained for {positions} positions: the base's rope is {describe_changes(changes)}"
-        )
-        print(say, file=sys.stderr)
+        rope = describe_changes(changes)
+        print(f"{settings.adapter} was trained for {positions} positions: the base's rope is {rope}", file=sys.stderr)
     if isinstance(settings, GenerateSettings) or settings.max_length <= positions:
         return changes
     longer = f"max_length {settings.max_length} is longer than the model's {positions} positions"
     if changes:
         raise InputError(f"{longer}, for which {settings.adapter} was trained; set --max_length {positions} or less")
-    if "max_length" not in settings.settings_given:
+    changes = extend_positions(hf, settings.max_length)
+    if changes and "max_length" not in settings.settings_given:
         raise InputError(
             f"{longer}; set --max_length {positions} or less, or ask for more than {positions} to have its rope scaled"
         )
-    changes = extend_positions(hf, settings.max_length)
     what = f"its rope becomes {describe_changes(changes)}" if changes else "its rope scales by each document's length"
     print(f"warning: {longer}; {what}", file=sys.stderr)
     if changes and isinstance(settings, TrainSettings) and not settings.full_finetuning:

@@ -194,6 +194,7 @@ def test_lengths_that_contradict_are_refused(place, adapter):
         InputError, match="max_length 1024 is longer than the model's 40 positions; set --max_length 40"
     ):
         evaluate.main(flags(**held))  # nobody asked for 1024
-    (adapter / "base_config.json").write_text("no")
-    with pytest.raises(InputError, match=r"base_config\.json is not a JSON object"):
-        evaluate.main(flags(**held, adapter=adapter, max_length=LONG))
+    for damaged in ("no", "[]", '{"max_position_embeddings": 96}'):
+        (adapter / "base_config.json").write_text(damaged)
+        with pytest.raises(InputError, match=r"base_config\.json is no JSON object with what the base needs"):
+            evaluate.main(flags(**held, adapter=adapter, max_length=LONG))

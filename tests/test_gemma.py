@@ -150,20 +150,27 @@ def test_tensor_that_is_there_under_two_names_is_refused(seeing, tmp_path):
         load_model(copy)
 
 
-def test_adapters_of_a_model_that_sees_go_to_peft_and_come_back(seeing, seen_logits, tmp_path):
+def test_adapters_of_a_model_that_sees_go_to_peft_and_come_back(seeing, seen_logits, tmp_path, capsys):
     from scripts.compare_with_hf import reference_logits, reference_model
 
     config = LoraConfig(r=4, lora_alpha=8)
     model, trainable, frozen = add_lora(*load_model(seeing), config, jax.random.key(0))
     trainable = nonzero_adapter(trainable, deviation=0.1)
-    save_adapter(tmp_path, model, trainable, config, str(seeing))
-    names = load_file(tmp_path / "adapter_model.safetensors")
-    assert "base_model.model.model.language_model.layers.1.self_attn.q_proj.lora_A.weight" in names
+    save_adapter(tmp_path / "ours", model, trainable, config, str(seeing))
     logits, micro = micro_logits(model, trainable, frozen)
-    assert np.abs(logits - reference_logits(reference_model(seeing, tmp_path), micro)).max() <= 1e-4
+    theirs = reference_model(seeing, tmp_path / "ours")
+    assert np.abs(logits - reference_logits(theirs, micro)).max() <= 1e-4
     assert np.abs(logits - seen_logits).max() > 1e-2
-    again, loaded, frozen, _ = load_adapter(tmp_path, *load_model(seeing))
-    assert np.array_equal(micro_logits(again, loaded, frozen)[0], logits)
+    assert not any("vision_tower" in path and "lora" in path for path, _ in theirs.named_parameters())
+    theirs.save_pretrained(tmp_path / "theirs")
+    tensors = load_file(tmp_path / "theirs" / "adapter_model.safetensors")
+    assert len(tensors) == 3 * 7 * 2
+    other = {"base_model.model.model.vision_tower.encoder.layers.0.mlp.fc1.lora_A.weight": np.ones((4, 16), np.float32)}
+    for more, said in (({}, ""), (other, "passed over 1 tensors of parts that are not loaded")):
+        save_file(tensors | more, tmp_path / "theirs" / "adapter_model.safetensors")
+        _, loaded, _, _ = load_adapter(tmp_path / "theirs", *load_model(seeing))
+        jax.tree.map(np.testing.assert_array_equal, loaded, trainable)
+        assert said in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("quantization", [None, "nf4"])
