@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+import sys
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -83,6 +84,44 @@ def open_weights(files: list[Path]) -> dict[str, Any]:
                 raise InputError(f"{path}: tensor {name} stands in another file too")
             where[name] = handle
     return where
+
+
+class Renamed(NamedTuple):
+    """An open file that answers to another name of one of its tensors."""
+
+    handle: Any
+    name: str
+
+    def get_slice(self, _: str) -> Any:
+        return self.handle.get_slice(self.name)
+
+    def get_tensor(self, _: str) -> Any:
+        return self.handle.get_tensor(self.name)
+
+
+def open_model(
+    directory: Path, older: tuple[tuple[str, str], ...] = (), passed_over: tuple[str, ...] = ()
+) -> dict[str, Any]:
+    """`open_weights` of a model directory under the names of today; what belongs to `passed_over` parts is counted.
+
+    older: (prefix, prefix of today). passed_over: prefixes. Raises InputError for a file that is not whole or missing.
+    """
+    found: dict[str, Any] = {}
+    skipped: dict[str, int] = {}
+    for name, handle in open_weights(weight_files(directory)).items():
+        part = next((prefix for prefix in passed_over if name.startswith(prefix)), None)
+        if part is not None:
+            skipped[part] = skipped.get(part, 0) + 1
+            continue
+        old, new = next((pair for pair in older if name.startswith(pair[0])), ("", ""))
+        today = new + name.removeprefix(old)
+        if today in found:
+            raise InputError(f"{directory}: tensor {today} is there twice, once as {name}")
+        found[today] = handle if today == name else Renamed(handle, name)
+    if skipped:
+        parts = ", ".join(f"{count} of {prefix.rstrip('.')}" for prefix, count in sorted(skipped.items()))
+        print(f"{directory}: only the text model is loaded; passed over tensors: {parts}", file=sys.stderr)
+    return found
 
 
 def chunks(handle: Any, name: str) -> Iterator[tuple[int, np.ndarray]]:
@@ -170,17 +209,22 @@ def expected_tensors(names: tuple[Name, ...], shapes: Tree) -> dict[str, tuple[i
 
 
 def load_params(
-    directory: Path, names: tuple[Name, ...], shapes: Tree, dtype: Any, shardings: Tree | None = None
+    directory: Path,
+    names: tuple[Name, ...],
+    shapes: Tree,
+    dtype: Any,
+    shardings: Tree | None = None,
+    where: dict[str, Any] | None = None,
 ) -> Tree:
     """The parameters of a model directory as a tree of arrays of `dtype`, each made on its devices and filled in place.
 
     Host memory beside the result stays below two chunks of CHUNK_BYTES. shapes: the model's tree; shardings: a tree
-    like it, or None for the default device. A weight whose leaf in shapes is quantised is taken as it is where the
-    files hold it so, and quantised from the stored values, before any cast, where they do not: device memory beside the
-    result then stays below two tensors. Raises InputError for files or tensors that are missing, left over,
-    damaged or of the wrong shape.
+    like it, or None for the default device. where: what `open_model` found in the directory. A weight whose leaf in
+    shapes is quantised is taken as it is where the files hold it so, and quantised from the stored values, before any
+    cast, where they do not: device memory beside the result then stays below two tensors. Raises InputError for files
+    or tensors that are missing, left over, damaged or of the wrong shape.
     """
-    where = open_weights(weight_files(directory))
+    where = open_model(directory) if where is None else where
     stored = bnb.stored_leaves(where, directory)
     expected = expected_tensors(names, shapes)
     plain = dict(where)

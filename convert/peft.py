@@ -1,6 +1,7 @@
 """PEFT's LoRA adapters: adapter_config.json and adapter_model.safetensors, read and written as PEFT lays them out."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -47,10 +48,24 @@ def adapter_names(names: tuple[Name, ...], trained: Tree) -> dict[str, tuple[str
     return found
 
 
-def save_adapter(directory: Path, names: tuple[Name, ...], trained: Tree, config: LoraConfig, base_model: str) -> None:
+def excluded_modules(passed_over: tuple[str, ...]) -> str | None:
+    """PEFT's pattern for the parts of a model that were not loaded, which have modules of the same names."""
+    parts = sorted({prefix.strip(".").split(".")[-1] for prefix in passed_over})
+    return f".*({'|'.join(parts)}).*" if parts else None
+
+
+def save_adapter(
+    directory: Path,
+    names: tuple[Name, ...],
+    trained: Tree,
+    config: LoraConfig,
+    base_model: str,
+    passed_over: tuple[str, ...] = (),
+) -> None:
     """Writes an adapter that `PeftModel.from_pretrained(base, directory)` loads, into an existing directory.
 
-    trained: the tree of float32 A and B; base_model: what the adapter's config names as its base.
+    trained: the tree of float32 A and B; base_model: what the adapter's config names as its base. passed_over: prefixes
+    of the base's tensors that were not loaded, and so have no branch.
     """
     leaves = dict(flatten(trained))
     tensors = {}
@@ -72,11 +87,16 @@ def save_adapter(directory: Path, names: tuple[Name, ...], trained: Tree, config
         "inference_mode": True,
         "init_lora_weights": True,
     }
+    if passed_over:
+        written["exclude_modules"] = excluded_modules(passed_over)
     (directory / CONFIG).write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
 
 
-def read_adapter_config(directory: Path) -> LoraConfig:
-    """The LoRA settings of a PEFT adapter. Raises InputError where it is missing or of a method not supported."""
+def read_adapter_config(directory: Path, passed_over: tuple[str, ...] = ()) -> LoraConfig:
+    """The LoRA settings of a PEFT adapter; passed_over: as in `save_adapter`.
+
+    Raises InputError where it is missing or of a method not supported.
+    """
     path = directory / CONFIG
     if not path.is_file():
         raise InputError(f"{directory} has no {CONFIG}; a PEFT adapter directory is needed")
@@ -88,6 +108,8 @@ def read_adapter_config(directory: Path) -> LoraConfig:
     if kind != "LORA":
         raise InputError(f"{path}: peft_type {kind!r} is not supported; only LORA adapters are")
     for field, neutral in NEUTRAL.items():
+        if field == "exclude_modules" and passed_over and written.get(field) == excluded_modules(passed_over):
+            continue
         if field in written and written[field] not in neutral:
             raise InputError(f"{path}: {field} = {written[field]!r} is not supported yet")
     targets = written.get("target_modules")
@@ -107,8 +129,8 @@ def read_adapter_config(directory: Path) -> LoraConfig:
         raise InputError(f"{path}: r and lora_alpha must be numbers: {error!r}") from error
 
 
-def load_adapter(directory: Path, names: tuple[Name, ...], shapes: Tree) -> Tree:
-    """The A and B of a PEFT adapter as a float32 tree like `shapes`.
+def load_adapter(directory: Path, names: tuple[Name, ...], shapes: Tree, passed_over: tuple[str, ...] = ()) -> Tree:
+    """The A and B of a PEFT adapter as a float32 tree like `shapes`; those of `passed_over` parts are counted aloud.
 
     Raises InputError where the file is missing or damaged, or its tensors are not this model's.
     """
@@ -116,6 +138,11 @@ def load_adapter(directory: Path, names: tuple[Name, ...], shapes: Tree) -> Tree
     if not path.is_file():
         raise InputError(f"{directory} has no {WEIGHTS}")
     where = open_weights([path])
+    skipped = [name for name in where if name.removeprefix("base_model.model.").startswith(passed_over)]
+    for name in skipped:
+        del where[name]
+    if skipped:
+        print(f"{path}: passed over {len(skipped)} tensors of parts that are not loaded", file=sys.stderr)
     wanted = adapter_names(names, shapes)
     missing, extra = sorted(set(wanted) - set(where)), sorted(set(where) - set(wanted))
     if missing or extra:

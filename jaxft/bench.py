@@ -7,7 +7,7 @@ import statistics
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,18 @@ CONFIGS: dict[str, dict[str, Any]] = {
         model_type="llama", hidden_size=2048, num_hidden_layers=16, num_attention_heads=32, num_key_value_heads=8,
         head_dim=64, intermediate_size=8192, vocab_size=128256, tie_word_embeddings=True, rms_norm_eps=1e-5,
         rope_theta=5e5, max_position_embeddings=131072,
+    ),
+    "gemma-2-2b": dict(
+        model_type="gemma2", hidden_size=2304, num_hidden_layers=26, num_attention_heads=8, num_key_value_heads=4,
+        head_dim=256, intermediate_size=9216, vocab_size=256000, tie_word_embeddings=True, rms_norm_eps=1e-6,
+        rope_theta=1e4, max_position_embeddings=8192, query_pre_attn_scalar=256, sliding_window=4096,
+        attn_logit_softcapping=50.0, final_logit_softcapping=30.0,
+    ),
+    "gemma-3-1b": dict(
+        model_type="gemma3_text", hidden_size=1152, num_hidden_layers=26, num_attention_heads=4, num_key_value_heads=1,
+        head_dim=256, intermediate_size=6912, vocab_size=262144, tie_word_embeddings=True, rms_norm_eps=1e-6,
+        rope_theta=1e6, rope_local_base_freq=1e4, max_position_embeddings=32768, query_pre_attn_scalar=256,
+        sliding_window=512, sliding_window_pattern=6,
     ),
 }  # fmt: skip
 
@@ -108,14 +120,15 @@ def model_flops(model: Model, batch: Batch, full_finetuning: bool) -> float:
     matrices = sum(leaf.size for path, leaf in flatten(model.shapes) if leaf.ndim == 3 and "/lora/" not in path)
     matrices += c.vocab_size * c.hidden_size
     passes = 3 if full_finetuning else 2  # forward and dX; dW only where the weight is trained
-    pairs = float(np.sum(batch["positions"].astype(np.float64) + 1))
-    attention = 4 * c.num_layers * c.num_heads * c.head_dim * pairs * 3
+    seen = batch["positions"].astype(np.float64) + 1  # keys of each query, where no window hides the first ones
+    pairs = sum(float(np.sum(np.minimum(seen, window or np.inf))) for window in c.layer_window)
+    attention = 4 * c.num_heads * c.head_dim * pairs * 3
     return 2.0 * matrices * batch["tokens"].size * passes + attention
 
 
 def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
     """Builds the workload's step, compiles it ahead, runs it, and returns the figures of its line."""
-    workload = WORKLOADS[name]
+    workload = replace(WORKLOADS[name], model=options.model or WORKLOADS[name].model)
     use_compile_cache()
     constants = dict(CONFIGS[workload.model])
     model = describe_model(AutoConfig.for_model(constants.pop("model_type"), **constants))
@@ -197,6 +210,7 @@ def _compiler_option(text: str) -> tuple[str, str | bool]:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m jaxft.bench", description=__doc__)
     parser.add_argument("workloads", nargs="+", choices=WORKLOADS, metavar="ID", help=", ".join(WORKLOADS))
+    parser.add_argument("--model", choices=CONFIGS, help="instead of the workload's own")
     parser.add_argument("--steps", type=int, default=8, help="timed steps")
     parser.add_argument("--warmup", type=int, default=3, help="steps before them")
     parser.add_argument("--gradient_checkpointing", choices=list(REMAT), help="instead of the workload's own")

@@ -17,6 +17,7 @@ from jaxft.config import describe, parse
 from jaxft.errors import InputError, run_command
 from jaxft.load import EMBEDDED
 from jaxft.models import Model
+from jaxft.models.rope import DynamicRope
 from jaxft.prepare import prepare
 from jaxft.settings import GenerateSettings
 from jaxft.trees import Tree
@@ -129,8 +130,9 @@ def main(argv: list[str] | None = None) -> int:
     prepared = prepare(settings, settings.model_name_or_path or str(EMBEDDED / "base"))
     tokenizer = prepared.tokenizer
     prompt = tokenizer.encode(_prompt(settings, tokenizer), add_special_tokens=not (settings.chat or settings.messages))
-    positions = prepared.model.config.max_position_embeddings
-    if len(prompt) + settings.max_new_tokens > positions:
+    positions, ropes = prepared.model.config.max_position_embeddings, prepared.model.config.ropes
+    endless = any(isinstance(rope, DynamicRope) for rope in ropes)  # it scales itself beyond them
+    if len(prompt) + settings.max_new_tokens > positions and not endless:
         raise InputError(
             f"the prompt's {len(prompt)} tokens and --max_new_tokens {settings.max_new_tokens} are more than the "
             f"model's {positions} positions"

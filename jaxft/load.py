@@ -1,7 +1,10 @@
 """From a name to a model on its devices, and back to a directory: the start and end of every run."""
 
+import copy
 import json
 import shutil
+import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +19,14 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from jaxft.convert import bnb, hf, peft
 from jaxft.errors import InputError
 from jaxft.lora import LoraConfig, add_lora, lora_scales, lora_shapes, with_lora
-from jaxft.models import Model, describe_model, read_hf_config
+from jaxft.models import FAMILIES, Model, describe_model, read_hf_config
+from jaxft.models.extension import Changes, with_changes
 from jaxft.models.quantized import all_linears, linear_weights, with_quantized
 from jaxft.quant import is_quantized, kind_of
 from jaxft.sharding import shardings
 from jaxft.trees import Tree, flatten, join, like
 
+BASE_CONFIG = "base_config.json"  # beside an adapter: fields that its base's config.json must have otherwise
 EMBEDDED = Path(__file__).parent / "embedded"
 MODEL_FILES = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
 TOKENIZER_FILES = (
@@ -53,17 +58,24 @@ def find_directory(name: str) -> Path:
 
 
 def load_model(
-    name: str | Path, *, dtype: Any = jnp.float32, mesh: Mesh | None = None, quantization: str | None = None
+    name: str | Path,
+    *,
+    dtype: Any = jnp.float32,
+    mesh: Mesh | None = None,
+    quantization: str | None = None,
+    changes: Changes | None = None,
 ) -> tuple[Model, Tree]:
     """A Hugging Face model by directory or hub name: its description and its parameters, of `dtype`, on `mesh`.
 
     quantization: "nf4" (4 bits with double quantisation) or "int8" for all linear layers but the head; None: as the
-    files have them, which may be quantised by bitsandbytes. Raises InputError for a model that is missing, damaged, of
+    files have them, which may be quantised by bitsandbytes. changes: fields that config.json should have had otherwise,
+    such as `base_changes(adapter)`. Raises InputError for a model that is missing, damaged, of
     an unknown type, or already quantised in another way.
     """
     directory = find_directory(str(name))
-    model = describe_model(read_hf_config(directory))
-    stored = bnb.stored_leaves(hf.open_weights(hf.weight_files(directory)), directory)
+    model = describe_model(with_changes(read_hf_config(directory), changes or {}))
+    where = hf.open_model(directory, model.family.older, model.family.passed_over)
+    stored = bnb.stored_leaves(where, directory)
     kinds = {kind_of(leaf) for leaf in stored.values()}
     if quantization and kinds - {quantization}:
         held = ", ".join(sorted(kinds))
@@ -74,7 +86,7 @@ def load_model(
     if leaves:
         model = with_quantized(model, leaves)
     places = None if mesh is None else shardings(model.axes, model.shapes, mesh)
-    return model, hf.load_params(directory, model.family.names, model.shapes, dtype, places)
+    return model, hf.load_params(directory, model.family.names, model.shapes, dtype, places, where)
 
 
 def load_adapter(
@@ -85,11 +97,35 @@ def load_adapter(
     Raises InputError for an adapter that is missing, damaged, of an unsupported method or for another model.
     """
     directory = find_directory(str(name))
-    config = peft.read_adapter_config(directory)
+    config = peft.read_adapter_config(directory, model.family.passed_over)
+    changes, text = base_changes(directory), model.hf_config.get_text_config()
+    if any(getattr(text, field, None) != value for field, value in changes.items()):
+        raise InputError(
+            f"{directory} was trained on a base whose configuration has {json.dumps(changes)}, as its {BASE_CONFIG} "
+            "says; load the base with changes=base_changes(adapter)"
+        )
     model = with_lora(model, config)
     trained, scales = lora_shapes(model)
-    trainable = peft.load_adapter(directory, model.family.names, trained)
+    trainable = peft.load_adapter(directory, model.family.names, trained, model.family.passed_over)
     return model, *on_mesh(model, trainable, join(params, lora_scales(scales, config)), mesh), config
+
+
+def base_changes(adapter: str | Path) -> Changes:
+    """What an adapter needs its base's configuration to have otherwise; {} for most. Raises InputError if damaged."""
+    path = find_directory(str(adapter)) / BASE_CONFIG
+    if not path.is_file():
+        return {}
+    try:
+        changes = json.loads(path.read_text(encoding="utf-8"))
+        return {name: changes[name] for name in ("max_position_embeddings", "rope_parameters")}
+    except (json.JSONDecodeError, UnicodeDecodeError, TypeError, KeyError) as error:
+        raise InputError(f"{path} is no JSON object with what the base needs: {error!r}") from error
+
+
+def write_changes(directory: Path, changes: Changes) -> None:
+    """Writes what `base_changes` reads, where there is something to write."""
+    if changes:
+        (directory / BASE_CONFIG).write_text(json.dumps(changes, indent=2) + "\n", encoding="utf-8")
 
 
 def new_adapter(
@@ -123,7 +159,7 @@ def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
 def save_adapter(directory: str | Path, model: Model, trainable: Tree, config: LoraConfig, base_model: str) -> None:
     """Writes a PEFT adapter: `PeftModel.from_pretrained(base, directory)` loads it. Nothing half made is left."""
     with hf.whole_directory(Path(directory)) as temporary:
-        peft.save_adapter(temporary, model.family.names, trainable, config, base_model)
+        peft.save_adapter(temporary, model.family.names, trainable, config, base_model, model.family.passed_over)
 
 
 def save_model(directory: str | Path, model: Model, params: Tree, *, dtype: Any = None) -> None:
@@ -133,7 +169,11 @@ def save_model(directory: str | Path, model: Model, params: Tree, *, dtype: Any 
 
 
 def write_model(directory: Path, model: Model, params: Tree, dtype: jnp.dtype) -> None:
-    """config.json and the weights, into a directory that exists."""
+    """config.json and the weights, into a directory that exists.
+
+    A model of which parts were not loaded is written as what was, Gemma 3's text model; that is said on stderr.
+    """
+    model = _as_written(model)
     hf.save_params(directory, model.family.names, params, dtype)
     written = model.hf_config.to_diff_dict() | {"dtype": dtype.name, "architectures": _architectures(model)}
     written.pop("_name_or_path", None)  # a path of this machine
@@ -143,6 +183,20 @@ def write_model(directory: Path, model: Model, params: Tree, dtype: jnp.dtype) -
     if any(is_quantized(leaf) for leaf in by_name.values()):
         written["quantization_config"] = bnb.quantization_config(by_name, list(linear_weights(model)))
     (directory / "config.json").write_text(json.dumps(written, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _as_written(model: Model) -> Model:
+    """The model under the family that it is saved as, where that is another one."""
+    kind = model.family.written_as
+    if kind is None:
+        return model
+    text = copy.deepcopy(model.hf_config.get_text_config())
+    text.tie_word_embeddings = model.config.tie_word_embeddings
+    print(
+        f"saved as {kind}, the text model alone: the other parts of {model.config.model_type} were not loaded",
+        file=sys.stderr,
+    )
+    return replace(model, family=FAMILIES[kind], hf_config=text)
 
 
 def copy_tokenizer(source: Path, directory: Path) -> None:
@@ -155,7 +209,8 @@ def copy_tokenizer(source: Path, directory: Path) -> None:
 
 
 def _architectures(model: Model) -> list[str]:
-    return model.hf_config.architectures or [f"{type(model.hf_config).__name__.removesuffix('Config')}ForCausalLM"]
+    name = type(model.hf_config).__name__.removesuffix("Config").removesuffix("Text")
+    return model.hf_config.architectures or [f"{name}ForCausalLM"]
 
 
 def parameter_count(tree: Tree) -> int:

@@ -38,5 +38,8 @@ def sft_loss(
         batch["tokens"], batch["segment_ids"], batch["positions"], key=key, **options
     )  # fmt: skip
     targets, weights = next_token_targets(batch)
-    total = linear_cross_entropy(hidden.reshape(-1, hidden.shape[-1]), model.head(), targets.ravel(), weights.ravel())
+    total = linear_cross_entropy(
+        hidden.reshape(-1, hidden.shape[-1]), model.head(), targets.ravel(), weights.ravel(),
+        softcap=model.config.final_softcap,
+    )  # fmt: skip
     return total, weights.sum()

@@ -13,7 +13,8 @@ from safetensors import SafetensorError
 from jaxft.config import to_yaml
 from jaxft.convert import peft
 from jaxft.errors import InputError, RunError
-from jaxft.load import copy_tokenizer, write_model
+from jaxft.load import copy_tokenizer, write_changes, write_model
+from jaxft.models.extension import describe_changes
 from jaxft.prepare import Prepared
 from jaxft.settings import TrainSettings
 from jaxft.trees import Tree
@@ -79,7 +80,9 @@ def write_result(directory: Path, prepared: Prepared, trainable: Tree, settings:
         temporary.mkdir(parents=True)
         if prepared.lora is not None:
             base = settings.model_name_or_path or str(prepared.directory)
-            peft.save_adapter(temporary, model.family.names, trainable, prepared.lora, base)
+            passed_over = model.family.passed_over
+            peft.save_adapter(temporary, model.family.names, trainable, prepared.lora, base, passed_over)
+            write_changes(temporary, prepared.changes)
         else:
             # float32 masters are written as they are: what was trained is what is shipped
             write_model(temporary, model, trainable, jnp.dtype(jax.tree.leaves(trainable)[0].dtype))
@@ -107,16 +110,22 @@ def model_card(prepared: Prepared, settings: TrainSettings, facts: dict[str, Any
     front: dict[str, Any] = {"base_model": base, "library_name": "transformers" if prepared.lora is None else "peft"}
     front["tags"] = ["jaxft"] + ([] if prepared.lora is None else ["lora"])
     header = "\n".join(f"{name}: {json.dumps(value)}" for name, value in front.items())
+    if prepared.changes:
+        facts = facts | {"rope of the base": describe_changes(prepared.changes)}
     rows = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
-    load = (
-        'model = AutoModelForCausalLM.from_pretrained("THIS_DIRECTORY")'
-        if prepared.lora is None
-        else f"base = AutoModelForCausalLM.from_pretrained({base!r})\n"
-        'model = PeftModel.from_pretrained(base, "THIS_DIRECTORY")'
-    )
-    imports = "from transformers import AutoModelForCausalLM"
+    lines, imports = ['model = AutoModelForCausalLM.from_pretrained("THIS_DIRECTORY")'], "AutoModelForCausalLM"
     if prepared.lora is not None:
-        imports += "\nfrom peft import PeftModel"
+        lines = [f"base = AutoModelForCausalLM.from_pretrained({base!r})"]
+        if prepared.changes:
+            imports = f"AutoConfig, {imports}"
+            lines = [
+                f"config = AutoConfig.from_pretrained({base!r})",
+                f"config.get_text_config().update({prepared.changes!r})  # as it was trained",
+                f"base = AutoModelForCausalLM.from_pretrained({base!r}, config=config)",
+            ]
+        lines.append('model = PeftModel.from_pretrained(base, "THIS_DIRECTORY")')
+    imports = f"from transformers import {imports}" + ("" if prepared.lora is None else "\nfrom peft import PeftModel")
+    load = "\n".join(lines)
     return (
         f"---\n{header}\n---\n\n# {kind} of {Path(base).name}\n\nTrained with jaxft; `config.yaml` repeats the run.\n\n"
         f"| | |\n|---|---|\n{rows}\n\n```python\n{imports}\n\n{load}\n```\n"

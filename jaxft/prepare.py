@@ -1,6 +1,8 @@
 """What train, evaluate and generate have in common: from settings to a model, an adapter and a tokenizer on a mesh."""
 
+import json
 import os
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -10,11 +12,20 @@ from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerBase
 
 from jaxft.errors import InputError
-from jaxft.load import find_directory, load_adapter, load_model, load_tokenizer, new_adapter
+from jaxft.load import (
+    BASE_CONFIG,
+    base_changes,
+    find_directory,
+    load_adapter,
+    load_model,
+    load_tokenizer,
+    new_adapter,
+)
 from jaxft.lora import LoraConfig
-from jaxft.models import Model, describe_model, read_hf_config
+from jaxft.models import Model, read_hf_config
+from jaxft.models.extension import Changes, describe_changes, extend_positions, with_changes
 from jaxft.quant import is_quantized
-from jaxft.settings import GenerateSettings, ModelArguments, TrainSettings
+from jaxft.settings import GenerateSettings, Settings, TrainSettings
 from jaxft.sharding import make_mesh, mesh_sizes
 from jaxft.trees import Tree, flatten
 
@@ -31,6 +42,7 @@ class Prepared:
     tokenizer: PreTrainedTokenizerBase
     mesh: Mesh
     compute_dtype: jnp.dtype
+    changes: Changes  # of the base's configuration, {} where it is as its config.json says
 
 
 def use_compile_cache() -> None:
@@ -40,7 +52,7 @@ def use_compile_cache() -> None:
         jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "jaxft" / "xla"))
 
 
-def prepare(settings: ModelArguments, model_name: str) -> Prepared:
+def prepare(settings: Settings, model_name: str) -> Prepared:
     """Loads what the settings name. Raises InputError for anything that is missing, damaged or does not fit."""
     use_compile_cache()
     platform_dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
@@ -48,14 +60,11 @@ def prepare(settings: ModelArguments, model_name: str) -> Prepared:
     compute_dtype = jnp.dtype(settings.compute_dtype(platform_dtype))
     mesh = make_mesh(mesh_sizes(settings.mesh_axes, jax.device_count()))
     directory = find_directory(model_name)
-    positions = describe_model(read_hf_config(directory)).config.max_position_embeddings
-    if settings.max_length > positions and not isinstance(settings, GenerateSettings):
-        raise InputError(
-            f"max_length {settings.max_length} is longer than the model's {positions} positions; "
-            f"set --max_length {positions} or less"
-        )
+    changes = config_changes(settings, directory)
     tokenizer = load_tokenizer(directory)
-    model, params = load_model(directory, dtype=param_dtype, mesh=mesh, quantization=settings.quantization)
+    model, params = load_model(
+        directory, dtype=param_dtype, mesh=mesh, quantization=settings.quantization, changes=changes
+    )
     lora: LoraConfig | None = None
     trainable: Tree
     if settings.adapter is not None:
@@ -73,7 +82,39 @@ def prepare(settings: ModelArguments, model_name: str) -> Prepared:
         model, trainable, frozen = new_adapter(model, params, lora, jax.random.key(settings.seed), mesh=mesh)
     else:
         trainable, frozen = {}, params
-    return Prepared(directory, model, trainable, frozen, lora, tokenizer, mesh, compute_dtype)
+    return Prepared(directory, model, trainable, frozen, lora, tokenizer, mesh, compute_dtype, changes)
+
+
+def config_changes(settings: Settings, directory: Path) -> Changes:
+    """What has to differ from the model's own config.json: as the adapter was trained, or for a longer `--max_length`.
+
+    Said on stderr. Raises InputError for a length that was not asked for, or that the adapter was not trained for.
+    """
+    hf = read_hf_config(directory)
+    changes = base_changes(settings.adapter) if settings.adapter else {}
+    positions = with_changes(hf, changes).get_text_config().max_position_embeddings
+    if changes:
+        rope = describe_changes(changes)
+        print(f"{settings.adapter} was trained for {positions} positions: the base's rope is {rope}", file=sys.stderr)
+    if isinstance(settings, GenerateSettings) or settings.max_length <= positions:
+        return changes
+    longer = f"max_length {settings.max_length} is longer than the model's {positions} positions"
+    if changes:
+        raise InputError(f"{longer}, for which {settings.adapter} was trained; set --max_length {positions} or less")
+    changes = extend_positions(hf, settings.max_length)
+    if changes and "max_length" not in settings.settings_given:
+        raise InputError(
+            f"{longer}; set --max_length {positions} or less, or ask for more than {positions} to have its rope scaled"
+        )
+    what = f"its rope becomes {describe_changes(changes)}" if changes else "its rope scales by each document's length"
+    print(f"warning: {longer}; {what}", file=sys.stderr)
+    if changes and isinstance(settings, TrainSettings) and not settings.full_finetuning:
+        print(
+            f"the adapter is right only on a base whose configuration has {json.dumps(changes)}; its {BASE_CONFIG} "
+            "and its card say so, and evaluate and generate read it",
+            file=sys.stderr,
+        )
+    return changes
 
 
 def lora_settings(settings: TrainSettings) -> LoraConfig:

@@ -38,7 +38,7 @@ class ModelArguments:
     dtype: Literal["float32", "bfloat16", "float16"] | None = _flag(None, "float32 on a CPU, else bfloat16")
     bf16: bool | None = _flag(None, "compute in bfloat16; false is float32", nargs="?", const=True)
     fp16: bool | None = _flag(None, "compute in float16", nargs="?", const=True)
-    max_length: int = _flag(1024, "longest row in tokens")
+    max_length: int = _flag(1024, "longest row in tokens; asked for beyond the model's positions, its rope is scaled")
     load_in_4bit: bool = _flag(False, "hold the base's linear layers in 4 bits (NF4, double quantisation)")
     load_in_8bit: bool = _flag(False, "hold the base's linear layers in 8 bits")
     mesh: str | None = _flag(None, "devices by axis, such as data=2,fsdp=4; without it all local devices are data")

@@ -10,7 +10,7 @@ side and a verdict; exit 1 where a difference is outside its tolerance.
 import argparse
 import sys
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ import torch
 from peft import PeftModel
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoModelForCausalLM, get_scheduler
+from transformers import AutoConfig, AutoModelForCausalLM, get_scheduler
 
 from jaxft import (
     LoraConfig,
@@ -41,7 +41,9 @@ from jaxft.convert import hf, peft
 from jaxft.data import load_rows, tokenize_dataset
 from jaxft.errors import InputError, RunError, run_command
 from jaxft.generate import generate
+from jaxft.load import base_changes
 from jaxft.lora import with_lora
+from jaxft.models.extension import with_changes
 from jaxft.packing import Batches, Sample, plan_packing
 from jaxft.trees import Tree, flatten, unflatten
 
@@ -73,9 +75,14 @@ class Course:
 
 
 def reference_model(directory: Path, adapter: Path | None = None) -> torch.nn.Module:
-    """The model, or the adapter on the frozen model, in float32 and without dropout."""
+    """The model, or the adapter on the frozen model as it was trained, in float32 and without dropout."""
+    config = AutoConfig.from_pretrained(directory, local_files_only=True)
     model = AutoModelForCausalLM.from_pretrained(
-        directory, dtype=torch.float32, attn_implementation="eager", local_files_only=True
+        directory,
+        config=with_changes(config, base_changes(adapter) if adapter else {}),
+        dtype=torch.float32,
+        attn_implementation="eager",
+        local_files_only=True,
     )
     if adapter is not None:
         model = PeftModel.from_pretrained(model, str(adapter), is_trainable=True)
@@ -105,13 +112,41 @@ def micro_batches(batch: Batch) -> list[Batch]:
     return [{name: array[a] for name, array in batch.items()} for a in range(len(batch["tokens"]))]
 
 
+def scales_by_length(model: torch.nn.Module) -> bool:
+    """Whether the rope depends on how long a document is: then each must be run alone, without padding."""
+    config = model.config.get_text_config()
+    flat = [config.rope_parameters, *config.rope_parameters.values()]
+    return any(isinstance(rope, dict) and rope.get("rope_type") in ("dynamic", "longrope") for rope in flat)
+
+
+def forget_lengths(model: torch.nn.Module) -> None:
+    """Puts "dynamic" ropes back to where they start: transformers keeps the longest length that they have met."""
+    for module in model.modules():
+        if hasattr(module, "original_max_seq_len") and isinstance(getattr(module, "inv_freq", None), torch.Tensor):
+            module.register_buffer("inv_freq", module.original_inv_freq.clone(), persistent=False)
+            module.max_seq_len_cached = module.original_max_seq_len
+
+
+def reference_runs(model: torch.nn.Module, micro: Batch) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """What the reference takes at a time, as `separated`: all documents together, or each alone where it must."""
+    tokens, labels = separated(micro)
+    if not scales_by_length(model):
+        yield tokens, labels
+        return
+    for number, length in enumerate(document_sizes(micro)):
+        forget_lengths(model)
+        yield tokens[number : number + 1, :length], labels[number : number + 1, :length]
+
+
+def document_sizes(micro: Batch) -> list[int]:
+    return [int((row == segment).sum()) for row in micro["segment_ids"] for segment in range(1, row.max() + 1)]
+
+
 def reference_logits(model: torch.nn.Module, micro: Batch) -> np.ndarray:
     """Logits (tokens, V) of all documents of packed rows, padding left out."""
-    tokens, _ = separated(micro)
-    lengths = [int((row == s).sum()) for row in micro["segment_ids"] for s in range(1, row.max() + 1)]
     with torch.no_grad():
-        logits = model(tokens).logits.float().numpy()
-    return np.concatenate([document[:length] for document, length in zip(logits, lengths, strict=True)])
+        found = [row for tokens, _ in reference_runs(model, micro) for row in model(tokens).logits.float().numpy()]
+    return np.concatenate([row[:length] for row, length in zip(found, document_sizes(micro), strict=True)])
 
 
 def reference_course(model: torch.nn.Module, batches: Iterable[Batch], steps: int, training: Training) -> Course:
@@ -126,10 +161,9 @@ def reference_course(model: torch.nn.Module, batches: Iterable[Batch], steps: in
     schedule = get_scheduler(training.lr_scheduler_type, adam, training.warmup_steps, steps)
     losses, norms, gradients = [], [], {}
     for _, batch in zip(range(steps), batches, strict=False):
-        parts = [separated(micro) for micro in micro_batches(batch)]
-        count = sum(int((labels != -100).sum()) for _, labels in parts)
+        count = sum(int((separated(micro)[1] != -100).sum()) for micro in micro_batches(batch))
         total = 0.0
-        for tokens, labels in parts:
+        for tokens, labels in (part for micro in micro_batches(batch) for part in reference_runs(model, micro)):
             loss = model(tokens, labels=labels, num_items_in_batch=count).loss
             loss.backward()
             total += loss.item()
@@ -219,14 +253,15 @@ def curve_error(ours: Course, theirs: Course) -> float:
     return float(np.max(np.abs(np.array(ours.losses) - reference) / np.abs(reference)))
 
 
-def random_samples(vocab_size: int, count: int, max_length: int, seed: int) -> list[Sample]:
-    """Documents of random tokens; the first third of each is a prompt of weight 0."""
+def random_samples(vocab_size: int, count: int, max_length: int, seed: int, avoid: int | None) -> list[Sample]:
+    """Documents of random tokens but `avoid`; the first third of each is a prompt of weight 0."""
     random = np.random.default_rng(seed)
     samples = []
     for length in random.integers(max_length // 4, max_length + 1, count):
         weights = np.ones(length, np.float32)
         weights[: max(1, length // 3)] = 0
-        samples.append(Sample(random.integers(0, vocab_size, length).astype(np.int32), weights))
+        ids = random.integers(0, vocab_size, length)
+        samples.append(Sample(np.where(ids == avoid, (ids + 1) % vocab_size, ids).astype(np.int32), weights))
     return samples
 
 
@@ -244,12 +279,15 @@ def fresh_adapter(directory: Path, model: Model, params: Tree, base: Path) -> Pa
 
 
 def greedy_tokens(model: torch.nn.Module, prompt: list[int], count: int) -> list[int]:
-    """The reference's greedy continuation, stopped by nothing."""
-    tokens = torch.tensor([prompt])
+    """The reference's greedy continuation with its key/value cache, stopped by nothing."""
+    forget_lengths(model)
+    new, step, cache = [], torch.tensor([prompt]), None
     with torch.no_grad():
         for _ in range(count):
-            tokens = torch.cat([tokens, model(tokens).logits[:, -1:].argmax(-1)], dim=1)
-    return tokens[0, len(prompt) :].tolist()
+            out = model(step, past_key_values=cache, use_cache=True)
+            step, cache = out.logits[:, -1:].argmax(-1), out.past_key_values
+            new.append(step.item())
+    return new
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -271,7 +309,7 @@ def main(argv: list[str] | None = None) -> int:
         raise InputError(f"{args.model_dir} is no directory")
     training = Training(learning_rate=args.learning_rate or (1e-4 if args.full_finetuning else 1e-3))
 
-    model, params = load_model(args.model_dir)
+    model, params = load_model(args.model_dir, changes=base_changes(args.adapter) if args.adapter else {})
     if args.dataset:
         samples, report = tokenize_dataset(
             load_rows(args.dataset), load_tokenizer(args.model_dir), max_length=args.max_length,
@@ -279,7 +317,9 @@ def main(argv: list[str] | None = None) -> int:
         )  # fmt: skip
         print("\n".join(report.lines()))
     else:
-        samples = random_samples(model.config.vocab_size, 8 * args.steps, args.max_length, seed=0)
+        # torch gives the padding token's row of the embedding no gradient, wherever it stands
+        padding = model.hf_config.get_text_config().pad_token_id
+        samples = random_samples(model.config.vocab_size, 8 * args.steps, args.max_length, seed=0, avoid=padding)
     plan = plan_packing([len(sample) for sample in samples], args.max_length, 0)
     rows = Batches(samples, plan, max_length=args.max_length, batch_size=args.batch_size, accumulation=2)
     batches = [rows.batch(step) for step in range(args.steps)]

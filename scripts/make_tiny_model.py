@@ -2,7 +2,7 @@
 
     python scripts/make_tiny_model.py qwen2 path/to/ggml-vocab-qwen2.gguf tiny-qwen2 --chat_template template.jinja
 
-MODEL_TYPE is any that jaxft knows. TOKENIZER is a directory that transformers reads, or a GGUF vocabulary file. OUT
+MODEL_TYPE is any that jaxft writes. TOKENIZER is a directory that transformers reads, or a GGUF vocabulary file. OUT
 becomes a Hugging Face model directory. What such a model learns is the form of the data, not its content.
 """
 
@@ -47,7 +47,9 @@ def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model_type", choices=sorted(FAMILIES))
+    parser.add_argument(
+        "model_type", choices=sorted(name for name, family in FAMILIES.items() if not family.written_as)
+    )
     parser.add_argument("tokenizer", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--chat_template", type=Path, help="a .jinja file, where the tokenizer brings none")

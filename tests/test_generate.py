@@ -57,15 +57,20 @@ def recomputed(model, params, prompt: list[int], count: int) -> list[int]:
 # Against transformers
 
 
-@pytest.mark.parametrize("name", ["llama3", "llama_linear_tied", "qwen2_window", "qwen3"])
+@pytest.mark.parametrize(
+    "name", ["llama3", "llama_linear_tied", "qwen2_window", "qwen3", "llama_dynamic", "gemma2", "gemma3"]
+)
 def test_greedy_tokens_are_those_of_transformers(name, hf_model):
     torch = pytest.importorskip("torch", reason="the reference needs torch")
     from transformers import AutoModelForCausalLM
+
+    from scripts.compare_with_hf import forget_lengths
 
     directory = hf_model(name)
     reference = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
     expected = []
     for prompt in prompts():
+        forget_lengths(reference)
         ids = torch.tensor([prompt])
         out = reference.generate(
             ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=NEW, eos_token_id=None,
@@ -240,3 +245,8 @@ def test_what_cannot_be_continued_is_refused(base, tmp_path):
 def test_max_length_is_no_matter_of_generation(base, capsys):
     assert "256" in (base / "config.json").read_text()  # positions, fewer than the default max_length of 1024
     assert said(capsys, model_name_or_path=base, prompt="x", max_new_tokens=3)
+
+
+def test_dynamic_rope_goes_on_beyond_the_positions(tmp_path):
+    endless = write_base(tmp_path / "base", "llama_dynamic", max_position_embeddings=40)
+    assert command.main(flags(model_name_or_path=endless, prompt="x" * 60, max_new_tokens=3)) == 0

@@ -80,7 +80,7 @@ def test_weights_of_any_float_type_are_cast_once(stored, asked, tmp_path):
         np.testing.assert_array_equal(leaf, expected, err_msg=path)
 
 
-@pytest.mark.parametrize("name", ["llama_bias", "qwen2_tied", "qwen3_window_bias"])
+@pytest.mark.parametrize("name", ["llama_bias", "qwen2_tied", "qwen3_window_bias", "mistral_yarn", "gemma2", "gemma3"])
 def test_transformers_loads_what_is_saved_with_equal_logits(name, tmp_path, monkeypatch):
     pytest.importorskip("torch", reason="the reference needs torch")
     from scripts.compare_with_hf import reference_logits, reference_model
@@ -149,14 +149,14 @@ BAD = {
     "config is not UTF-8": (lambda d: (d / "config.json").write_bytes(b'{"a": "\xff"}'), "is not a JSON object"),
     "unknown model_type": (
         lambda d: edit_config(d, model_type="mamba"),
-        "model_type 'mamba' is not supported; supported: llama, qwen2, qwen3",
+        "model_type 'mamba' is not supported; supported: gemma, gemma2, ",
     ),
     "no model_type": (lambda d: edit_config(d, model_type=...), "model_type None is not supported"),
     "unsupported rope": (
         lambda d: edit_config(
-            d, rope_parameters={"rope_type": "yarn", "factor": 2.0, "rope_theta": 1e4}
+            d, rope_parameters={"rope_type": "proportional", "factor": 2.0, "rope_theta": 1e4}
         ),
-        "rope type 'yarn' is not supported yet; supported: default, linear, llama3",
+        "rope type 'proportional' is not supported; supported: default, linear, llama3",
     ),
     "no weights": (lambda d: (d / "model.safetensors").unlink(), "has no weights"),
     "empty weights": (lambda d: cut(d / "model.safetensors", 0), "is not a whole safetensors file"),

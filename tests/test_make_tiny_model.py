@@ -23,7 +23,7 @@ def make_tiny_model(monkeypatch):
 
 def test_the_script_makes_a_model_around_any_tokenizer(make_tiny_model, tmp_path, capsys):
     make_tokenizer().save_pretrained(tmp_path / "tokenizer")
-    argv = ["llama", str(tmp_path / "tokenizer"), str(tmp_path / "tiny")]
+    argv = ["gemma3_text", str(tmp_path / "tokenizer"), str(tmp_path / "tiny")]
     assert make_tiny_model([*argv, "--layers=1", "--hidden_size=32"]) == 0
     assert "260 tokens in 320 rows, EOS <|im_end|>, with a chat template" in capsys.readouterr().out
     with pytest.raises(InputError, match="exists already"):

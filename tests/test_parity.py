@@ -8,6 +8,7 @@ from functools import cache
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 torch = pytest.importorskip("torch", reason="the reference needs torch")
@@ -31,11 +32,21 @@ from scripts.compare_with_hf import (  # noqa: E402
     reference_logits,
     reference_model,
 )
-from tests.tiny_models import CONFIGS, OLD_LLAMA3, V, hf_config, packed_batch  # noqa: E402
+from tests.tiny_models import (  # noqa: E402
+    CONFIGS,
+    LONGROPE,
+    OLD_GEMMA3,
+    OLD_LLAMA3,
+    YARN,
+    V,
+    hf_config,
+    packed_batch,
+)
 
 pytestmark = pytest.mark.usefixtures("quick_compile", "one_thread")
 
 STEPS = 20
+PLAIN = {"optimizer": lambda *_, **__: optax.identity()}  # compiles sooner, where only gradients are asked for
 TRAINING = Training(learning_rate=3e-3, weight_decay=0.5)
 ADAPTERS: dict[str, dict] = {
     "llama2": {"target_modules": "all-linear", "use_rslora": True},
@@ -46,6 +57,12 @@ ADAPTERS: dict[str, dict] = {
     "qwen2_window": {"target_modules": "all-linear", "use_rslora": True},
     "qwen3": {"target_modules": "all-linear"},
     "qwen3_window_bias": {"target_modules": ["k_proj", "up_proj"], "use_rslora": True},
+    "mistral": {"target_modules": "all-linear"},
+    "llama_longrope": {"target_modules": ["q_proj", "k_proj"]},
+    "granite": {"target_modules": "all-linear"},
+    "gemma": {"target_modules": "all-linear"},
+    "gemma2": {"target_modules": "all-linear"},
+    "gemma3": {"target_modules": "all-linear", "use_rslora": True},
 }
 
 
@@ -96,18 +113,18 @@ def expected_logits(hf_model, adapter):
 
 @pytest.fixture(scope="module")
 def courses(hf_model, base, adapter):
-    """(name, mode) -> twenty steps of jaxft and of the reference."""
+    """(name, mode) -> twenty steps, or as many as asked for, of jaxft and of the reference."""
 
     @cache
-    def run(name, mode):
+    def run(name, mode, steps=STEPS):
         model, params = base(name)
         trainable, frozen = params, {}
         if mode == "lora":
             model, trainable, frozen, _ = load_adapter(adapter(name), model, params)
         reference = reference_model(hf_model(name), adapter(name) if mode == "lora" else None)
         return (
-            our_course(model, trainable, frozen, batches(), STEPS, TRAINING),
-            reference_course(reference, batches(), STEPS, TRAINING),
+            our_course(model, trainable, frozen, batches()[:steps], steps, TRAINING, **({} if steps > 1 else PLAIN)),
+            reference_course(reference, batches()[:steps], steps, TRAINING),
         )
 
     return run
@@ -131,7 +148,10 @@ def test_logits_equal_transformers(name, base, expected_logits):
     assert np.abs(our_logits(model, (params,), micro()) - expected_logits(name)).max() <= LOGITS
 
 
-@pytest.mark.parametrize("name", ["llama3", "llama_bias", "qwen2_tied", "qwen3_window_bias"])
+@pytest.mark.parametrize(
+    "name",
+    ["llama3", "llama_bias", "qwen2_tied", "qwen3_window_bias", "mistral", "gemma", "gemma2", "gemma3", "granite"],
+)
 def test_logits_with_an_adapter_of_peft_equal_peft(name, base, adapter, expected_logits):
     model, trainable, frozen, _ = load_adapter(adapter(name), *base(name))
     difference = np.abs(our_logits(model, (trainable, frozen), micro()) - expected_logits(name, True)).max()
@@ -145,12 +165,16 @@ def test_logits_with_an_adapter_of_peft_equal_peft(name, base, adapter, expected
         ("llama3", OLD_LLAMA3),
         ("llama_linear_tied", {"rope_theta": 100.0, "rope_scaling": {"type": "linear", "factor": 3.0}}),
         ("llama2", {"rope_theta": 100.0, "rope_scaling": None}),
+        ("gemma3", OLD_GEMMA3),
+        ("mistral_yarn", {"rope_theta": 100.0, "rope_scaling": {"type": "yarn"} | YARN}),
+        ("llama_dynamic", {"rope_theta": 100.0, "rope_scaling": {"type": "dynamic", "factor": 3.0}}),
     ],
 )
 def test_older_spelling_of_rope_gives_the_same_logits(name, old, hf_model, expected_logits, tmp_path):
     shutil.copytree(hf_model(name), tmp_path, dirs_exist_ok=True)
     config = json.loads((tmp_path / "config.json").read_text())
-    assert config.pop("rope_parameters")["rope_theta"] == old["rope_theta"]
+    new = config.pop("rope_parameters")
+    assert new.get("full_attention", new)["rope_theta"] == old["rope_theta"]
     if name == "llama2":  # Llama 2's own files leave out what follows from the number of heads
         del config["num_key_value_heads"], config["head_dim"]
     (tmp_path / "config.json").write_text(json.dumps(config | old))
@@ -167,7 +191,7 @@ def changed(tree, path, change):
 
     def one(where, leaf):
         nonlocal found
-        hit = "/".join(part.key for part in where).endswith(path)
+        hit = f"/{'/'.join(part.key for part in where)}".endswith(path)
         found += hit
         return change(leaf) if hit else leaf
 
@@ -202,15 +226,58 @@ CONFIG_BREAKS = {
     "window ignored": ("qwen2_window", {"use_sliding_window": False}),
     "window one too wide": ("qwen2_window", {"sliding_window": 6}),
     "window on a wrong layer": ("qwen3_window_bias", {"max_window_layers": 2}),
+    "mistral's window ignored": ("mistral", {"sliding_window": None}),
+    "yarn read as linear": (
+        "mistral_yarn", {"rope_parameters": {"rope_type": "linear", "rope_theta": 100.0, "factor": 4.0}}
+    ),
+    "yarn without its scaling of attention": ("mistral_yarn", {"rope_parameters": YARN | {"attention_factor": 1.0}}),
+    "yarn's old length": ("mistral_yarn", {"rope_parameters": YARN | {"original_max_position_embeddings": 64}}),
+    "yarn's ramp elsewhere": ("mistral_yarn", {"rope_parameters": YARN | {"beta_slow": 0.25}}),
+    "dynamic rope read as default": (
+        "llama_dynamic", {"rope_parameters": {"rope_type": "default", "rope_theta": 100.0}}
+    ),
+    "dynamic rope's positions": ("llama_dynamic", {"max_position_embeddings": 9}),
+    "longrope never long": (
+        "llama_longrope", {"rope_parameters": LONGROPE | {"long_factor": LONGROPE["short_factor"]}}
+    ),
+    "longrope never short": (
+        "llama_longrope", {"rope_parameters": LONGROPE | {"short_factor": LONGROPE["long_factor"]}}
+    ),
+    "longrope without its scaling": ("llama_longrope", {"rope_parameters": LONGROPE | {"attention_factor": 1.0}}),
+    "granite's factor of embeddings": ("granite", {"embedding_multiplier": 2.9}),
+    "granite's factor of branches": ("granite", {"residual_multiplier": 0.41}),
+    "granite's factor of scores": ("granite", {"attention_multiplier": 8**-0.5}),
+    "granite's factor of logits": ("granite", {"logits_scaling": 0.51}),
+    "exact gelu": ("gemma2", {"hidden_activation": "gelu"}),
+    "scale of scores by the head size": ("gemma2", {"query_pre_attn_scalar": 12}),
+    "softcap of scores ignored": ("gemma2", {"attn_logit_softcapping": None}),
+    "softcap of logits ignored": ("gemma2", {"final_logit_softcapping": None}),
+    "windows on the other layers": (
+        "gemma2", {"layer_types": ["full_attention", "sliding_attention", "full_attention"]}
+    ),
+    "gemma3's scale of scores": ("gemma3", {"query_pre_attn_scalar": 12}),
+    "gemma3's global rope": ("gemma3", {"rope_theta": 100.0}),
+    "gemma3's global rope not scaled": ("gemma3", {"rope_scaling": None}),
+    "gemma3's local rope": ("gemma3", {"rope_local_base_freq": 1000.0}),
+    "gemma3's layers of one kind": ("gemma3", {"sliding_window_pattern": 1}),
 }  # fmt: skip
+GEMMA_NORMS = (
+    *("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm"),
+    "norm",
+)
 PARAMS_BREAKS = {
     **{f"layer {i} dropped": ("llama2", lambda tree, i=i: without_layer(tree, i)) for i in range(3)},
     "layers in another order": ("llama2", lambda tree: changed(tree, "mlp/up_proj/weight", lambda w: w[::-1])),
     **{
-        f"{norm} of {name} ignored": (name, lambda tree, norm=norm: changed(tree, f"{norm}/weight", jnp.ones_like))
+        f"{norm} of {name} ignored": (name, lambda tree, norm=norm, name=name: changed(
+            tree, f"/{norm}/weight", jnp.zeros_like if name.startswith("gemma") else jnp.ones_like
+        ))
         for name, norms in {
             "llama2": ("input_layernorm", "post_attention_layernorm", "norm"),
             "qwen3": ("q_norm", "k_norm"),
+            "gemma": ("input_layernorm", "post_attention_layernorm", "norm"),
+            "gemma2": GEMMA_NORMS,
+            "gemma3": (*GEMMA_NORMS, "q_norm", "k_norm"),
         }.items()
         for norm in norms
     },
@@ -225,6 +292,9 @@ PARAMS_BREAKS = {
         }.items()
         for layer in layers
     },
+    "norms by weight, not 1 + weight": (
+        "gemma", lambda tree: changed(tree, "/input_layernorm/weight", lambda leaf: leaf - 1)
+    ),
     "keys' heads in another order": ("llama3", lambda t: changed(t, "k_proj/weight", lambda w: jnp.roll(w, 8, 1))),
     "values' heads in another order": ("llama3", lambda t: changed(t, "v_proj/weight", lambda w: jnp.roll(w, 8, 1))),
     "rotation by neighbours": ("llama2", lambda tree: changed(
@@ -313,14 +383,19 @@ def with_either(trees, change):
 
 # gradients and curves
 
-RUNS = [(name, "full") for name in ("llama_linear_tied", "llama_bias", "qwen2_window", "qwen3_window_bias")] + [
-    (name, "lora") for name in ("llama2", "llama3", "qwen2_window", "qwen3")
+RUNS = [
+    (name, "full")
+    for name in ("llama_linear_tied", "llama_bias", "qwen2_window", "qwen3_window_bias", "gemma", "gemma3")
+] + [(name, "lora") for name in ("llama2", "llama3", "qwen2_window", "qwen3", "mistral", "gemma2", "granite")]
+# one step is enough for gradients; the ropes' own curves would say nothing new
+GRADIENTS_ALONE = [(name, "full", 1) for name in ("mistral", "llama_dynamic", "gemma2", "granite")] + [
+    (name, "lora", 1) for name in ("llama_longrope", "gemma", "gemma3")
 ]
 
 
-@pytest.mark.parametrize(("name", "mode"), RUNS)
-def test_gradients_equal_autograd_tensor_by_tensor(name, mode, courses):
-    ours, theirs = courses(name, mode)
+@pytest.mark.parametrize("run", [*RUNS, *GRADIENTS_ALONE], ids=lambda run: "-".join(map(str, run)))
+def test_gradients_equal_autograd_tensor_by_tensor(run, courses):
+    ours, theirs = courses(*run)
     errors = gradient_errors(ours.gradients, theirs.gradients)
     assert max(errors.values()) <= GRADIENTS, max(errors, key=errors.get)
     assert min(np.linalg.norm(gradient) for gradient in theirs.gradients.values()) > 1e-4  # none is noise alone
@@ -370,7 +445,7 @@ def test_wrong_training_fails_the_comparison_of_curves(broken, base, adapter, co
 # generation
 
 
-@pytest.mark.parametrize("name", ["llama3", "qwen2_window", "qwen3"])
+@pytest.mark.parametrize("name", ["llama3", "qwen2_window", "qwen3", "granite"])
 def test_greedy_tokens_equal_the_reference(name, base, hf_model):
     model, params = base(name)
     prompts = [np.random.default_rng(seed).integers(3, V, length).tolist() for seed, length in enumerate((3, 11))]

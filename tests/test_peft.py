@@ -119,6 +119,7 @@ def test_writing_again_replaces_the_adapter_and_keeps_other_files(saved):
 ADAPTERS = {
     "all linear layers": ("llama_bias", LoraConfig(r=4, lora_alpha=8)),
     "rank stabilised": ("qwen3", LoraConfig(r=8, lora_alpha=12, use_rslora=True)),
+    "post norms": ("gemma2", LoraConfig(r=4, lora_alpha=8)),
     "some layers": ("qwen2_window", LoraConfig(r=3, lora_alpha=6, target_modules=("v_proj", "mlp.down_proj"))),
 }
 

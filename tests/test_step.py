@@ -65,7 +65,7 @@ def assert_equal_trees(ours, theirs):
     jax.tree.map(np.testing.assert_array_equal, ours, theirs)
 
 
-@pytest.mark.parametrize("name", ["llama3", "qwen2_window", "qwen3_window_bias"])
+@pytest.mark.parametrize("name", ["llama3", "qwen2_window", "qwen3_window_bias", "gemma3"])
 def test_packed_rows_equal_separate_rows(name):
     run, params, _ = gradient_step(name)
     rows = [documents(lengths, row) for row, lengths in enumerate(LENGTHS)]

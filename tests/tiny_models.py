@@ -1,6 +1,7 @@
 """The tiny models and packed batches that the tests share: small enough for a CPU, and no part of them without effect.
 
-Weights are large (deviation 0.2, norm weights around 1, biases around 0.3), so that every part moves the logits.
+Weights are large (deviation 0.2, norm weights up to 0.5 from where they start, biases around 0.3), so that every part
+moves the logits.
 """
 
 from pathlib import Path
@@ -39,6 +40,22 @@ OLD_LLAMA3 = {
         "original_max_position_embeddings": 16,
     },
 }
+GEMMA = SIZES | {"tie_word_embeddings": True, "head_dim": 12, "query_pre_attn_scalar": 20}
+# Gemma 3's older spelling: the second of every two layers sees all, by a rope of its own
+OLD_GEMMA3 = {
+    "sliding_window_pattern": 2,
+    "rope_theta": 1000.0,
+    "rope_local_base_freq": 100.0,
+    "rope_scaling": {"rope_type": "linear", "factor": 4.0},
+}
+YARN = {"rope_type": "yarn", "rope_theta": 100.0, "factor": 4.0, "original_max_position_embeddings": 16}
+LONGROPE = {
+    "rope_type": "longrope",
+    "rope_theta": 100.0,
+    "short_factor": [1.0, 1.1, 1.3, 1.5],
+    "long_factor": [1.0, 2.0, 3.0, 4.0],
+    "original_max_position_embeddings": 8,  # some of the documents are longer
+}
 CONFIGS: dict[str, dict] = {
     "llama2": SIZES | {"model_type": "llama", "num_key_value_heads": 4, "rope_theta": 100.0},
     "llama3": SIZES | OLD_LLAMA3 | {"model_type": "llama"},
@@ -49,6 +66,20 @@ CONFIGS: dict[str, dict] = {
     "qwen2_tied": SIZES | {"model_type": "qwen2", "tie_word_embeddings": True},
     "qwen2_window": SIZES | WINDOWS | {"model_type": "qwen2"},
     "qwen3": SIZES | {"model_type": "qwen3", "head_dim": 12},
+    "mistral": SIZES | {"model_type": "mistral", "sliding_window": 5, "head_dim": 12},
+    "mistral_yarn": SIZES | {"model_type": "mistral", "sliding_window": None, "rope_parameters": YARN},
+    "llama_dynamic": SIZES
+    | {"model_type": "llama", "max_position_embeddings": 8}
+    | {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 100.0, "factor": 3.0}},
+    "llama_longrope": SIZES | {"model_type": "llama", "rope_parameters": LONGROPE},
+    "gemma": GEMMA | {"model_type": "gemma", "hidden_act": "gelu"},
+    "gemma2": GEMMA
+    | {"model_type": "gemma2", "sliding_window": 5, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 5.0}
+    | {"tie_word_embeddings": False},
+    "gemma3": GEMMA | OLD_GEMMA3 | {"model_type": "gemma3_text", "sliding_window": 5},
+    "granite": SIZES
+    | {"model_type": "granite", "embedding_multiplier": 3.0, "residual_multiplier": 0.4, "logits_scaling": 0.5}
+    | {"attention_multiplier": 0.6},
     "qwen3_window_bias": SIZES | WINDOWS | {"model_type": "qwen3", "head_dim": 16, "attention_bias": True},
 }
 
@@ -58,14 +89,21 @@ def hf_config(name: str, **changes) -> PretrainedConfig:
     return AutoConfig.for_model(**(CONFIGS[name] | changes))
 
 
+def deviation(path: str, model: Model) -> float:
+    """Of the weights at a path. Gemma multiplies embeddings by √D: larger ones would drown the layers."""
+    if "embed_tokens" in path and model.family.decoder.first_norm == 0:
+        return 0.05
+    return 0.3 if path.endswith("bias") else 0.2
+
+
 def random_params(model: Model, seed: int = 0, dtype=jnp.float32) -> Tree:
     """Parameters that make every part matter; no torch needed."""
     random = np.random.default_rng(seed)
 
     def leaf(path, shape):
         if "norm" in path:
-            return random.uniform(0.5, 1.5, shape)
-        return random.normal(0, 0.3 if path.endswith("bias") else 0.2, shape)
+            return model.family.decoder.first_norm + random.uniform(-0.5, 0.5, shape)
+        return random.normal(0, deviation(path, model), shape)
 
     return unflatten({path: jnp.asarray(leaf(path, s.shape), dtype) for path, s in flatten(model.shapes)})
 
@@ -127,12 +165,14 @@ def write_hf_model(directory: Path, name: str, seed: int = 0) -> Path:
 
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(hf_config(name), dtype=torch.float32)
+    ours = describe_model(hf_config(name))
+    norm = ours.family.decoder.first_norm
     with torch.no_grad():
         for path, parameter in model.named_parameters():
             if "norm" in path:
-                parameter.uniform_(0.5, 1.5)
+                parameter.uniform_(norm - 0.5, norm + 0.5)
             else:
-                parameter.normal_(0, 0.3 if path.endswith("bias") else 0.2)
+                parameter.normal_(0, deviation(path, ours))
     model.save_pretrained(directory)
     return directory
 

@@ -12,12 +12,17 @@ import jax.numpy as jnp
 from flax import nnx
 from transformers import AutoConfig, PretrainedConfig
 
+from jaxft.convert import gemma as gemma_names
+from jaxft.convert import gemma2 as gemma2_names
+from jaxft.convert import gemma3 as gemma3_names
+from jaxft.convert import granite as granite_names
 from jaxft.convert import llama as llama_names
+from jaxft.convert import mistral as mistral_names
 from jaxft.convert import qwen2 as qwen2_names
 from jaxft.convert import qwen3 as qwen3_names
 from jaxft.convert.table import Name
 from jaxft.errors import InputError
-from jaxft.models import llama, qwen2, qwen3
+from jaxft.models import gemma, gemma2, gemma3, granite, llama, mistral, qwen2, qwen3
 from jaxft.models.decoder import Decoder, ModelConfig
 from jaxft.quant import is_quantized, kind_of, quantize
 
@@ -26,16 +31,37 @@ Tree = dict[str, Any]  # nested dicts of arrays
 
 @dataclass(frozen=True)
 class Family:
-    """One architecture: how its config is read, its block, its table of names."""
+    """One architecture: how its config is read, its block, its table of names, its decoder around the blocks.
+
+    older: (prefix, new prefix) of tensors that older files name otherwise. passed_over: prefixes of tensors that belong
+    to parts which are not loaded. written_as: the model_type of a saved model, where those parts are then missing.
+    """
 
     read_config: Callable[[PretrainedConfig], ModelConfig]
-    block: Callable[[ModelConfig], nnx.Module]
+    block: Callable[[Any], nnx.Module]  # of what read_config gives
     names: tuple[Name, ...]
     decoder: type[Decoder] = Decoder
+    older: tuple[tuple[str, str], ...] = ()
+    passed_over: tuple[str, ...] = ()
+    written_as: str | None = None
 
 
 FAMILIES: dict[str, Family] = {
+    "gemma": Family(gemma.read_config, gemma.Block, gemma_names.NAMES, gemma.Decoder),
+    "gemma2": Family(gemma2.read_config, gemma2.Block, gemma2_names.NAMES, gemma.Decoder),
+    "gemma3_text": Family(gemma3.read_config, gemma3.Block, gemma3_names.NAMES, gemma.Decoder),
+    "gemma3": Family(
+        gemma3.read_config,
+        gemma3.Block,
+        gemma3_names.MULTIMODAL,
+        gemma.Decoder,
+        gemma3_names.OLDER,
+        gemma3_names.VISION,
+        written_as="gemma3_text",
+    ),
+    "granite": Family(granite.read_config, granite.Block, granite_names.NAMES, granite.Decoder),
     "llama": Family(llama.read_config, llama.Block, llama_names.NAMES),
+    "mistral": Family(mistral.read_config, mistral.Block, mistral_names.NAMES),
     "qwen2": Family(qwen2.read_config, qwen2.Block, qwen2_names.NAMES),
     "qwen3": Family(qwen3.read_config, qwen3.Block, qwen3_names.NAMES),
 }
@@ -95,7 +121,7 @@ LARGE = 1 << 26  # numbers in a matrix from which on it is not made at once
 
 
 def init_params(model: Model, key: jax.Array, dtype: jnp.dtype = jnp.float32) -> Tree:
-    """Random parameters: matrices normal with the config's initializer_range, norms 1, biases 0, in `dtype`.
+    """Random parameters: matrices normal with the config's initializer_range, norms 1 (Gemma 0), biases 0, in `dtype`.
 
     Each leaf is made on the device, a stacked one layer by layer, so that no temporary is larger than one layer. A
     quantised leaf holds such a matrix, quantised from `dtype`.
@@ -111,7 +137,7 @@ def init_params(model: Model, key: jax.Array, dtype: jnp.dtype = jnp.float32) ->
         if name == "bias":
             return jnp.zeros(leaf.shape, dtype)
         if "norm" in module:
-            return jnp.ones(leaf.shape, dtype)
+            return jnp.full(leaf.shape, model.family.decoder.first_norm, dtype)
         if leaf.ndim < 3 and leaf.size < LARGE:
             return jax.jit(normal, static_argnums=1)(key, leaf.shape)
         if leaf.ndim < 3:  # an embedding: row by row, for its float32 copy would be larger than a layer

@@ -10,7 +10,8 @@ from flax import nnx
 
 from jaxft.kernels.attention import key_range
 from jaxft.kernels.linear_cross_entropy import logits
-from jaxft.models.layers import Cache, Context, Embedding, LayerData, Linear, RMSNorm, Rope, scan_layers, stack
+from jaxft.models.layers import Cache, Context, Embedding, LayerData, Linear, RMSNorm, scan_layers, stack
+from jaxft.models.rope import Rope, document_lengths
 from jaxft.sharding import constrain
 
 
@@ -18,6 +19,7 @@ from jaxft.sharding import constrain
 class ModelConfig:
     """The constants of one model, read from its config.json; nothing here has a default.
 
+    attention_scale: what q kᵀ is multiplied by. Softcaps: c · tanh(x / c), of attention's scores and of the logits.
     ropes: the model's rotary embeddings; layer_rope[i] is layer i's. layer_window[i]: its keys, 0 all.
     """
 
@@ -35,6 +37,9 @@ class ModelConfig:
     mlp_bias: bool
     tie_word_embeddings: bool
     max_position_embeddings: int
+    attention_scale: float
+    attention_softcap: float | None
+    final_softcap: float | None
     ropes: tuple[Rope, ...]
     layer_rope: tuple[int, ...]
     layer_window: tuple[int, ...]
@@ -46,6 +51,8 @@ class Decoder(nnx.Module):
     The layers stand in `layers` as runs: the key is the index of a run's first layer, its leaves are stacked on a
     leading L.
     """
+
+    first_norm = 1.0  # what a norm's weight starts with
 
     def __init__(self, config: ModelConfig, block: Callable[[ModelConfig], nnx.Module], runs: tuple[int, ...]):
         """runs: the first layer of each run, starting with 0."""
@@ -65,7 +72,7 @@ class Decoder(nnx.Module):
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """hidden (..., D) to logits (..., V) float32."""
-        return logits(hidden, self.head())
+        return logits(hidden, self.head(), softcap=self.config.final_softcap)
 
     def __call__(
         self,
@@ -85,7 +92,8 @@ class Decoder(nnx.Module):
         mlp_tiles: in how many parts the MLPs take the tokens; more need less memory. max_documents: how many documents,
         padding included, a row holds at most, where that is known; it decides which attention kernel is the fastest.
         """
-        ropes = [rope.tables(positions) for rope in self.config.ropes]
+        lengths = document_lengths(segment_ids, positions)
+        ropes = [rope.tables(positions, lengths) for rope in self.config.ropes]
         context = Context(key_range(segment_ids), None, ropes, mlp_tiles=mlp_tiles, max_documents=max_documents)
         return self._run(tokens, context, None, dtype, key, gradient_checkpointing)[0]
 
@@ -107,7 +115,9 @@ class Decoder(nnx.Module):
         last_key = jnp.broadcast_to(index + jnp.arange(T, dtype=jnp.int32), (B, T))
         # a padding slot would see no key at all; let it see itself
         first = jnp.minimum(jnp.broadcast_to(first_key[:, None], (B, T)), last_key)
-        context = Context(first, last_key, [rope.tables(positions) for rope in self.config.ropes], index)
+        # of the document so far: keys in the cache stay as they were rotated, as transformers leaves them
+        lengths = jnp.broadcast_to(positions[:, -1:] + 1, (B, T))
+        context = Context(first, last_key, [rope.tables(positions, lengths) for rope in self.config.ropes], index)
         return self._run(tokens, context, cache, dtype, None, "none")
 
     def empty_cache(self, batch: int, slots: int, dtype: jnp.dtype | None = None) -> dict[str, Cache]:
@@ -130,6 +140,10 @@ class Decoder(nnx.Module):
         """Token embeddings (B, T, D)."""
         return self.embed_tokens.weight[...][tokens].astype(dtype)
 
+    def finish(self, x: jax.Array) -> jax.Array:
+        """What the last layer gives (B, T, D), as the head reads it."""
+        return self.norm(x)
+
     def _run(self, tokens, context, cache, dtype, key, remat):
         c = self.config
         x = self.embed(tokens, dtype or self.embed_tokens.weight[...].dtype)
@@ -145,4 +159,4 @@ class Decoder(nnx.Module):
             )
             run_cache = None if cache is None else cache[start]
             x, new_cache[start] = scan_layers(self.layers[start], x, layers, context, run_cache, remat)
-        return self.norm(x), new_cache
+        return self.finish(x), new_cache

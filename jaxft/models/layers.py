@@ -1,4 +1,4 @@
-"""The small parts that the architectures share: parameters described by shape, rope, and the scan over layers.
+"""The small parts that the architectures share: parameters described by shape, and the scan over layers.
 
 Legend, here and in all models: B batch, T tokens, S keys, D model, F ffw, N heads, K kv heads, H head size, V vocab,
 R rank, L layers. NNX modules *describe*: their variables hold a `jax.ShapeDtypeStruct` until a tree of arrays is
@@ -11,7 +11,6 @@ from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
@@ -99,32 +98,28 @@ class RMSNorm(nnx.Module):
         self.eps = eps
         self.weight = describe((features,), (None,))
 
+    def factor(self) -> jax.Array:
+        """What the normalised x is multiplied by."""
+        return self.weight[...]
+
     def __call__(self, x: jax.Array) -> jax.Array:
-        return rms_norm(x, self.weight[...], eps=self.eps)
+        return rms_norm(x, self.factor(), eps=self.eps)
 
     def beside(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         """x, which goes on as a residual, and its norm: both through one operation, so that backward is one pass."""
-        return residual_rms_norm(x, self.weight[...], eps=self.eps)
+        return residual_rms_norm(x, self.factor(), eps=self.eps)
+
+
+class OffsetRMSNorm(RMSNorm):
+    """RMSNorm whose factor is 1 + weight, as Gemma's are: stored around 0, added in float32."""
+
+    def factor(self) -> jax.Array:
+        return 1 + self.weight[...].astype(jnp.float32)
 
 
 class Embedding(nnx.Module):
     def __init__(self, vocab_size: int, features: int):
         self.weight = describe((vocab_size, features), ("vocab", "embed"))
-
-
-@dataclass(frozen=True)
-class Rope:
-    """One rotary embedding: angle(position, h) = position · frequencies[h]; cos and sin are multiplied by `scaling`."""
-
-    frequencies: tuple[float, ...]
-    scaling: float = 1.0
-
-    def tables(self, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """cos and sin (B, T, H/2) float32 at positions (B, T) int32."""
-        # float32, as transformers does: bf16 cannot tell position 257 from 256
-        frequencies = jnp.asarray(np.array(self.frequencies, np.float32))
-        angles = positions[..., None].astype(jnp.float32) * frequencies[None, None]
-        return jnp.cos(angles) * self.scaling, jnp.sin(angles) * self.scaling
 
 
 @jax.tree_util.register_dataclass
@@ -215,7 +210,9 @@ REMAT: dict[str, Callable[..., bool] | None] = {
     # keeps each layer's input and attention's output and log-sum-exp
     "attention": kept(LOW_RANK, *ATTENTION),
     # keeps what the hand-derived backward passes read: only norms, rotations and activations are computed again
-    "products": kept(LOW_RANK, "attention_qkv", *ATTENTION, "layer_middle", "mlp_gate", "mlp_up", "lora_low_rank"),
+    "products": kept(
+        LOW_RANK, "attention_qkv", *ATTENTION, "layer_middle", "mlp_gate", "mlp_up", "lora_low_rank", "branch_out"
+    ),
     # full and attention with what is kept on the host (`offload.py`)
     "offload": kept(LOW_RANK),
     "offload_attention": kept(LOW_RANK, *ATTENTION),

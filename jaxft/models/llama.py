@@ -28,7 +28,10 @@ def read_config(hf: PretrainedConfig) -> ModelConfig:
         mlp_bias=hf.mlp_bias,
         tie_word_embeddings=hf.tie_word_embeddings,
         max_position_embeddings=hf.max_position_embeddings,
-        ropes=(rope_from_config(hf.rope_parameters, hf.head_dim),),
+        attention_scale=hf.head_dim**-0.5,
+        attention_softcap=None,
+        final_softcap=None,
+        ropes=(rope_from_config(hf, hf.head_dim),),
         layer_rope=(0,) * hf.num_hidden_layers,
         layer_window=(0,) * hf.num_hidden_layers,
     )
@@ -36,7 +39,8 @@ def read_config(hf: PretrainedConfig) -> ModelConfig:
 
 class Attention(nnx.Module):
     def __init__(self, c: ModelConfig):
-        self.heads, self.kv_heads, self.head_dim = c.num_heads, c.num_kv_heads, c.head_dim
+        self.heads, self.kv_heads = c.num_heads, c.num_kv_heads
+        self.head_dim, self.scale = c.head_dim, c.attention_scale
         D, N, K, H = c.hidden_size, c.num_heads, c.num_kv_heads, c.head_dim
         self.q_proj = Linear(D, N * H, bias=c.attention_bias, axes=("heads", "embed"))
         self.k_proj = Linear(D, K * H, bias=c.attention_bias, axes=("kv_heads", "embed"))
@@ -44,7 +48,7 @@ class Attention(nnx.Module):
         self.o_proj = Linear(N * H, D, bias=c.attention_bias, axes=("embed", "heads"))
 
     def __call__(
-        self, x: jax.Array, layer: LayerData, context: Context, cache: Cache | None, add: jax.Array
+        self, x: jax.Array, layer: LayerData, context: Context, cache: Cache | None, add: jax.Array | None = None
     ) -> tuple[jax.Array, Cache | None]:
         B, T, _ = x.shape
         qkv_key, o_key, _, _ = layer.keys(4)
@@ -54,7 +58,7 @@ class Attention(nnx.Module):
         v = v.reshape(B, T, self.kv_heads, self.head_dim)
         cos, sin = layer.tables(context)
         q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
-        mixed, cache = attend(q, k, v, context=context, layer=layer, cache=cache, scale=self.head_dim**-0.5)
+        mixed, cache = attend(q, k, v, context=context, layer=layer, cache=cache, scale=self.scale)
         (out,) = linears(mixed.reshape(B, T, self.heads * self.head_dim), self.o_proj, key=o_key, add=add)
         return out, cache
 
@@ -67,7 +71,7 @@ class MLP(nnx.Module):
         self.up_proj = Linear(D, F, bias=c.mlp_bias, axes=("ffw", "embed"))
         self.down_proj = Linear(F, D, bias=c.mlp_bias, axes=("embed", "ffw"))
 
-    def __call__(self, x: jax.Array, layer: LayerData, context: Context, add: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, layer: LayerData, context: Context, add: jax.Array | None = None) -> jax.Array:
         _, _, up_key, down_key = layer.keys(4)
         return gated_mlp(
             x, self.gate_proj, self.up_proj, self.down_proj, activation=self.activation, keys=(up_key, down_key),

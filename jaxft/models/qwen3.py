@@ -29,7 +29,10 @@ def read_config(hf: PretrainedConfig) -> ModelConfig:
         mlp_bias=False,
         tie_word_embeddings=hf.tie_word_embeddings,
         max_position_embeddings=hf.max_position_embeddings,
-        ropes=(rope_from_config(hf.rope_parameters, hf.head_dim),),
+        attention_scale=hf.head_dim**-0.5,
+        attention_softcap=None,
+        final_softcap=None,
+        ropes=(rope_from_config(hf, hf.head_dim),),
         layer_rope=(0,) * hf.num_hidden_layers,
         layer_window=sliding_windows(hf),
     )
@@ -37,7 +40,8 @@ def read_config(hf: PretrainedConfig) -> ModelConfig:
 
 class Attention(nnx.Module):
     def __init__(self, c: ModelConfig):
-        self.heads, self.kv_heads, self.head_dim = c.num_heads, c.num_kv_heads, c.head_dim
+        self.heads, self.kv_heads = c.num_heads, c.num_kv_heads
+        self.head_dim, self.scale = c.head_dim, c.attention_scale
         D, N, K, H = c.hidden_size, c.num_heads, c.num_kv_heads, c.head_dim
         self.q_proj = Linear(D, N * H, bias=c.attention_bias, axes=("heads", "embed"))
         self.k_proj = Linear(D, K * H, bias=c.attention_bias, axes=("kv_heads", "embed"))
@@ -54,9 +58,9 @@ class Attention(nnx.Module):
         q, k, v = linears(x, self.q_proj, self.k_proj, self.v_proj, key=qkv_key)
         q, k, v = (part.reshape(B, T, -1, self.head_dim) for part in (q, k, v))
         cos, sin = layer.tables(context)
-        q = norm_rope(q, self.q_norm.weight[...], cos, sin, eps=self.q_norm.eps)
-        k = norm_rope(k, self.k_norm.weight[...], cos, sin, eps=self.k_norm.eps)
-        mixed, cache = attend(q, k, v, context=context, layer=layer, cache=cache, scale=self.head_dim**-0.5)
+        q = norm_rope(q, self.q_norm.factor(), cos, sin, eps=self.q_norm.eps)
+        k = norm_rope(k, self.k_norm.factor(), cos, sin, eps=self.k_norm.eps)
+        mixed, cache = attend(q, k, v, context=context, layer=layer, cache=cache, scale=self.scale)
         (out,) = linears(mixed.reshape(B, T, self.heads * self.head_dim), self.o_proj, key=o_key, add=add)
         return out, cache
 

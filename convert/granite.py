@@ -1,0 +1,5 @@
+"""Names of Granite's tensors: Llama's."""
+
+from jaxft.convert import llama
+
+NAMES = llama.NAMES

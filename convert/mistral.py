@@ -1,0 +1,5 @@
+"""Names of Mistral's tensors: Llama's."""
+
+from jaxft.convert import llama
+
+NAMES = llama.NAMES
