@@ -1,6 +1,7 @@
 """Renders conversations through a tokenizer's chat template and finds the spans of text that are trained."""
 
 import itertools
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -9,7 +10,7 @@ import numpy as np
 from jinja2 import TemplateError
 
 from jaxft.errors import InputError
-from jaxft.packing import Sample
+from jaxft.samples import Document, Sample, weighted
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -17,7 +18,8 @@ if TYPE_CHECKING:
 Message = Mapping[str, Any]
 Span = tuple[int, int]
 
-TRAIN_ON = ("responses", "all")
+TRAIN_ON = ("responses", "last", "all")
+THINKING = ("reasoning_content", "reasoning", "thinking")  # a turn's thought beside its content, as templates call it
 
 
 @dataclass(frozen=True)
@@ -40,13 +42,14 @@ def render_conversation(
 
     With `train_on="responses"` the assistant's turns from message `first_trained` on are trained: each from what the
     model is prompted with (the messages before it and the generation prompt) to the end of the turn, whose
-    end-of-turn token is trained and the template's white space after it is not. With "all" every character is.
+    end-of-turn token is trained and the template's white space after it is not. With "last" only the last of those
+    turns is. With "all" every character is.
 
     The template is rendered turn by turn. As long as a turn's rendering begins with the one before, both share a
     text. Where it does not (a template that drops earlier thinking, moves the system message, or ends every
     rendering with EOS) the next turn is a text of its own, with the history as the template shows it at that turn;
     under "all" it trains from the first character that differs, so that no text is trained twice. Messages after the
-    last assistant turn are left out under "responses", as nothing is trained in them or behind them.
+    last assistant turn are left out but under "all", as nothing is trained in them or behind them.
 
     Raises InputError for messages of a wrong form and for what the template itself refuses.
     """
@@ -54,6 +57,8 @@ def render_conversation(
     template = _Template(tokenizer, tools, template_kwargs)
     checked = _checked(messages)
     turns = [number for number, message in enumerate(checked) if message["role"] == "assistant"]
+    if train_on == "last":
+        turns = turns[-1:]
     pieces = [template.turn(checked, number) for number in turns]
     if not turns or (train_on == "all" and turns[-1] != len(checked) - 1):
         text = template.render(checked)
@@ -67,7 +72,7 @@ def render_conversation(
         else:
             samples.append(Rendered(text, spans))
         done = stop
-    if train_on == "responses":
+    if train_on != "all":
         return [sample for sample in samples if sample.spans] or samples[-1:]
     texts = ["", *(sample.text for sample in samples)]
     return [Rendered(text, [(_common_prefix(before, text), len(text))]) for before, text in itertools.pairwise(texts)]
@@ -80,20 +85,52 @@ def check_train_on(train_on: str) -> None:
 
 
 def left_out(messages: Sequence[Message], rendered: Sequence[Rendered]) -> int:
-    """How many messages have a content that none of their rendered texts shows in full, white space aside."""
+    """How many messages have something that none of their rendered texts shows in full, white space aside.
+
+    That is their content, their thinking, or the name of a function that they call.
+    """
     texts = [sample.text for sample in rendered]
-    missing = [
-        message["content"]
-        for message in _checked(messages)
-        if message["content"] and not any(message["content"].strip() in text for text in texts)
+    bare: list[str] = []
+
+    def missing(part: str) -> bool:
+        if any(part.strip() in text for text in texts):
+            return False
+        bare.extend("".join(text.split()) for text in texts[len(bare) :])
+        return not any("".join(part.split()) in text for text in bare)
+
+    return sum(any(map(missing, _parts(message))) for message in _checked(messages))
+
+
+def _parts(message: Message) -> list[str]:
+    """What a message says: content, thinking, the names of the functions it calls."""
+    calls = message.get("tool_calls") or []
+    said = [
+        message["content"],
+        *(message.get(key) for key in THINKING),
+        *(function_of(call).get("name") for call in calls),
     ]
-    bare = ["".join(text.split()) for text in texts] if missing else []
-    return sum(not any("".join(content.split()) in text for text in bare) for content in missing)
+    return [part for part in said if isinstance(part, str) and part]
+
+
+def function_of(tool: Any) -> Mapping[str, Any]:
+    """The inner object of a tool or of a call, which may be wrapped as {"type": "function", "function": {…}}."""
+    found = tool.get("function", tool) if isinstance(tool, Mapping) else {}
+    return found if isinstance(found, Mapping) else {}
+
+
+def parse_json(value: Any, name: str) -> Any:
+    """JSON where a value is text that begins as a list or object does, as in a CSV cell; else the value itself."""
+    if not isinstance(value, str) or not value.lstrip().startswith(("[", "{")):
+        return value
+    try:
+        return json.loads(value)
+    except json.JSONDecodeError as failure:
+        raise InputError(f"{name} is no JSON: {failure.msg}: {shown(value)}") from failure
 
 
 def trained_tokens(
     tokenizer: "PreTrainedTokenizerBase", rendered: Sequence[Rendered], special_tokens: bool = False
-) -> list[tuple[np.ndarray, np.ndarray]]:
+) -> list[Document]:
     """(ids int32, trained bool) of each text; a token is trained where it overlaps a trained span.
 
     That is the rule of transformers' own `assistant_tokens_mask`. `special_tokens` adds what the tokenizer itself puts
@@ -129,13 +166,6 @@ def encode(tokenizer: "PreTrainedTokenizerBase", rendered: Rendered) -> Sample:
     if not len(ids):
         raise InputError("the conversation renders to no token at all")
     return weighted(ids, trained)
-
-
-def weighted(ids: np.ndarray, trained: np.ndarray) -> Sample:
-    """A sample whose trained tokens weigh 1; the first token has nothing before it and weighs 0."""
-    weights = trained.astype(np.float32)
-    weights[0] = 0
-    return Sample(ids.astype(np.int32), weights)
 
 
 class _Template:
@@ -222,16 +252,37 @@ def _checked(messages: Any) -> list[dict[str, Any]]:
         if not isinstance(content, str) and not (content is None and message.get("tool_calls")):
             raise InputError(f"message {number} ({message['role']}) has content {shown(content)}; must be a string")
         # A table has the same columns in every row, so a key that some messages lack arrives here as None or [].
-        kept = {key: _without_none(value) for key, value in message.items() if value is not None and value != []}
+        kept = {key: without_none(value) for key, value in message.items() if value is not None and value != []}
+        if "tool_calls" in kept:
+            kept["tool_calls"] = _calls(number, kept["tool_calls"])
         checked.append({**kept, "content": content})
     return checked
 
 
-def _without_none(value: Any) -> Any:
+def _calls(number: int, calls: Any) -> list[Any]:
+    """Tool calls as templates expect them: arguments an object, also where the row has them as JSON text.
+
+    A template writes text as one more string, with its quotes escaped; servers parse it before they render, too.
+    """
+    if not isinstance(calls, list) or not all(isinstance(function_of(call).get("name"), str) for call in calls):
+        raise InputError(f"message {number} has tool_calls {shown(calls)}; must be a list of objects with a name")
+    parsed = []
+    for call in calls:
+        function = dict(function_of(call))
+        try:
+            given = json.loads(function["arguments"])
+            function["arguments"] = given if isinstance(given, dict) else function["arguments"]
+        except (KeyError, TypeError, ValueError):
+            pass  # none, an object already, or a text that is no JSON and is shown as it stands
+        parsed.append({**call, "function": function} if "function" in call else function)
+    return parsed
+
+
+def without_none(value: Any) -> Any:
     """The value without the keys that hold None, at any depth."""
     if isinstance(value, Mapping):
-        return {key: _without_none(inner) for key, inner in value.items() if inner is not None}
-    return [_without_none(inner) for inner in value] if isinstance(value, list | tuple) else value
+        return {key: without_none(inner) for key, inner in value.items() if inner is not None}
+    return [without_none(inner) for inner in value] if isinstance(value, list | tuple) else value
 
 
 def shown(value: Any) -> str:

@@ -4,9 +4,12 @@ import dataclasses
 import json
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+from jaxft.cache import default_directory
 from jaxft.errors import InputError
+from jaxft.mixture import Source, parse_sources
 from jaxft.sharding import MESH_AXES
 
 SCHEDULES = (
@@ -94,15 +97,34 @@ class LoraArguments:
 @dataclasses.dataclass(frozen=True)
 class DataArguments:
     _argument_group_name: ClassVar[str] = "data"
-    dataset: str | None = _flag(None, "a local file, a directory, or a name on the hub")
+    dataset: str | None = _flag(None, "local files, directories, or names on the hub; several are mixed", nargs="+")
+    dataset_weights: str | None = _flag(None, "share of each of several data sets, such as 0.7 0.3", nargs="+")
     eval_dataset: str | None = _flag(None, "the same, held out for evaluation")
     dataset_config: str | None = _flag(None, "configuration of a hub dataset")
     dataset_train_split: str = _flag("train", "split to train on")
     dataset_test_split: str = _flag("test", "split to evaluate on")
-    train_on: Literal["responses", "all"] = _flag("responses", "tokens that count in the loss")
+    dataset_cache: str | None = _flag(None, "where tokenised data are kept, or none; without it ~/.cache/jaxft")
+    train_on: Literal["responses", "last", "all"] = _flag(
+        "responses", "tokens that count in the loss: all assistant turns and answers, the last of a row, or everything"
+    )
+    chat_template_kwargs: JsonObject = dataclasses.field(
+        default_factory=JsonObject, metadata={"help": 'settings of the template, such as {"enable_thinking": false}'}
+    )
     packing: bool = _flag(True, "put several documents into one row")
     per_device_eval_batch_size: int = _flag(8, "rows a device in evaluation")
     shuffle_dataset: bool = _flag(True, "false keeps the order of the data")
+
+    @property
+    def sources(self) -> tuple[Source, ...]:
+        """The data sets that `dataset` names, with their weights; () where it names none."""
+        return () if self.dataset is None else parse_sources(self.dataset, self.dataset_weights)
+
+    @property
+    def cache_directory(self) -> Path | None:
+        """Where tokenised data sets are kept; None keeps them in memory."""
+        if self.dataset_cache == "none":
+            return None
+        return default_directory() if self.dataset_cache is None else Path(self.dataset_cache).expanduser()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -222,6 +244,13 @@ def check(settings: Any, where: dict[str, str]) -> None:
             value = str(getattr(settings, name)).lower()
             raise InputError(f"{where['dtype']} {dtype} and {where[name]} {value} contradict each other; choose one")
     _ = settings.mesh_axes  # raises where it cannot be read
+    if isinstance(settings, DataArguments):
+        if settings.dataset is None and settings.dataset_weights is not None:
+            raise InputError(f"{where['dataset_weights']} has no meaning without --dataset")
+        try:
+            _ = settings.sources
+        except InputError as failure:
+            raise InputError(f"{where['dataset']}: {failure}") from failure
     if isinstance(settings, TrainSettings):
         targets = settings.lora_target_modules.split(",")
         if targets == [""] or ("all-linear" in targets and len(targets) > 1):
