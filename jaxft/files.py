@@ -6,6 +6,7 @@ import gzip
 import hashlib
 import json
 import re
+import sys
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -138,9 +139,9 @@ def _build(files: list[Path], content: str) -> "datasets.Dataset":
             return built
     except (OSError, ValueError, StopIteration, DatasetsError) as failure:
         cause = failure.__cause__ or failure
-    if builder != "json":
+    if builder != "json" and "corresponds to no data" not in str(cause):
         raise InputError(f"{', '.join(map(str, files))}: cannot be read as {builder}: {cause}") from cause
-    rows = [row for file in files for row in _parse(file)]
+    rows = [] if builder != "json" else [row for file in files for row in _parse(file)]
     if not rows:
         raise InputError(f"{', '.join(map(str, files))}: there is no row in it")
     try:
@@ -167,24 +168,37 @@ def _quiet() -> Iterator[None]:
 
 
 def _csv_options(files: list[Path]) -> dict[str, Any]:
-    """Every cell as the string it is ("NA" and "007" too); the files must share one header."""
+    """Every cell as the string it is ("NA" and "007" too); the files share one header, and fill it in every row."""
     import datasets
 
     separator = "\t" if ".tsv" in files[0].name else ","
-    headers = []
-    for file in files:
-        with _opened(file) as stream:
-            text = codecs.getreader("utf-8-sig")(stream)
-            header = next(csv.reader(text, delimiter=separator), [])
-        if not any(header):
-            raise InputError(f"{file}: the first line must name the columns, it is empty")
-        if twice := [column for column in header if column and header.count(column) > 1]:
-            raise InputError(f"{file}: the column {twice[0]!r} stands twice in the header")
-        headers.append([column or f"Unnamed: {at}" for at, column in enumerate(header)])  # pandas' name for an index
-        if headers[-1] != headers[0]:
+    headers = [_csv_header(file, separator) for file in files]
+    for file, header in zip(files, headers, strict=True):
+        if header != headers[0]:
             raise InputError(f"{file}: its columns ({', '.join(header)}) are not those of {files[0]}")
-    features = datasets.Features({column: datasets.Value("string") for column in headers[0]})
+    columns = [column or f"Unnamed: {at}" for at, column in enumerate(headers[0])]  # pandas' name for an index
+    features = datasets.Features({column: datasets.Value("string") for column in columns})
     return {"features": features, "keep_default_na": False, "sep": separator, "encoding": "utf-8-sig"}
+
+
+def _csv_header(file: Path, separator: str) -> list[str]:
+    """The names of a file's columns. The builder fills short rows up, so they are looked for here."""
+    limit = csv.field_size_limit(sys.maxsize)  # of the whole process; a document may be longer than its 131,072
+    try:
+        with _opened(file) as stream:
+            lines = csv.reader(codecs.getreader("utf-8-sig")(stream), delimiter=separator)
+            header = next(lines, [])
+            if not any(header):
+                raise InputError(f"{file}: the first line must name the columns, it is empty")
+            if twice := [column for column in header if column and header.count(column) > 1]:
+                raise InputError(f"{file}: the column {twice[0]!r} stands twice in the header")
+            for row in lines:
+                if row and len(row) != len(header):
+                    cells = f"{len(row)} cells, the header has {len(header)}"
+                    raise InputError(f"{file}, line {lines.line_num}: {cells}; a cell with a comma needs quotes")
+    finally:
+        csv.field_size_limit(limit)
+    return header
 
 
 @contextmanager
@@ -208,9 +222,11 @@ def _scan(file: Path) -> bytes:
         import pyarrow.parquet
 
         try:
-            pyarrow.parquet.read_metadata(file)
+            rows = pyarrow.parquet.read_metadata(file).num_rows
         except (pyarrow.ArrowException, OSError) as failure:
             raise InputError(f"{file}: not a whole Parquet file ({failure}); copy it again") from failure
+        if not rows:
+            raise InputError(f"{file}: there is no row in it")
         with file.open("rb") as stream:
             return hashlib.file_digest(stream, lambda: content).digest()
     decoder = codecs.getincrementaldecoder("utf-8")()

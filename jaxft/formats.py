@@ -1,5 +1,6 @@
 """The formats of rows: by which columns each is known, and how its rows become texts or tokens."""
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -194,8 +195,16 @@ def _from_sharegpt(number: int, turn: Any) -> Any:
     calls = calls if isinstance(calls, list) else [calls]
     if not all(isinstance(function_of(call).get("name"), str) for call in calls):
         raise InputError(f"message {number} (from function_call) has value {shown(said)}; must be JSON with a name")
-    functions = [{"type": "function", "function": dict(function_of(call))} for call in calls]
+    functions = [
+        {"type": "function", "function": {key: _as_text(part) for key, part in function_of(call).items()}}
+        for call in calls
+    ]
     return {**others, "role": "assistant", "content": None, "tool_calls": functions}
+
+
+def _as_text(arguments: Any) -> Any:
+    """Arguments as JSON text, in which a null is told from a key that a table filled up with None."""
+    return json.dumps(arguments, ensure_ascii=False) if isinstance(arguments, Mapping) else arguments
 
 
 def _text(row: Row, column: str) -> str:
