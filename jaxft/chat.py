@@ -51,6 +51,8 @@ def render_conversation(
     under "all" it trains from the first character that differs, so that no text is trained twice. Messages after the
     last assistant turn are left out but under "all", as nothing is trained in them or behind them.
 
+    A turn of which the template shows nothing (tool calls that it does not know) is not trained.
+
     Raises InputError for messages of a wrong form and for what the template itself refuses.
     """
     check_train_on(train_on)
@@ -90,15 +92,15 @@ def left_out(messages: Sequence[Message], rendered: Sequence[Rendered]) -> int:
     That is their content, their thinking, or the name of a function that they call.
     """
     texts = [sample.text for sample in rendered]
-    bare: list[str] = []
+    return sum(not all(_shows(texts, part) for part in _parts(message)) for message in _checked(messages))
 
-    def missing(part: str) -> bool:
-        if any(part.strip() in text for text in texts):
-            return False
-        bare.extend("".join(text.split()) for text in texts[len(bare) :])
-        return not any("".join(part.split()) in text for text in bare)
 
-    return sum(any(map(missing, _parts(message))) for message in _checked(messages))
+def _shows(texts: Sequence[str], part: str) -> bool:
+    """Whether one of the texts has the part in it, white space aside."""
+    if any(part.strip() in text for text in texts):
+        return True
+    bare = "".join(part.split())
+    return any(bare in "".join(text.split()) for text in texts)
 
 
 def _parts(message: Message) -> list[str]:
@@ -186,21 +188,28 @@ class _Template:
         try:
             return self._call(messages, prompt)
         except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as failure:
-            # A turn of tool calls alone has no content. Some templates ask whether it is none, others only read a
-            # string; no content and an empty one mean the same, so the other form is tried.
-            if any(message["content"] is None for message in messages):
-                filled = [{**message, "content": message["content"] or ""} for message in messages]
-                try:
-                    return self._call(filled, prompt)
-                except (TemplateError, TypeError, ValueError, KeyError, AttributeError):
-                    pass  # the first failure is the one about the row as it stands
+            # A turn of tool calls alone has no content, and its arguments are an object. Some templates ask whether the
+            # content is none, others only read a string; some read arguments as JSON text. They mean the same.
+            for form in (_arguments_as_text, _content_as_text):
+                if (other := list(map(form, messages))) != messages:
+                    try:
+                        return self._call(other, prompt)
+                    except (TemplateError, TypeError, ValueError, KeyError, AttributeError):
+                        pass  # the first failure is the one about the row as it stands
             roles = ", ".join(message["role"] for message in messages)
             raise InputError(f"the chat template refuses the conversation ({roles}): {failure}") from failure
 
     def turn(self, messages: list[dict[str, Any]], number: int) -> tuple[str, int, int]:
-        """(text, start, stop) of the assistant's turn `number`: the text ends with it, start:stop is trained."""
+        """(text, start, stop) of the assistant's turn `number`: the text ends with it, start:stop is trained.
+
+        A turn of which the template shows nothing is not: of calls that it does not know it makes an empty turn, from
+        which a model would learn to say nothing.
+        """
         before = messages[:number]
         text = self.render(messages[: number + 1])
+        wordless = not messages[number]["content"] and _parts(messages[number])
+        if wordless and text == self.render([*before, {"role": "assistant", "content": ""}]):
+            return text, len(text.rstrip()), len(text.rstrip())
         prompt = self.render(before, prompt=True) if before else ""
         if before and text.startswith(prompt):
             start = len(prompt)
@@ -229,6 +238,22 @@ class _Template:
             messages, tools=self._tools, tokenize=False, add_generation_prompt=prompt, **self._settings
         )
         return str(rendered)
+
+
+def _content_as_text(message: dict[str, Any]) -> dict[str, Any]:
+    return {**message, "content": message["content"] or ""}
+
+
+def _arguments_as_text(message: dict[str, Any]) -> dict[str, Any]:
+    if "tool_calls" not in message:
+        return message
+    calls = []
+    for call in message["tool_calls"]:
+        function = dict(function_of(call))
+        if isinstance(function.get("arguments"), dict):
+            function["arguments"] = json.dumps(function["arguments"], ensure_ascii=False)
+        calls.append({**call, "function": function} if "function" in call else function)
+    return {**message, "tool_calls": calls}
 
 
 def _common_prefix(a: str, b: str) -> int:
