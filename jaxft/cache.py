@@ -62,7 +62,7 @@ def fetch(directory: Path, key: str) -> tuple[Samples, dict[str, Any]] | None:
     entry = directory / key
     try:
         text = (entry / _FACTS).read_bytes()
-        if (entry / _SEAL).read_text() != _digest(text):
+        if (entry / _SEAL).read_bytes() != _digest(text).encode():
             return None
         facts = json.loads(text)
         for name in ARRAYS:
@@ -70,8 +70,8 @@ def fetch(directory: Path, key: str) -> tuple[Samples, dict[str, Any]] | None:
                 if hashlib.file_digest(stream, _hash).hexdigest() != facts["digests"][name]:
                     return None
         return from_directory(entry), facts["report"]
-    except FileNotFoundError:
-        return None
+    except OSError:
+        return None  # where it is a disk that does not work, `store` will say so
 
 
 def store(directory: Path, key: str, make: Callable[[Mapping[str, IO[bytes]]], dict[str, Any]]) -> None:
