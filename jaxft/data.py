@@ -2,7 +2,7 @@
 
 import itertools
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = ["FORMATS", "Format", "Report", "detect_format", "find_files", "load_rows", "tokenize_dataset"]
 
-_CHUNK = 1000  # rows tokenised in one call: enough to keep the tokenizer's threads busy, few enough to stay small
+CHUNK = 1000  # rows tokenised in one call: enough to keep the tokenizer's threads busy, few enough to stay small
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,8 @@ def tokenize_dataset(
 
     def make(streams: Mapping[str, IO[bytes]]) -> dict[str, Any]:
         total: Counter[str] = Counter()
-        samples, tokens, targets = write(_documents(rows, reader, max_length, vocab_size, total), streams)
+        chunks = rows.iter(CHUNK)
+        samples, tokens, targets = write(documents_of(chunks, reader, max_length, vocab_size, total), streams)
         dated = reader.templated and writes_date(tokenizer)
         report = Report(
             form.name, total.pop("rows"), reader.layout, samples=samples, tokens=tokens, target_tokens=targets,
@@ -143,11 +144,11 @@ def tokenize_dataset(
     return found[0], replace(Report(**found[1]), kept_in=str(cache / key), reused=reused)
 
 
-def _documents(
-    rows: "datasets.Dataset", reader: Reader, max_length: int, vocab_size: int, total: Counter[str]
+def documents_of(
+    chunks: Iterable[Mapping[str, list[Any]]], reader: Reader, max_length: int, vocab_size: int, total: Counter[str]
 ) -> Iterator[Document]:
-    """The documents of all rows, cut to `max_length`; counts in `total` what it met."""
-    for chunk in rows.iter(_CHUNK):
+    """The documents of all rows, which come as tables, cut to `max_length`; counts in `total` what it met."""
+    for chunk in chunks:
         names = list(chunk)
         table = [dict(zip(names, values, strict=True)) for values in zip(*chunk.values(), strict=True)]
         for documents, facts in reader.read(table, total["rows"]):

@@ -81,6 +81,23 @@ def load_rows(name: str, split: str | None = None, config: str | None = None) ->
     return rows
 
 
+def open_stream(name: str, split: str | None = None, config: str | None = None) -> "datasets.IterableDataset":
+    """The rows that `load_rows` gives, in their order, but read one after the other and kept nowhere.
+
+    What is wrong inside a file is found when its row is reached.
+    """
+    import datasets
+
+    if is_hub_name(name):
+        return from_hub(name, split, config, streaming=True)
+    files = find_files(Path(name).expanduser(), split)
+    builder = _BUILDERS[_suffix(files[0]) or ""]
+    options = _csv_options(files) if builder == "csv" else {}
+    with _quiet():
+        paths = [str(file.resolve()) for file in files]
+        return datasets.load_dataset(builder, data_files=paths, split="train", streaming=True, **options)
+
+
 def is_hub_name(name: str) -> bool:
     """Whether the hub, not the disk, is meant."""
     path = Path(name).expanduser()

@@ -1,6 +1,6 @@
 """Lays tokenised samples into rows of fixed length, and names the batch of any step of a run."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
@@ -108,7 +108,7 @@ class Batches:
         self.rows = len(plan)
         self.rows_per_step = accumulation * batch_size
         self.steps_per_epoch = -(-self.rows // self.rows_per_step)
-        self.max_documents = max(map(len, plan)) + 1  # in one row; padding counts as one
+        self.max_documents: int | None = max(map(len, plan)) + 1  # in one row; padding counts as one
         sizes = lengths_of(samples)
         self.tokens = sum(int(sizes[row].sum()) for row in plan)
         self.efficiency = self.tokens / (self.rows * max_length)
@@ -128,6 +128,9 @@ class Batches:
         epoch, within = divmod(step, self.steps_per_epoch)
         return epoch, within * self.rows_per_step
 
+    def go_on(self, step: int, epoch: int, row: int) -> None:
+        """Continues with the 0-based `step`, of which `position` said (`epoch`, `row`): nothing to do here."""
+
     def row_order(self, epoch: int) -> np.ndarray:
         """The plan's rows in the order in which `epoch` takes them, int64 (rows,)."""
         if self._order[0] != epoch:
@@ -142,24 +145,29 @@ class Batches:
         0 in each document; loss_weights float32, 0 at every document's first token and in padding.
         """
         epoch, first = self.position(step)
-        length = self._shape[2]
-        flat = (self.rows_per_step, length)
-        tokens, segments, positions = (np.zeros(flat, np.int32) for _ in range(3))
-        weights = np.zeros(flat, np.float32)
-        for slot, row in enumerate(self.row_order(epoch)[first : first + self.rows_per_step]):
-            start = 0
-            for segment, number in enumerate(self._plan[row], 1):
-                sample = self._samples[number]
-                stop = start + len(sample)
-                if stop > length:
-                    raise ValueError(f"row {row} of the plan holds over {length} tokens; was it made for this length?")
-                tokens[slot, start:stop] = sample.input_ids
-                segments[slot, start:stop] = segment
-                positions[slot, start:stop] = np.arange(stop - start)
-                weights[slot, start:stop] = sample.loss_weights
-                start = stop
-        arrays = {"tokens": tokens, "segment_ids": segments, "positions": positions, "loss_weights": weights}
-        return {name: array.reshape(self._shape) for name, array in arrays.items()}
+        chosen = self.row_order(epoch)[first : first + self.rows_per_step]
+        return lay_rows(([self._samples[number] for number in self._plan[row]] for row in chosen), self._shape)
+
+
+def lay_rows(rows: Iterable[Sequence[Sample]], shape: tuple[int, int, int]) -> Batch:
+    """Rows of documents as the arrays (A, B, T) of a batch (see `Batches.batch`); rows that are missing are padding."""
+    accumulation, batch_size, length = shape
+    flat = (accumulation * batch_size, length)
+    tokens, segments, positions = (np.zeros(flat, np.int32) for _ in range(3))
+    weights = np.zeros(flat, np.float32)
+    for slot, row in enumerate(rows):
+        start = 0
+        for segment, sample in enumerate(row, 1):
+            stop = start + len(sample)
+            if stop > length:
+                raise ValueError(f"a row of the plan holds over {length} tokens; was it made for this length?")
+            tokens[slot, start:stop] = sample.input_ids
+            segments[slot, start:stop] = segment
+            positions[slot, start:stop] = np.arange(stop - start)
+            weights[slot, start:stop] = sample.loss_weights
+            start = stop
+    arrays = {"tokens": tokens, "segment_ids": segments, "positions": positions, "loss_weights": weights}
+    return {name: array.reshape(shape) for name, array in arrays.items()}
 
 
 def eval_batches(

@@ -160,6 +160,8 @@ class TrainArguments:
     save_total_limit: int | None = _flag(None, "keep the newest N checkpoints")
     resume_from_checkpoint: str | None = _flag(None, "auto, or the directory of a checkpoint")
     sample_prompts: int = _flag(0, "answer the first N held-out prompts before and after the run")
+    streaming: bool = _flag(False, "read the data while training, for --max_steps; nothing of it is kept")
+    buffer_size: int = _flag(10_000, "rows that --streaming reads ahead, to shuffle and pack them together")
     eval_steps: int = _flag(0, "steps an evaluation; 0 evaluates at the end only")
     seed: int = _flag(0, "seed of everything random")
 
@@ -214,6 +216,7 @@ RANGES: list[tuple[str, str, Callable[[float], bool]]] = [
     ("learning_rate weight_decay max_grad_norm temperature", "at least 0", lambda x: x >= 0),
     ("warmup_steps save_steps eval_steps sample_prompts", "at least 0", lambda x: x >= 0),
     ("lora_r lora_alpha logging_steps save_total_limit gradient_accumulation_steps", "at least 1", lambda x: x >= 1),
+    ("buffer_size", "at least 1", lambda x: x >= 1),
     ("max_new_tokens per_device_train_batch_size per_device_eval_batch_size", "at least 1", lambda x: x >= 1),
     ("lora_dropout adam_beta1 adam_beta2", "at least 0 and below 1", lambda x: 0 <= x < 1),
     ("adam_epsilon num_train_epochs", "above 0", lambda x: x > 0),
@@ -252,6 +255,10 @@ def check(settings: Any, where: dict[str, str]) -> None:
         except InputError as failure:
             raise InputError(f"{where['dataset']}: {failure}") from failure
     if isinstance(settings, TrainSettings):
+        if settings.streaming and settings.max_steps < 0:
+            raise InputError("--streaming does not know how long an epoch is; set --max_steps")
+        if settings.streaming and len(settings.sources) > 1:
+            raise InputError("--streaming reads one data set; mix several ones without it")
         targets = settings.lora_target_modules.split(",")
         if targets == [""] or ("all-linear" in targets and len(targets) > 1):
             raise InputError(f"--lora_target_modules {settings.lora_target_modules!r}: expected all-linear or names")

@@ -14,7 +14,7 @@ from jaxft.config import describe, parse
 from jaxft.data import tokenize_dataset
 from jaxft.errors import InputError, run_command
 from jaxft.evaluate import held_out_split, read_from
-from jaxft.files import load_rows
+from jaxft.files import find_files, load_rows, open_stream
 from jaxft.generate import generate, stop_token_ids
 from jaxft.load import EMBEDDED, parameter_count
 from jaxft.loop import Run, run_training
@@ -26,6 +26,7 @@ from jaxft.prepare import Prepared, prepare
 from jaxft.samples import Sample, Samples, Selection
 from jaxft.settings import TrainSettings
 from jaxft.sharding import data_parallel_size
+from jaxft.streaming import StreamBatches
 from jaxft.trees import Tree
 
 
@@ -40,17 +41,21 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     split = settings.dataset_train_split if "dataset_train_split" in settings.settings_given else None
     sources = settings.sources
-    tables = [read("train", source, source.split or split, settings) for source in sources]
+    tables = [read("train", source, source.split or split, settings) for source in sources if not settings.streaming]
     heldout_rows = settings.eval_dataset and read(
         "held out", Source(settings.eval_dataset), held_out_split(settings.eval_dataset, settings), settings
     )
     prepared = prepare(settings, settings.model_name_or_path)
-    samples = mixed([tokenize("train", rows, prepared, settings) for rows in tables], sources, settings.seed)
+    batches: Batches | StreamBatches
+    if settings.streaming:
+        batches, data = stream(sources[0], sources[0].split or split, prepared, settings)
+    else:
+        samples = mixed([tokenize("train", rows, prepared, settings) for rows in tables], sources, settings.seed)
+        batches, data = lay_out(samples, prepared, settings), {"data": samples.checksum()}
     heldout = tokenize("held out", heldout_rows, prepared, settings) if heldout_rows else []
-    batches = lay_out(samples, prepared, settings)
     say_model(prepared)
     with jax.set_mesh(prepared.mesh):
-        run = make_run(settings, prepared, directory, batches, samples, heldout)
+        run = make_run(settings, prepared, directory, batches, data, heldout)
         prompts = sample_prompts(heldout, settings.sample_prompts)
         before = answer(prepared, prepared.trainable, prompts)
         outcome = run_training(run, prepared)
@@ -58,9 +63,14 @@ def main(argv: list[str] | None = None) -> int:
             say(f"stopped by {outcome.stopped_by.name} after step {outcome.step} of {run.total_steps}; go on with "
                 f"--output_dir {directory} --resume_from_checkpoint auto")  # fmt: skip
             return 128 + outcome.stopped_by
+        seen = sum(map(len, tables))
+        if isinstance(batches, StreamBatches):
+            seen = batches.report().rows
+            for line in batches.report().lines():
+                say(f"train: {line}")
         facts = {
             "data": ", ".join(source.path for source in sources),
-            "rows": sum(map(len, tables)),
+            "rows": seen,
             "steps": outcome.step,
             **outcome.figures,
         }
@@ -153,6 +163,27 @@ def lay_out(samples: Samples | Selection, prepared: Prepared, settings: TrainSet
     return batches
 
 
+def stream(
+    source: Source, split: str | None, prepared: Prepared, settings: TrainSettings
+) -> tuple[StreamBatches, dict[str, Any]]:
+    """The batches of a data set that is read while training, and what a resumed run must share to read the same."""
+    config = source.config or settings.dataset_config
+    batches = StreamBatches(
+        lambda: open_stream(source.path, split, config), prepared.tokenizer, max_length=settings.max_length,
+        vocab_size=prepared.model.config.vocab_size, seed=settings.seed, total_steps=settings.max_steps,
+        batch_size=settings.per_device_train_batch_size * data_parallel_size(prepared.mesh),
+        accumulation=settings.gradient_accumulation_steps, buffer_size=settings.buffer_size,
+        packing=settings.packing, shuffle=settings.shuffle_dataset, train_on=settings.train_on,
+        template_kwargs=settings.chat_template_kwargs,
+    )  # fmt: skip
+    say(f"train: a stream of {read_from(source.path, split)}, {settings.buffer_size} rows ahead")
+    path = Path(source.path).expanduser()
+    files = [f"{file.name}, {file.stat().st_size} bytes" for file in find_files(path, split)] if path.exists() else []
+    read_alike: dict[str, Any] = {"dataset": files or source.path, "split": split, "config": config}
+    read_alike |= {name: getattr(settings, name) for name in ("buffer_size", "train_on")}
+    return batches, read_alike | {"chat_template_kwargs": dict(settings.chat_template_kwargs)}
+
+
 def say_model(prepared: Prepared) -> None:
     model, devices = prepared.model, prepared.mesh.devices
     trained, frozen = parameter_count(prepared.trainable), parameter_count(prepared.frozen)
@@ -164,8 +195,8 @@ def say_model(prepared: Prepared) -> None:
 
 
 def make_run(
-    settings: TrainSettings, prepared: Prepared, directory: Path, batches: Batches, samples: Samples | Selection,
-    heldout: Sequence[Sample],
+    settings: TrainSettings, prepared: Prepared, directory: Path, batches: Batches | StreamBatches,
+    data: dict[str, Any], heldout: Sequence[Sample],
 ) -> Run:  # fmt: skip
     """Everything the loop needs, computed from the settings once."""
     total = settings.max_steps
@@ -193,12 +224,12 @@ def make_run(
         else None,
         optimizer=optimizer,
         schedule=schedule,
-        fingerprint=fingerprint(settings, prepared, batches, samples),
+        fingerprint=fingerprint(settings, prepared, batches, data),
     )
 
 
 def fingerprint(
-    settings: TrainSettings, prepared: Prepared, batches: Batches, samples: Samples | Selection
+    settings: TrainSettings, prepared: Prepared, batches: Batches | StreamBatches, data: dict[str, Any]
 ) -> dict[str, Any]:
     """What a resumed run must share with the one it goes on with, for its losses to be the same."""
     names = (
@@ -214,7 +245,7 @@ def fingerprint(
         found["lora_target_modules"] = targets if isinstance(targets, str) else list(targets)
     held = {leaf.dtype.name for leaf in jax.tree.leaves((prepared.trainable, prepared.frozen))}
     found["dtype"] = f"{' and '.join(sorted(held))} weights, computed in {prepared.compute_dtype.name}"
-    return found | {"rows_per_step": batches.rows_per_step, "data": samples.checksum()}
+    return found | {"rows_per_step": batches.rows_per_step, **data}
 
 
 def sample_prompts(heldout: Sequence[Sample], count: int) -> list[list[int]]:

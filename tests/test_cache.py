@@ -238,7 +238,7 @@ def peak(count, cache):
 
 
 def test_memory_does_not_grow_with_the_set(tmp_path, monkeypatch):
-    monkeypatch.setattr(jaxft.data, "_CHUNK", 10)
+    monkeypatch.setattr(jaxft.data, "CHUNK", 10)
     peak(20, tmp_path / "warm")
     small, large = (peak(count, tmp_path / str(count)) for count in (100, 700))
     assert large < small + 100_000  # bytes; the arrays alone are 5 · 301 · 600 = 903,000 larger

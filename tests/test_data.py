@@ -181,7 +181,7 @@ def test_report_says_the_format_and_counts_tokens(chat):
 
 
 def test_chunks_keep_rows_and_numbers_in_order(plain, monkeypatch):
-    monkeypatch.setattr("jaxft.data._CHUNK", 2)
+    monkeypatch.setattr("jaxft.data.CHUNK", 2)
     rows = [{"text": str(number)} for number in range(5)]
     assert texts(rows, plain) == [f"<bos>⟦{number}<eos>⟧" for number in range(5)]
     with pytest.raises(InputError, match="row 5: text is None"):
