@@ -8,7 +8,6 @@ import datasets
 import numpy as np
 import pytest
 
-import jaxft.streaming
 from jaxft import train
 from jaxft.data import tokenize_dataset
 from jaxft.errors import InputError, run_command
@@ -101,23 +100,22 @@ def test_orders_are_those_that_earlier_runs_drew(tmp_path):
 
 def test_no_more_than_one_window_is_read_ahead(tmp_path, monkeypatch):
     path = write_rows(tmp_path / "a.jsonl", sums(400))
-    read, whole = [], jaxft.streaming.StreamBatches._read
+    read, whole = collections.defaultdict(list), StreamBatches._read
 
     def counted(self, epoch, first, table):
-        read.append(first)
+        read[id(self)].append(first)
         return whole(self, epoch, first, table)
 
-    monkeypatch.setattr(jaxft.streaming.StreamBatches, "_read", counted)
-    stream = batches(path, buffer_size=20)
-    assert read == []
+    monkeypatch.setattr(StreamBatches, "_read", counted)
+    stream, later = batches(path, buffer_size=20), batches(path, buffer_size=20)
+    later.go_on(9, 0, [360, 0])
+    assert read[id(stream)] == read[id(later)] == []
     stream.batch(0)
+    later.batch(9)
     end = time.monotonic() + 20
-    while len(read) < 2 and time.monotonic() < end:  # the second one is made in the background
-        time.sleep(0.01)
-    assert read == [0, 20]
-    again = batches(path, buffer_size=20)
-    again.go_on(9, 0, [380, 0])
-    assert read == [0, 20]  # nothing before the place to go on from is tokenised
+    while min(len(read[id(stream)]), len(read[id(later)])) < 2 and time.monotonic() < end:
+        time.sleep(0.01)  # the second ones are made in the background
+    assert read[id(stream)] == [0, 20] and read[id(later)] == [360, 380]
 
 
 @pytest.mark.parametrize(
