@@ -174,16 +174,20 @@ def load_batches(
     batch_size: int,
     accumulation: int = 1,
     train_on: str = "responses",
+    template_kwargs: Mapping[str, Any] | None = None,
+    cache: Path | None = None,
     seed: int = 0,
 ) -> Batches:
     """A data set as packed batches, in one call: what `jaxft.train` does with its default flags.
 
     Each batch is a dict of arrays (accumulation, batch_size, max_length); iterating gives one epoch, `.batch(step)` any
-    step of any epoch. Raises InputError for anything wrong with the data.
+    step of any epoch. template_kwargs, cache: see `tokenize_dataset`. Raises InputError for whatever is wrong with the
+    data.
     """
     samples, _ = tokenize_dataset(
-        load_rows(name), tokenizer, max_length=max_length, vocab_size=len(tokenizer), train_on=train_on
-    )
+        load_rows(name), tokenizer, max_length=max_length, vocab_size=len(tokenizer), train_on=train_on,
+        template_kwargs=template_kwargs, cache=cache,
+    )  # fmt: skip
     plan = make_plan(lengths_of(samples), max_length, packing=True, shuffle=True, seed=seed)
     return Batches(samples, plan, max_length=max_length, batch_size=batch_size, accumulation=accumulation, seed=seed)
 

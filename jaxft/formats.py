@@ -110,7 +110,7 @@ class Reader:
             return self._conversation(row, _messages(row["messages"], "messages"), 0)
         if name == "ShareGPT":
             messages = _messages(row["conversations"], "conversations")
-            if system := row.get("system"):
+            if (system := row.get("system")) and not any(SPEAKERS.get(_role(m)) == "system" for m in messages[:1]):
                 messages = [{"role": "system", "content": system}, *messages]
             return self._conversation(row, messages, 0)
         if name == "prompt/completion" and not isinstance(row["prompt"], str):
@@ -200,6 +200,10 @@ def _from_sharegpt(number: int, turn: Any) -> Any:
         for call in calls
     ]
     return {**others, "role": "assistant", "content": None, "tool_calls": functions}
+
+
+def _role(message: Any) -> str:
+    return str(message.get("role")) if isinstance(message, Mapping) else ""
 
 
 def _as_text(arguments: Any) -> Any:

@@ -45,6 +45,8 @@ def main(argv: list[str] | None = None) -> int:
     heldout_rows = settings.eval_dataset and read(
         "held out", Source(settings.eval_dataset), held_out_split(settings.eval_dataset, settings), settings
     )
+    if settings.streaming:
+        say(f"train: a stream of {read_from(sources[0].path, sources[0].split or split)}, read while training")
     prepared = prepare(settings, settings.model_name_or_path)
     batches: Batches | StreamBatches
     if settings.streaming:
@@ -176,7 +178,6 @@ def stream(
         packing=settings.packing, shuffle=settings.shuffle_dataset, train_on=settings.train_on,
         template_kwargs=settings.chat_template_kwargs,
     )  # fmt: skip
-    say(f"train: a stream of {read_from(source.path, split)}, {settings.buffer_size} rows ahead")
     path = Path(source.path).expanduser()
     files = [f"{file.name}, {file.stat().st_size} bytes" for file in find_files(path, split)] if path.exists() else []
     read_alike: dict[str, Any] = {"dataset": files or source.path, "split": split, "config": config}

@@ -147,6 +147,31 @@ def test_long_documents_are_split_and_nothing_of_them_is_lost(plain):
         assert report.target_tokens == 28 - len(samples)
 
 
+@pytest.mark.parametrize("train_on", ["responses", "last", "all"])
+def test_no_sample_is_without_a_target_and_every_token_of_a_text_is_kept_or_counted(plain, chat, train_on):
+    talk = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "abc"}] * 2
+    rows = {
+        "text": ["", "a", "ab", "abc", "abcdefg"],
+        "messages": [talk, talk[:1], talk[:3]],
+        "question": ["abc", "", "a"],
+        "input_ids": [[1], [1, 2], [1, 2, 3], list(range(20))],
+    }
+    for column, values in rows.items():
+        for tokenizer in (plain, chat) if column != "messages" else (chat,):
+            for max_length in (2, 3, 5, 9, 30, 80):
+                table = [{column: value} | ({"answer": "xyz"} if column == "question" else {}) for value in values]
+                try:
+                    samples, report = run(table, tokenizer, max_length=max_length, train_on=train_on)
+                except InputError as failure:
+                    assert "is left to train on" in str(failure)
+                    continue
+                assert all(sample.loss_weights[1:].any() and len(sample) <= max_length for sample in samples)
+                assert report.target_tokens == sum((sample.loss_weights > 0).sum() for sample in samples)
+                if column == "text":  # <bos>, the characters and <eos> of every row
+                    assert sum(map(len, samples)) + report.truncated_tokens == sum(len(text) + 2 for text in values)
+                    assert report.truncated_tokens == 0 or max_length == 2
+
+
 def test_long_samples_of_other_formats_are_cut_at_their_end_and_counted(plain):
     rows = [{"prompt": "ab", "completion": "cdefg"}, {"prompt": "abcdefghij", "completion": "k"}]
     samples, report = run(rows, plain, max_length=6)

@@ -13,7 +13,7 @@ import pytest
 from jaxft.data import tokenize_dataset
 from jaxft.errors import InputError
 from jaxft.evaluate import held_out_split
-from jaxft.files import find_files, load_rows
+from jaxft.files import find_files, load_rows, open_stream
 from jaxft.settings import EvaluateSettings
 from tests.tiny_runs import CHATML, make_tokenizer, write_rows
 
@@ -135,7 +135,8 @@ def test_sharegpt_turns_are_messages_of_the_same_roles(tmp_path):
     expected = decoded(datasets.Dataset.from_list([{"messages": messages}]))
     assert expected[0].count("⟦") == 2
     assert decoded(load_rows(str(path))) == expected
-    for row in ({"conversations": turns[1:], "system": "S"}, {"conversations": messages}, {"messages": turns}):
+    both = {"conversations": turns, "system": "T"}  # the one in the conversation is its own
+    for row in (both, {"conversations": turns[1:], "system": "S"}, {"conversations": messages}, {"messages": turns}):
         assert decoded(datasets.Dataset.from_list([row])) == expected
     _, report = tokenize_dataset(load_rows(str(path)), make_tokenizer(), max_length=400, vocab_size=300)
     assert report.lines()[0] == "format: ShareGPT (1 rows), rendered with the chat template"
@@ -241,6 +242,8 @@ def test_a_hub_name_is_asked_of_the_hub_with_its_configuration_and_split(tmp_pat
     assert load_rows("some/set")["text"][:] == ["train"]
     assert load_rows("some/set", "test", "default")["text"][:] == ["test"]
     assert asked == [("some/set", None, {"split": "train"}), ("some/set", "default", {"split": "test"})]
+    stream = open_stream("some/set", "test")
+    assert [row["text"] for row in stream] == ["test"] and asked.pop()[2] == {"split": "test", "streaming": True}
     with pytest.raises(InputError, match=r"'some/set' .* Unknown split \"dev\". Should be one of \['train', 'test'\]"):
         load_rows("some/set", "dev")
     with pytest.raises(InputError, match=r"'some/set' .* BuilderConfig 'other' not found. Available: \['default'\]"):
