@@ -111,6 +111,23 @@ def test_one_byte_of_a_file_makes_a_new_entry_and_its_name_or_time_does_not(tmp_
     assert run(cache, datasets.Dataset.from_list(ROWS[::-1]).select(range(5, -1, -1)))[0] == before[0]
 
 
+def test_rows_of_mixed_types_deep_inside_are_told_apart(tmp_path):
+    template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{{ (m.tool_calls or []) | tojson }}{% endfor %}"
+
+    def rows(*values):
+        calls = [[{"name": "f", "arguments": {"x": value}}] for value in values]
+        talks = [[{"role": "assistant", "content": "a", "tool_calls": call}] for call in calls]
+        path = write_rows(tmp_path / "a.jsonl", [{"messages": talk} for talk in talks])
+        return load_rows(str(path))
+
+    cache, more = tmp_path / "kept", {"template": template, "max_length": 200}
+    first = run(cache, rows(1, "one", None), **more)
+    assert run(cache, rows(1, "one", None), **more) == (first[0], True)
+    for values in ((2, "one", None), (1, "two", None), (1, "one", 0), ("1", "one", None)):
+        found = run(cache, rows(*values), **more)
+        assert not found[1] and found[0] != first[0] and found[0] == run(None, rows(*values), **more)[0]
+
+
 def test_new_code_new_libraries_and_a_new_day_make_new_entries(tmp_path, monkeypatch):
     dated = CHATML.replace("{% for", "{{ strftime_now('%d %b %Y') }}{% for", 1)
     for template in (CHATML, dated):
