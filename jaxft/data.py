@@ -13,7 +13,7 @@ from jaxft.cache import fetch, key_of, store, writes_date
 from jaxft.chat import check_train_on
 from jaxft.errors import InputError, RunError
 from jaxft.files import find_files, load_rows
-from jaxft.formats import FORMATS, Format, Reader, detect_format
+from jaxft.formats import FORMATS, ROLES, Format, Reader, detect_format
 from jaxft.packing import Batches, make_plan
 from jaxft.samples import Document, Samples, from_memory, in_memory, lengths_of, write
 
@@ -45,6 +45,7 @@ class Report:
     padding_removed: int = 0
     left_out: int = 0
     tools_left_out: int = 0
+    unknown_roles: int = 0
     dated: bool = False
     kept_in: str = ""
     reused: bool = False
@@ -59,6 +60,7 @@ class Report:
             (self.refused_after_truncation, "samples refused: nothing to be learned was left after the cut"),
             (self.padding_removed, "tokens of padding (attention_mask 0) removed"),
             (self.left_out, "messages that the chat template does not show in full (thinking, for example)"),
+            (self.unknown_roles, f"messages of a role that is none of {', '.join(ROLES)}: read, but not trained"),
             (self.tools_left_out, "rows with tools that the chat template does not show"),
         )
         notes = []
@@ -155,7 +157,7 @@ def documents_of(
             total.update(facts)
             total["rows"] += 1
             teaching = [(ids, trained) for ids, trained in documents if trained[1:].any()]
-            total["refused"] += not teaching
+            total["refused"] += len(documents) - len(teaching)
             for ids, trained in teaching:
                 outside = np.flatnonzero((ids < 0) | (ids >= vocab_size))
                 if len(outside):

@@ -20,9 +20,9 @@ if TYPE_CHECKING:
     import datasets
 
 # what a file name ends with, and the builder of `datasets` that reads it
-_BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
+_BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet", ".arrow": "arrow"}
 _BUILDERS |= {f"{suffix}.gz": _BUILDERS[suffix] for suffix in (".json", ".jsonl", ".csv", ".tsv")}
-UNDERSTOOD = ".json, .jsonl, .csv, .tsv (each also .gz) and .parquet"
+UNDERSTOOD = ".json, .jsonl, .csv, .tsv (each also .gz), .parquet and .arrow"
 _METADATA = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}  # what `datasets` writes
 
 
@@ -30,8 +30,8 @@ def find_files(path: Path, split: str | None = None) -> list[Path]:
     """The data files that a local path stands for, by name.
 
     In a directory (or its `data/`, where it has no data file itself): those of the split, that is those called
-    `SPLIT.…`, `SPLIT-…` or `SPLIT_…`; without a split those of "train", or all where none is called so. Raises
-    InputError where there is none, and where files of two kinds would be mixed.
+    `SPLIT.…`, `SPLIT-…` or `SPLIT_…`, or all of a directory called `SPLIT`; without a split those of "train", or all
+    where none is called so. Raises InputError where there is none, and where files of two kinds would be mixed.
     """
     if not path.exists():
         raise InputError(f"data set {path}: there is no such file or directory")
@@ -42,11 +42,12 @@ def find_files(path: Path, split: str | None = None) -> list[Path]:
             raise InputError(f"data set {path}: a file has no split {split!r}; name the file of that split instead")
         return [path]
     files = _listed(path)
-    if not files:
+    named = _of_split(path, split or "train")
+    there = [file.name for file in files] or [f"{d.name}/" for d in sorted(path.iterdir()) if d.is_dir() and _listed(d)]
+    if not files and not named and not (split and there):
         raise InputError(f"data set {path}: the directory has no data file; understood are {UNDERSTOOD}")
-    named = [file for file in files if _is_of_split(file, split or "train")]
     if split and not named:
-        raise InputError(f"data set {path}: no file of split {split!r} among {', '.join(f.name for f in files)}")
+        raise InputError(f"data set {path}: no file of split {split!r} among {', '.join(there)}")
     chosen = named or files
     kinds = sorted({_BUILDERS[_suffix(file) or ""] for file in chosen})
     if len(kinds) > 1:
@@ -56,7 +57,7 @@ def find_files(path: Path, split: str | None = None) -> list[Path]:
 
 def has_split(path: Path, split: str) -> bool:
     """Whether a directory has a data file of that split's name."""
-    return any(_is_of_split(file, split) for file in _listed(path))
+    return bool(_of_split(path, split))
 
 
 def load_rows(name: str, split: str | None = None, config: str | None = None) -> "datasets.Dataset":
@@ -133,8 +134,11 @@ def _listed(directory: Path) -> list[Path]:
     return []
 
 
-def _is_of_split(file: Path, split: str) -> bool:
-    return re.fullmatch(rf"{re.escape(split)}([-_.].*)?", file.name.removesuffix(_suffix(file) or "")) is not None
+def _of_split(directory: Path, split: str) -> list[Path]:
+    """The data files of a split: those that bear its name, or those of a directory that does."""
+    name = re.compile(rf"{re.escape(split)}([-_.].*)?")
+    named = [file for file in _listed(directory) if name.fullmatch(file.name.removesuffix(_suffix(file) or ""))]
+    return named or _listed(directory / split)
 
 
 def _build(files: list[Path], content: str) -> "datasets.Dataset":
@@ -244,6 +248,7 @@ def _scan(file: Path) -> bytes:
             raise InputError(f"{file}: not a whole Parquet file ({failure}); copy it again") from failure
         if not rows:
             raise InputError(f"{file}: there is no row in it")
+    if file.suffix in (".parquet", ".arrow"):
         with file.open("rb") as stream:
             return hashlib.file_digest(stream, lambda: content).digest()
     decoder = codecs.getincrementaldecoder("utf-8")()

@@ -27,6 +27,7 @@ Row = Mapping[str, Any]
 
 IGNORED = -100
 CHAT_EXTRAS = ("tools", "chat_template_kwargs")
+ROLES = ("system", "developer", "user", "assistant", "tool")  # others may be a template's own, or a slip
 # ShareGPT's names of speakers, and the roles that templates know
 SPEAKERS = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "chatgpt": "assistant"}
 SPEAKERS |= {"model": "assistant", "system": "system", "tool": "tool", "observation": "tool"}
@@ -156,7 +157,8 @@ class Reader:
         names = [function_of(tool).get("name") for tool in given or []]
         hidden = any(isinstance(name, str) and not any(name in text.text for text in texts) for name in names)
         facts = {"split_conversations": int(len(texts) > 1), "left_out": left_out(messages, texts)}
-        return texts, facts | {"tools_left_out": int(hidden)}
+        unknown = sum(message["role"] not in ROLES for message in messages)
+        return texts, facts | {"tools_left_out": int(hidden), "unknown_roles": unknown}
 
     def _ended(self, document: Document) -> Document:
         """A plain text with EOS behind it, trained."""

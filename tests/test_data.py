@@ -192,6 +192,14 @@ def test_rows_with_all_labels_masked_are_refused_and_counted(plain):
         run([{"input_ids": [5, 6], "labels": [5, -100]}], plain)
 
 
+def test_messages_of_a_role_that_may_be_a_slip_are_counted(chat):
+    talk = [{"role": role, "content": role[0]} for role in ("user", "assistant", "user", "asistant")]
+    _, report = run([{"messages": talk}], chat)
+    said = "messages of a role that is none of system, developer, user, assistant, tool: read, but not trained"
+    assert f"1 {said}" in report.lines()
+    assert not any(said in line for line in run([{"messages": talk[:3]}], chat)[1].lines())
+
+
 def test_report_says_the_format_and_counts_tokens(chat):
     rows = [{"question": "Q", "answer": "A"}] * 3
     assert run(rows, chat)[1].lines() == [
@@ -309,7 +317,7 @@ def test_missing_columns_say_what_was_seen_and_what_is_understood():
         ("a.jsonl", b"", "a.jsonl: the file is empty"),
         ("a.jsonl", b"\n \n", "a.jsonl: there is no row in it"),
         ("a.json", b"[]", "a.json: there is no row in it"),
-        ("a.txt", b"hello", "a.txt: understood are .json, .jsonl, .csv, .tsv .each also .gz. and .parquet"),
+        ("a.txt", b"hello", "a.txt: understood are .json, .jsonl, .csv, .tsv .each also .gz., .parquet and .arrow"),
     ],
 )
 def test_bad_file_is_named_with_its_line(tmp_path, name, content, said):

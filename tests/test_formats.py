@@ -95,6 +95,22 @@ def test_a_directory_gives_its_split_in_every_kind_and_as_the_hub_lays_it_out(tm
         find_files(tmp_path)
 
 
+def test_what_datasets_saved_to_disk_is_read_split_by_split(tmp_path):
+    datasets.Dataset.from_list(PAIRS).save_to_disk(tmp_path / "one")
+    assert load_rows(str(tmp_path / "one")).to_list() == PAIRS
+    splits = {"train": datasets.Dataset.from_list(PAIRS), "test": datasets.Dataset.from_list(PAIRS[:1])}
+    datasets.DatasetDict(splits).save_to_disk(tmp_path / "both")
+    assert load_rows(str(tmp_path / "both")).to_list() == PAIRS
+    assert held_out_split(str(tmp_path / "both"), EvaluateSettings()) == "test"
+    assert load_rows(str(tmp_path / "both"), "test").to_list() == PAIRS[:1]
+    with pytest.raises(InputError, match="both: no file of split 'dev'"):
+        load_rows(str(tmp_path / "both"), "dev")
+    [arrow] = (tmp_path / "one").glob("*.arrow")
+    arrow.write_bytes(arrow.read_bytes()[:50])
+    with pytest.raises(InputError, match=r"\.arrow: cannot be read as arrow"):
+        load_rows(str(tmp_path / "one"))
+
+
 def test_a_changed_file_is_read_anew_even_if_its_time_and_size_stay(tmp_path):
     path = write_rows(tmp_path / "a.jsonl", [{"text": "one"}])
     time = path.stat().st_mtime_ns
