@@ -13,8 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from jaxft.chat import shown
 from jaxft.errors import InputError
+from jaxft.messages import shown
 
 if TYPE_CHECKING:
     import datasets

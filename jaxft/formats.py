@@ -7,17 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from jaxft.chat import (
-    Rendered,
-    function_of,
-    left_out,
-    parse_json,
-    render_conversation,
-    shown,
-    trained_tokens,
-    without_none,
-)
+from jaxft.chat import Rendered, left_out, render_conversation, trained_tokens
 from jaxft.errors import InputError
+from jaxft.messages import function_of, parse_json, shown, without_none
 from jaxft.samples import Document
 
 if TYPE_CHECKING:
