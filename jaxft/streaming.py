@@ -24,7 +24,7 @@ _WINDOW_STREAM = 4
 
 @dataclass(frozen=True)
 class _Window:
-    """The packed rows of `count` rows of data, of which the first one is number `first` (from 0) of pass `epoch`."""
+    """The packed rows of a window that begins with row `first` (from 0) of pass `epoch`, and what its report counts."""
 
     epoch: int
     first: int

@@ -61,15 +61,15 @@ def main(argv: list[str] | None = None) -> int:
         prompts = sample_prompts(heldout, settings.sample_prompts)
         before = answer(prepared, prepared.trainable, prompts)
         outcome = run_training(run, prepared)
-        if outcome.stopped_by is not None:
-            say(f"stopped by {outcome.stopped_by.name} after step {outcome.step} of {run.total_steps}; go on with "
-                f"--output_dir {directory} --resume_from_checkpoint auto")  # fmt: skip
-            return 128 + outcome.stopped_by
         seen = sum(map(len, tables))
         if isinstance(batches, StreamBatches):
             seen = batches.report().rows
             for line in batches.report().lines():
                 say(f"train: {line}")
+        if outcome.stopped_by is not None:
+            say(f"stopped by {outcome.stopped_by.name} after step {outcome.step} of {run.total_steps}; go on with "
+                f"--output_dir {directory} --resume_from_checkpoint auto")  # fmt: skip
+            return 128 + outcome.stopped_by
         facts = {
             "data": ", ".join(source.path for source in sources),
             "rows": seen,
