@@ -166,7 +166,12 @@ def run_training(run: Run, prepared: Prepared) -> Outcome:
             if stop.received is not None:
                 step -= 1
                 break
-            batch = run.batches.batch(step - 1)
+            try:
+                batch = run.batches.batch(step - 1)
+            except InputError:  # a row of a stream that cannot be read must not cost the steps before it
+                if step - 1 > first and checkpoints.latest() != step - 1:
+                    save(step - 1)
+                raise
             learning_rate = float(run.schedule(_updates_done(opt_state, step - 1)))
             trainable, opt_state, found = step_function(
                 trainable, opt_state, prepared.frozen, jax.device_put(batch, batch_sharding(prepared.mesh)),

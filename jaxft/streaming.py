@@ -99,12 +99,17 @@ class StreamBatches:
         if step != self._step:
             raise ValueError(f"a stream stands before step {self._step}; step {step} was asked for")
         rows: list[list[Sample]] = []
-        while len(rows) < self.rows_per_step:
-            if self._taken >= len(self._window.rows):
-                self._next_window()
-            more = self._window.rows[self._taken : self._taken + self.rows_per_step - len(rows)]
-            self._taken += len(more)
-            rows += more
+        before = self._window, self._taken
+        try:
+            while len(rows) < self.rows_per_step:
+                if self._taken >= len(self._window.rows):
+                    self._next_window()
+                more = self._window.rows[self._taken : self._taken + self.rows_per_step - len(rows)]
+                self._taken += len(more)
+                rows += more
+        except InputError:
+            self._window, self._taken = before  # where to go on from, once the row is mended
+            raise
         self._step += 1
         return lay_rows(rows, self._shape)
 

@@ -179,7 +179,7 @@ def stream(
         template_kwargs=settings.chat_template_kwargs,
     )  # fmt: skip
     path = Path(source.path).expanduser()
-    files = [f"{file.name}, {file.stat().st_size} bytes" for file in find_files(path, split)] if path.exists() else []
+    files = [file.name for file in find_files(path, split)] if path.exists() else []
     read_alike: dict[str, Any] = {"dataset": files or source.path, "split": split, "config": config}
     read_alike |= {name: getattr(settings, name) for name in ("buffer_size", "train_on")}
     return batches, read_alike | {"chat_template_kwargs": dict(settings.chat_template_kwargs)}

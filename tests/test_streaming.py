@@ -163,6 +163,16 @@ def test_a_run_on_a_stream_that_was_stopped_and_resumed_is_the_run_that_was_not(
     assert "train: format: question/answer (" in said and "targets" in said
     assert losses_of(tmp_path / "parts") == losses_of(tmp_path / "whole") and len(losses_of(tmp_path / "whole")) == 7
     assert same_tensors(*(tmp_path / name / "adapter_model.safetensors" for name in ("whole", "parts")))
+    write_rows(path, [*ROWS[:16], {"question": "q", "answer": None}, *ROWS[17:]])
+    with compile_cache(tmp_path / "xla"):
+        unsaved = flags(output_dir=tmp_path / "mended", max_steps=7, save_steps=0)
+        assert run_command(train.main, [*common, *unsaved]) == 2
+        assert capsys.readouterr().err.splitlines()[-1] == "error: row 17: answer is None; must be a string"
+        done = len(losses_of(tmp_path / "mended"))  # the steps before the row are not lost
+        write_rows(path, ROWS)
+        said = start("mended", max_steps=7, save_steps=0, resume_from_checkpoint="auto")
+        assert done > 0 and f"{done} of 7 steps done" in said
+    assert losses_of(tmp_path / "mended") == losses_of(tmp_path / "whole")
     for words, argv in (
         ("--streaming does not know how long an epoch is; set --max_steps", []),
         ("--streaming reads one data set", ["--max_steps=2", "--dataset", str(path), str(path)]),
