@@ -83,6 +83,45 @@ def test_a_template_that_drops_thoughts_gives_each_question_the_mask_that_transf
     assert "first thought" not in tokenizer.decode(found[1][0])
 
 
+# where real templates write a finished turn, and the same with its words between the marks of transformers
+MARKED = {
+    "Qwen-Qwen2.5-7B-Instruct": (
+        r"{{- '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>' + '\n' }}",
+        r"{{- '<|im_start|>' + message.role + '\n' }}{% if message.role == 'assistant' %}{% generation %}"
+        r"{{ message.content + '<|im_end|>' }}{% endgeneration %}{% else %}{{ message.content + '<|im_end|>' }}"
+        r"{% endif %}{{ '\n' }}",
+    ),
+    "meta-llama-Llama-3.1-8B-Instruct": (
+        r"""'<|end_header_id|>\n\n'+ message['content'] | trim + '<|eot_id|>' }}""",
+        r"""'<|end_header_id|>\n\n' }}{% if message['role'] == 'assistant' %}{% generation %}"""
+        r"""{{ message['content'] | trim + '<|eot_id|>' }}{% endgeneration %}{% else %}"""
+        r"""{{ message['content'] | trim + '<|eot_id|>' }}{% endif %}""",
+    ),
+    "google-gemma-2-2b-it": (
+        "' + message['content'] | trim + '<end_of_turn>\n' }}",
+        "' }}{% if role == 'model' %}{% generation %}{{ message['content'] | trim + '<end_of_turn>' }}"
+        "{% endgeneration %}{% else %}{{ message['content'] | trim + '<end_of_turn>' }}{% endif %}{{ '\n' }}",
+    ),
+    "mistralai-Mistral-Nemo-Instruct-2407": (
+        '{{- message["content"] + eos_token}}',
+        '{% generation %}{{- message["content"] + eos_token}}{% endgeneration %}',
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MARKED)
+def test_masks_of_real_templates_are_those_that_transformers_finds_with_its_marks_in_them(name):
+    template = need_shared(f"tokenizers/chat_templates/{name}.jinja").read_text(encoding="utf-8")
+    plain, marks = MARKED[name]
+    assert template.count(plain) == 1
+    tokenizer, reference = make_tokenizer(template), make_tokenizer(template.replace(plain, marks))
+    words = ["q", "a", "second question\n", "an answer\nof two lines", "第三", "é✓"]
+    for count in (2, 4, 6):
+        talk = [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(words[:count])]
+        ids, mask = theirs(reference, talk, date_string="D")
+        assert sum(mask) > 1 and ours(tokenizer, talk, template_kwargs={"date_string": "D"}) == [(ids, mask)]
+
+
 def test_template_settings_reach_every_rendering_and_a_rows_own_win():
     switch = KEEPS.replace("<|im_start|>assistant\n{% endif %}", "<|im_start|>assistant\n{{ mark }}{% endif %}")
     tokenizer = make_tokenizer(switch.replace("{% generation %}", "{{ mark }}{% generation %}"))
