@@ -9,15 +9,15 @@ import numpy as np
 from jinja2 import TemplateError
 
 from jaxft.errors import InputError
-from jaxft.packing import Sample
+from jaxft.messages import Message, arguments_as_text, checked_messages, content_as_text, parts_of
+from jaxft.samples import Document, Sample, weighted
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Message = Mapping[str, Any]
 Span = tuple[int, int]
 
-TRAIN_ON = ("responses", "all")
+TRAIN_ON = ("responses", "last", "all")
 
 
 @dataclass(frozen=True)
@@ -40,20 +40,25 @@ def render_conversation(
 
     With `train_on="responses"` the assistant's turns from message `first_trained` on are trained: each from what the
     model is prompted with (the messages before it and the generation prompt) to the end of the turn, whose
-    end-of-turn token is trained and the template's white space after it is not. With "all" every character is.
+    end-of-turn token is trained and the template's white space after it is not. With "last" only the last of those
+    turns is. With "all" every character is.
 
     The template is rendered turn by turn. As long as a turn's rendering begins with the one before, both share a
     text. Where it does not (a template that drops earlier thinking, moves the system message, or ends every
     rendering with EOS) the next turn is a text of its own, with the history as the template shows it at that turn;
     under "all" it trains from the first character that differs, so that no text is trained twice. Messages after the
-    last assistant turn are left out under "responses", as nothing is trained in them or behind them.
+    last assistant turn are left out but under "all", as nothing is trained in them or behind them.
+
+    A turn of which the template shows nothing (tool calls that it does not know) is not trained.
 
     Raises InputError for messages of a wrong form and for what the template itself refuses.
     """
     check_train_on(train_on)
     template = _Template(tokenizer, tools, template_kwargs)
-    checked = _checked(messages)
+    checked = checked_messages(messages)
     turns = [number for number, message in enumerate(checked) if message["role"] == "assistant"]
+    if train_on == "last":
+        turns = turns[-1:]
     pieces = [template.turn(checked, number) for number in turns]
     if not turns or (train_on == "all" and turns[-1] != len(checked) - 1):
         text = template.render(checked)
@@ -67,7 +72,7 @@ def render_conversation(
         else:
             samples.append(Rendered(text, spans))
         done = stop
-    if train_on == "responses":
+    if train_on != "all":
         return [sample for sample in samples if sample.spans] or samples[-1:]
     texts = ["", *(sample.text for sample in samples)]
     return [Rendered(text, [(_common_prefix(before, text), len(text))]) for before, text in itertools.pairwise(texts)]
@@ -80,20 +85,25 @@ def check_train_on(train_on: str) -> None:
 
 
 def left_out(messages: Sequence[Message], rendered: Sequence[Rendered]) -> int:
-    """How many messages have a content that none of their rendered texts shows in full, white space aside."""
+    """How many messages have something that none of their rendered texts shows in full, white space aside.
+
+    That is their content, their thinking, or the name of a function that they call.
+    """
     texts = [sample.text for sample in rendered]
-    missing = [
-        message["content"]
-        for message in _checked(messages)
-        if message["content"] and not any(message["content"].strip() in text for text in texts)
-    ]
-    bare = ["".join(text.split()) for text in texts] if missing else []
-    return sum(not any("".join(content.split()) in text for text in bare) for content in missing)
+    return sum(not all(_shows(texts, part) for part in parts_of(message)) for message in checked_messages(messages))
+
+
+def _shows(texts: Sequence[str], part: str) -> bool:
+    """Whether one of the texts has the part in it, white space aside."""
+    if any(part.strip() in text for text in texts):
+        return True
+    bare = "".join(part.split())
+    return any(bare in "".join(text.split()) for text in texts)
 
 
 def trained_tokens(
     tokenizer: "PreTrainedTokenizerBase", rendered: Sequence[Rendered], special_tokens: bool = False
-) -> list[tuple[np.ndarray, np.ndarray]]:
+) -> list[Document]:
     """(ids int32, trained bool) of each text; a token is trained where it overlaps a trained span.
 
     That is the rule of transformers' own `assistant_tokens_mask`. `special_tokens` adds what the tokenizer itself puts
@@ -131,13 +141,6 @@ def encode(tokenizer: "PreTrainedTokenizerBase", rendered: Rendered) -> Sample:
     return weighted(ids, trained)
 
 
-def weighted(ids: np.ndarray, trained: np.ndarray) -> Sample:
-    """A sample whose trained tokens weigh 1; the first token has nothing before it and weighs 0."""
-    weights = trained.astype(np.float32)
-    weights[0] = 0
-    return Sample(ids.astype(np.int32), weights)
-
-
 class _Template:
     """A chat template with its tools and settings bound."""
 
@@ -156,21 +159,28 @@ class _Template:
         try:
             return self._call(messages, prompt)
         except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as failure:
-            # A turn of tool calls alone has no content. Some templates ask whether it is none, others only read a
-            # string; no content and an empty one mean the same, so the other form is tried.
-            if any(message["content"] is None for message in messages):
-                filled = [{**message, "content": message["content"] or ""} for message in messages]
-                try:
-                    return self._call(filled, prompt)
-                except (TemplateError, TypeError, ValueError, KeyError, AttributeError):
-                    pass  # the first failure is the one about the row as it stands
+            # A turn of tool calls alone has no content, and its arguments are an object. Some templates ask whether the
+            # content is none, others only read a string; some read arguments as JSON text. They mean the same.
+            for form in (arguments_as_text, content_as_text):
+                if (other := list(map(form, messages))) != messages:
+                    try:
+                        return self._call(other, prompt)
+                    except (TemplateError, TypeError, ValueError, KeyError, AttributeError):
+                        pass  # the first failure is the one about the row as it stands
             roles = ", ".join(message["role"] for message in messages)
             raise InputError(f"the chat template refuses the conversation ({roles}): {failure}") from failure
 
     def turn(self, messages: list[dict[str, Any]], number: int) -> tuple[str, int, int]:
-        """(text, start, stop) of the assistant's turn `number`: the text ends with it, start:stop is trained."""
+        """(text, start, stop) of the assistant's turn `number`: the text ends with it, start:stop is trained.
+
+        A turn of which the template shows nothing is not: of calls that it does not know it makes an empty turn, from
+        which a model would learn to say nothing.
+        """
         before = messages[:number]
         text = self.render(messages[: number + 1])
+        wordless = not messages[number]["content"] and parts_of(messages[number])
+        if wordless and text == self.render([*before, {"role": "assistant", "content": ""}]):
+            return text, len(text.rstrip()), len(text.rstrip())
         prompt = self.render(before, prompt=True) if before else ""
         if before and text.startswith(prompt):
             start = len(prompt)
@@ -204,37 +214,3 @@ class _Template:
 def _common_prefix(a: str, b: str) -> int:
     """How many characters the beginnings of both texts share."""
     return next((at for at, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
-
-
-def _checked(messages: Any) -> list[dict[str, Any]]:
-    """Messages with a role and a content of text or, beside tool calls, None; keys without a value go."""
-    if not isinstance(messages, list | tuple) or not messages:
-        raise InputError(f"messages is {shown(messages)}; must be a list of objects with role and content, not empty")
-    checked = []
-    for number, message in enumerate(messages, 1):
-        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-            raise InputError(f"message {number} is {shown(message)}; must be an object with a role (a string)")
-        content = message.get("content")
-        if isinstance(content, list) and all(
-            isinstance(p, Mapping) and isinstance(p.get("text"), str) for p in content
-        ):
-            content = "".join(part["text"] for part in content)
-        if not isinstance(content, str) and not (content is None and message.get("tool_calls")):
-            raise InputError(f"message {number} ({message['role']}) has content {shown(content)}; must be a string")
-        # A table has the same columns in every row, so a key that some messages lack arrives here as None or [].
-        kept = {key: _without_none(value) for key, value in message.items() if value is not None and value != []}
-        checked.append({**kept, "content": content})
-    return checked
-
-
-def _without_none(value: Any) -> Any:
-    """The value without the keys that hold None, at any depth."""
-    if isinstance(value, Mapping):
-        return {key: _without_none(inner) for key, inner in value.items() if inner is not None}
-    return [_without_none(inner) for inner in value] if isinstance(value, list | tuple) else value
-
-
-def shown(value: Any) -> str:
-    """A value for an error message: short, and never a whole document."""
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -172,8 +172,10 @@ def _token(key: str, value: Any, kind: Any, path: str) -> str:
         return value
     if key == "lora_target_modules" and isinstance(value, list) and all(isinstance(name, str) for name in value):
         return ",".join(value)
-    if kind is JsonObject and isinstance(value, dict):
-        return json.dumps(value, default=str)
+    if (kind is JsonObject and isinstance(value, dict)) or (key == "dataset" and isinstance(value, list)):
+        return json.dumps(value, default=str, ensure_ascii=False)
+    if key == "dataset_weights" and isinstance(value, list):
+        return ",".join(map(str, value))
     if value is None or kind is str or kind == str | None:
         raise InputError(f"{path}: {key} is {value!r}; expected {'a value' if value is None else 'text (in quotes?)'}")
     return str(value).lower() if isinstance(value, bool) else str(value)
@@ -182,6 +184,12 @@ def _token(key: str, value: Any, kind: Any, path: str) -> str:
 def _resolve(command: str, values: dict[str, Any]) -> Any:
     """The settings object: other spellings made one, defaults that depend on other settings filled in."""
     values = dict(values)
+    for name in values.keys() & {"dataset", "dataset_weights"}:
+        words = values[name]
+        if name == "dataset" and not isinstance(words, str):
+            values[name] = words[0] if len(words) == 1 else json.dumps(words, ensure_ascii=False)
+        elif not isinstance(words, str):
+            values[name] = ",".join(" ".join(words).replace(",", " ").split())
     if command == "train":
         values.setdefault("learning_rate", 2e-5 if values.get("full_finetuning") else 2e-4)
         spellings = {"true": "full", "false": "none", "adamw_torch": "adamw"}

@@ -2,7 +2,6 @@
 
 import json
 import math
-import re
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -12,9 +11,11 @@ import jax
 from jax.sharding import Mesh
 
 from jaxft.config import describe, parse
-from jaxft.data import find_files, load_rows, tokenize_dataset
+from jaxft.data import tokenize_dataset
 from jaxft.errors import InputError, RunError, run_command
+from jaxft.files import find_files, has_split, load_rows
 from jaxft.load import EMBEDDED
+from jaxft.mixture import Source
 from jaxft.packing import Batch, eval_batches
 from jaxft.prepare import prepare
 from jaxft.settings import EvaluateSettings, TrainSettings
@@ -62,8 +63,7 @@ def held_out_split(name: str, settings: TrainSettings | EvaluateSettings) -> str
         return split
     if path.is_file():
         return None
-    names = [file.name for file in path.iterdir()]
-    return split if any(re.fullmatch(rf"({split}|train)([-_].*)?\.jsonl?", name) for name in names) else None
+    return split if has_split(path, split) or has_split(path, "train") else None
 
 
 def read_from(name: str, split: str | None) -> str:
@@ -81,14 +81,16 @@ def main(argv: list[str] | None = None) -> int:
     for line in describe(settings, provenance):
         print(line, file=sys.stderr)
     model_name = settings.model_name_or_path or str(EMBEDDED / "base")
-    name = settings.dataset or str(EMBEDDED / "problems_heldout.jsonl")
-    split = held_out_split(name, settings)
-    rows = load_rows(name, split, settings.dataset_config)
+    sources = settings.sources or (Source(str(EMBEDDED / "problems_heldout.jsonl")),)
+    if len(sources) > 1:
+        raise InputError(f"--dataset names {len(sources)} data sets; evaluate them one by one")
+    name, split = sources[0].path, sources[0].split or held_out_split(sources[0].path, settings)
+    rows = load_rows(name, split, sources[0].config or settings.dataset_config)
     print(f"read {read_from(name, split)}", file=sys.stderr)
     prepared = prepare(settings, model_name)
     samples, report = tokenize_dataset(
         rows, prepared.tokenizer, max_length=settings.max_length, vocab_size=prepared.model.config.vocab_size,
-        train_on=settings.train_on,
+        train_on=settings.train_on, template_kwargs=settings.chat_template_kwargs, cache=settings.cache_directory,
     )  # fmt: skip
     for line in report.lines():
         print(line, file=sys.stderr)

@@ -26,6 +26,7 @@ from jaxft.prepare import Prepared
 from jaxft.settings import TrainSettings
 from jaxft.sharding import batch_sharding
 from jaxft.step import make_eval_step, make_train_step
+from jaxft.streaming import StreamBatches
 from jaxft.trees import Tree
 
 
@@ -36,7 +37,7 @@ class Run:
     directory: Path
     settings: TrainSettings
     total_steps: int
-    batches: Batches
+    batches: Batches | StreamBatches
     heldout: Batches | None
     optimizer: optax.GradientTransformation
     schedule: Callable[[int], Any]
@@ -112,6 +113,7 @@ def run_training(run: Run, prepared: Prepared) -> Outcome:
         state, meta = saved.restore(first, {"trainable": trainable, "opt_state": opt_state, "key": key})
         trainable, opt_state, key = state["trainable"], state["opt_state"], state["key"]
         window = Window(**meta["window"])
+        run.batches.go_on(first, meta["epoch"], meta["row"])
     run.directory.mkdir(parents=True, exist_ok=True)
     metrics.cut(first if source else -1)
     evaluated = {line["step"] for line in metrics.lines() if "eval_loss" in line}
@@ -164,7 +166,12 @@ def run_training(run: Run, prepared: Prepared) -> Outcome:
             if stop.received is not None:
                 step -= 1
                 break
-            batch = run.batches.batch(step - 1)
+            try:
+                batch = run.batches.batch(step - 1)
+            except InputError:  # a row of a stream that cannot be read must not cost the steps before it
+                if step - 1 > first and checkpoints.latest() != step - 1:
+                    save(step - 1)
+                raise
             learning_rate = float(run.schedule(_updates_done(opt_state, step - 1)))
             trainable, opt_state, found = step_function(
                 trainable, opt_state, prepared.frozen, jax.device_put(batch, batch_sharding(prepared.mesh)),

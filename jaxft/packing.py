@@ -1,11 +1,11 @@
 """Lays tokenised samples into rows of fixed length, and names the batch of any step of a run."""
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
 from jaxft.errors import InputError
+from jaxft.samples import Sample, lengths_of
 
 Batch = dict[str, np.ndarray]
 Plan = list[list[int]]
@@ -13,30 +13,7 @@ Plan = list[list[int]]
 _PLAN_STREAM, _EPOCH_STREAM = 1, 2
 
 
-@dataclass(frozen=True, eq=False)
-class Sample:
-    """One document: `input_ids` int32 (n,) and `loss_weights` float32 (n,).
-
-    `loss_weights[t]` weighs predicting `input_ids[t]` from what stands before it, so `loss_weights[0]` is 0.
-    """
-
-    input_ids: np.ndarray
-    loss_weights: np.ndarray
-
-    def __post_init__(self) -> None:
-        ids, weights = self.input_ids, self.loss_weights
-        if ids.ndim != 1 or weights.shape != ids.shape or not len(ids):
-            raise ValueError(f"input_ids has shape {ids.shape}, loss_weights {weights.shape}; both must be (n,), n > 0")
-        if ids.dtype != np.int32 or weights.dtype != np.float32:
-            raise ValueError(f"input_ids is {ids.dtype}, loss_weights {weights.dtype}; must be int32 and float32")
-        if weights[0] != 0:
-            raise ValueError(f"loss_weights[0] is {weights[0]}: nothing stands before a document's first token")
-
-    def __len__(self) -> int:
-        return len(self.input_ids)
-
-
-def plan_packing(lengths: Sequence[int], max_length: int, seed: int) -> Plan:
+def plan_packing(lengths: Sequence[int] | np.ndarray, max_length: int, seed: int) -> Plan:
     """First-fit-decreasing: rows of sample numbers, each row's lengths adding up to at most `max_length`.
 
     Longest samples first, each into the first row with room for it; equal lengths in an order drawn from `seed`.
@@ -44,7 +21,7 @@ def plan_packing(lengths: Sequence[int], max_length: int, seed: int) -> Plan:
     At most 11/9 of the fewest rows possible, and one more (D. S. Johnson, 1973).
     """
     sizes = _checked(lengths, max_length)
-    shuffled = _permutation(len(sizes), seed, _PLAN_STREAM)
+    shuffled = permutation(len(sizes), seed, _PLAN_STREAM)
     order = shuffled[np.argsort(-sizes[shuffled], kind="stable")].tolist()
     # A tree of maxima over the room left in each row finds the first row with room in log n steps. A row not opened
     # yet is one with all its room, so opening a row needs no case of its own.
@@ -74,7 +51,7 @@ def plan_packing(lengths: Sequence[int], max_length: int, seed: int) -> Plan:
     return rows
 
 
-def plan_in_order(lengths: Sequence[int], max_length: int) -> Plan:
+def plan_in_order(lengths: Sequence[int] | np.ndarray, max_length: int) -> Plan:
     """Next-fit: the samples in the order of the file, a new row whenever the next one does not fit any more."""
     rows: Plan = []
     room = 0
@@ -87,12 +64,12 @@ def plan_in_order(lengths: Sequence[int], max_length: int) -> Plan:
     return rows
 
 
-def plan_padding(lengths: Sequence[int], max_length: int) -> Plan:
+def plan_padding(lengths: Sequence[int] | np.ndarray, max_length: int) -> Plan:
     """One sample a row, in the order of the file: what `--packing false` asks for."""
     return [[number] for number in range(len(_checked(lengths, max_length)))]
 
 
-def make_plan(lengths: Sequence[int], max_length: int, *, packing: bool, shuffle: bool, seed: int) -> Plan:
+def make_plan(lengths: Sequence[int] | np.ndarray, max_length: int, *, packing: bool, shuffle: bool, seed: int) -> Plan:
     """The plan that the flags ask for; `shuffle` false keeps the file's order inside rows and across them."""
     if not packing:
         return plan_padding(lengths, max_length)
@@ -131,10 +108,11 @@ class Batches:
         self.rows = len(plan)
         self.rows_per_step = accumulation * batch_size
         self.steps_per_epoch = -(-self.rows // self.rows_per_step)
-        self.max_documents = max(map(len, plan)) + 1  # in one row; padding counts as one
-        self.tokens = sum(len(samples[number]) for row in plan for number in row)
+        self.max_documents: int | None = max(map(len, plan)) + 1  # in one row; padding counts as one
+        sizes = lengths_of(samples)
+        self.tokens = sum(int(sizes[row].sum()) for row in plan)
         self.efficiency = self.tokens / (self.rows * max_length)
-        _permutation(0, seed, 0)  # a seed that cannot be used must fail here, not at the first step
+        permutation(0, seed, 0)  # a seed that cannot be used must fail here, not at the first step
 
     def __len__(self) -> int:
         return self.steps_per_epoch
@@ -150,10 +128,13 @@ class Batches:
         epoch, within = divmod(step, self.steps_per_epoch)
         return epoch, within * self.rows_per_step
 
+    def go_on(self, step: int, epoch: int, row: int) -> None:
+        """Continues with the 0-based `step`, of which `position` said (`epoch`, `row`): nothing to do here."""
+
     def row_order(self, epoch: int) -> np.ndarray:
         """The plan's rows in the order in which `epoch` takes them, int64 (rows,)."""
         if self._order[0] != epoch:
-            order = _permutation(self.rows, self._seed, _EPOCH_STREAM, epoch) if self._shuffle else np.arange(self.rows)
+            order = permutation(self.rows, self._seed, _EPOCH_STREAM, epoch) if self._shuffle else np.arange(self.rows)
             self._order = (epoch, order)
         return self._order[1]
 
@@ -164,35 +145,40 @@ class Batches:
         0 in each document; loss_weights float32, 0 at every document's first token and in padding.
         """
         epoch, first = self.position(step)
-        length = self._shape[2]
-        flat = (self.rows_per_step, length)
-        tokens, segments, positions = (np.zeros(flat, np.int32) for _ in range(3))
-        weights = np.zeros(flat, np.float32)
-        for slot, row in enumerate(self.row_order(epoch)[first : first + self.rows_per_step]):
-            start = 0
-            for segment, number in enumerate(self._plan[row], 1):
-                sample = self._samples[number]
-                stop = start + len(sample)
-                if stop > length:
-                    raise ValueError(f"row {row} of the plan holds over {length} tokens; was it made for this length?")
-                tokens[slot, start:stop] = sample.input_ids
-                segments[slot, start:stop] = segment
-                positions[slot, start:stop] = np.arange(stop - start)
-                weights[slot, start:stop] = sample.loss_weights
-                start = stop
-        arrays = {"tokens": tokens, "segment_ids": segments, "positions": positions, "loss_weights": weights}
-        return {name: array.reshape(self._shape) for name, array in arrays.items()}
+        chosen = self.row_order(epoch)[first : first + self.rows_per_step]
+        return lay_rows(([self._samples[number] for number in self._plan[row]] for row in chosen), self._shape)
+
+
+def lay_rows(rows: Iterable[Sequence[Sample]], shape: tuple[int, int, int]) -> Batch:
+    """Rows of documents as the arrays (A, B, T) of a batch (see `Batches.batch`); rows that are missing are padding."""
+    accumulation, batch_size, length = shape
+    flat = (accumulation * batch_size, length)
+    tokens, segments, positions = (np.zeros(flat, np.int32) for _ in range(3))
+    weights = np.zeros(flat, np.float32)
+    for slot, row in enumerate(rows):
+        start = 0
+        for segment, sample in enumerate(row, 1):
+            stop = start + len(sample)
+            if stop > length:
+                raise ValueError(f"a row of the plan holds over {length} tokens; was it made for this length?")
+            tokens[slot, start:stop] = sample.input_ids
+            segments[slot, start:stop] = segment
+            positions[slot, start:stop] = np.arange(stop - start)
+            weights[slot, start:stop] = sample.loss_weights
+            start = stop
+    arrays = {"tokens": tokens, "segment_ids": segments, "positions": positions, "loss_weights": weights}
+    return {name: array.reshape(shape) for name, array in arrays.items()}
 
 
 def eval_batches(
     samples: Sequence[Sample], *, max_length: int, batch_size: int, packing: bool = True, seed: int = 0
 ) -> Batches:
     """Every sample once, one micro-batch a step: `for batch in eval_batches(…)`, as often as one likes."""
-    plan = make_plan([len(sample) for sample in samples], max_length, packing=packing, shuffle=True, seed=seed)
+    plan = make_plan(lengths_of(samples), max_length, packing=packing, shuffle=True, seed=seed)
     return Batches(samples, plan, max_length=max_length, batch_size=batch_size, seed=seed, shuffle=False)
 
 
-def _checked(lengths: Sequence[int], max_length: int) -> np.ndarray:
+def _checked(lengths: Sequence[int] | np.ndarray, max_length: int) -> np.ndarray:
     """The lengths as int64 (n,), refused where one cannot lie in a row."""
     sizes = np.asarray(lengths, dtype=np.int64)
     bad = np.flatnonzero((sizes < 1) | (sizes > max_length))
@@ -204,7 +190,7 @@ def _checked(lengths: Sequence[int], max_length: int) -> np.ndarray:
     return sizes
 
 
-def _permutation(n: int, seed: int, *stream: int) -> np.ndarray:
+def permutation(n: int, seed: int, *stream: int) -> np.ndarray:
     """A random order of range(n), int64, that numpy promises never to change between its versions.
 
     The promise covers raw bits of a bit generator, not Generator.permutation; a resumed run relies on it.

@@ -4,9 +4,12 @@ import dataclasses
 import json
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+from jaxft.cache import default_directory
 from jaxft.errors import InputError
+from jaxft.mixture import Source, parse_sources
 from jaxft.sharding import MESH_AXES
 
 SCHEDULES = (
@@ -94,15 +97,34 @@ class LoraArguments:
 @dataclasses.dataclass(frozen=True)
 class DataArguments:
     _argument_group_name: ClassVar[str] = "data"
-    dataset: str | None = _flag(None, "a local file, a directory, or a name on the hub")
+    dataset: str | None = _flag(None, "local files, directories, or names on the hub; several are mixed", nargs="+")
+    dataset_weights: str | None = _flag(None, "share of each of several data sets, such as 0.7 0.3", nargs="+")
     eval_dataset: str | None = _flag(None, "the same, held out for evaluation")
     dataset_config: str | None = _flag(None, "configuration of a hub dataset")
     dataset_train_split: str = _flag("train", "split to train on")
     dataset_test_split: str = _flag("test", "split to evaluate on")
-    train_on: Literal["responses", "all"] = _flag("responses", "tokens that count in the loss")
+    dataset_cache: str | None = _flag(None, "where tokenised data are kept, or none; without it ~/.cache/jaxft")
+    train_on: Literal["responses", "last", "all"] = _flag(
+        "responses", "tokens that count in the loss: all assistant turns and answers, the last of a row, or everything"
+    )
+    chat_template_kwargs: JsonObject = dataclasses.field(
+        default_factory=JsonObject, metadata={"help": 'settings of the template, such as {"enable_thinking": false}'}
+    )
     packing: bool = _flag(True, "put several documents into one row")
     per_device_eval_batch_size: int = _flag(8, "rows a device in evaluation")
     shuffle_dataset: bool = _flag(True, "false keeps the order of the data")
+
+    @property
+    def sources(self) -> tuple[Source, ...]:
+        """The data sets that `dataset` names, with their weights; () where it names none."""
+        return () if self.dataset is None else parse_sources(self.dataset, self.dataset_weights)
+
+    @property
+    def cache_directory(self) -> Path | None:
+        """Where tokenised data sets are kept; None keeps them in memory."""
+        if self.dataset_cache == "none":
+            return None
+        return default_directory() if self.dataset_cache is None else Path(self.dataset_cache).expanduser()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,6 +160,8 @@ class TrainArguments:
     save_total_limit: int | None = _flag(None, "keep the newest N checkpoints")
     resume_from_checkpoint: str | None = _flag(None, "auto, or the directory of a checkpoint")
     sample_prompts: int = _flag(0, "answer the first N held-out prompts before and after the run")
+    streaming: bool = _flag(False, "read the data while training, for --max_steps; nothing of it is kept")
+    buffer_size: int = _flag(10_000, "rows that --streaming reads ahead, to shuffle and pack them together")
     eval_steps: int = _flag(0, "steps an evaluation; 0 evaluates at the end only")
     seed: int = _flag(0, "seed of everything random")
 
@@ -192,6 +216,7 @@ RANGES: list[tuple[str, str, Callable[[float], bool]]] = [
     ("learning_rate weight_decay max_grad_norm temperature", "at least 0", lambda x: x >= 0),
     ("warmup_steps save_steps eval_steps sample_prompts", "at least 0", lambda x: x >= 0),
     ("lora_r lora_alpha logging_steps save_total_limit gradient_accumulation_steps", "at least 1", lambda x: x >= 1),
+    ("buffer_size", "at least 1", lambda x: x >= 1),
     ("max_new_tokens per_device_train_batch_size per_device_eval_batch_size", "at least 1", lambda x: x >= 1),
     ("lora_dropout adam_beta1 adam_beta2", "at least 0 and below 1", lambda x: 0 <= x < 1),
     ("adam_epsilon num_train_epochs", "above 0", lambda x: x > 0),
@@ -222,7 +247,18 @@ def check(settings: Any, where: dict[str, str]) -> None:
             value = str(getattr(settings, name)).lower()
             raise InputError(f"{where['dtype']} {dtype} and {where[name]} {value} contradict each other; choose one")
     _ = settings.mesh_axes  # raises where it cannot be read
+    if isinstance(settings, DataArguments):
+        if settings.dataset is None and settings.dataset_weights is not None:
+            raise InputError(f"{where['dataset_weights']} has no meaning without --dataset")
+        try:
+            _ = settings.sources
+        except InputError as failure:
+            raise InputError(f"{where['dataset']}: {failure}") from failure
     if isinstance(settings, TrainSettings):
+        if settings.streaming and settings.max_steps < 0:
+            raise InputError("--streaming does not know how long an epoch is; set --max_steps")
+        if settings.streaming and len(settings.sources) > 1:
+            raise InputError("--streaming reads one data set; mix several ones without it")
         targets = settings.lora_target_modules.split(",")
         if targets == [""] or ("all-linear" in targets and len(targets) > 1):
             raise InputError(f"--lora_target_modules {settings.lora_target_modules!r}: expected all-linear or names")

@@ -2,7 +2,7 @@
 
 import math
 import sys
-import zlib
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -11,18 +11,22 @@ import jax
 import numpy as np
 
 from jaxft.config import describe, parse
-from jaxft.data import load_rows, tokenize_dataset
+from jaxft.data import tokenize_dataset
 from jaxft.errors import InputError, run_command
 from jaxft.evaluate import held_out_split, read_from
+from jaxft.files import find_files, load_rows, open_stream
 from jaxft.generate import generate, stop_token_ids
 from jaxft.load import EMBEDDED, parameter_count
 from jaxft.loop import Run, run_training
+from jaxft.mixture import Source, mix
 from jaxft.optim import make_optimizer, make_schedule, with_loss_scale
 from jaxft.output import choose_directory, is_finished, model_card, write_result
-from jaxft.packing import Batches, Sample, eval_batches, make_plan
+from jaxft.packing import Batches, eval_batches, make_plan
 from jaxft.prepare import Prepared, prepare
+from jaxft.samples import Sample, Samples, Selection
 from jaxft.settings import TrainSettings
 from jaxft.sharding import data_parallel_size
+from jaxft.streaming import StreamBatches
 from jaxft.trees import Tree
 
 
@@ -36,25 +40,42 @@ def main(argv: list[str] | None = None) -> int:
         say(f"{directory} holds the finished run of these settings; there is nothing left to do")
         return 0
     split = settings.dataset_train_split if "dataset_train_split" in settings.settings_given else None
-    rows = read("train", settings.dataset, split, settings)
+    sources = settings.sources
+    tables = [read("train", source, source.split or split, settings) for source in sources if not settings.streaming]
     heldout_rows = settings.eval_dataset and read(
-        "held out", settings.eval_dataset, held_out_split(settings.eval_dataset, settings), settings
+        "held out", Source(settings.eval_dataset), held_out_split(settings.eval_dataset, settings), settings
     )
+    if settings.streaming:
+        say(f"train: a stream of {read_from(sources[0].path, sources[0].split or split)}, read while training")
     prepared = prepare(settings, settings.model_name_or_path)
-    samples = tokenize("train", rows, prepared, settings)
+    batches: Batches | StreamBatches
+    if settings.streaming:
+        batches, data = stream(sources[0], sources[0].split or split, prepared, settings)
+    else:
+        samples = mixed([tokenize("train", rows, prepared, settings) for rows in tables], sources, settings.seed)
+        batches, data = lay_out(samples, prepared, settings), {"data": samples.checksum()}
     heldout = tokenize("held out", heldout_rows, prepared, settings) if heldout_rows else []
-    batches = lay_out(samples, prepared, settings)
     say_model(prepared)
     with jax.set_mesh(prepared.mesh):
-        run = make_run(settings, prepared, directory, batches, samples, heldout)
+        run = make_run(settings, prepared, directory, batches, data, heldout)
         prompts = sample_prompts(heldout, settings.sample_prompts)
         before = answer(prepared, prepared.trainable, prompts)
         outcome = run_training(run, prepared)
+        seen = sum(map(len, tables))
+        if isinstance(batches, StreamBatches):
+            seen = batches.report().rows
+            for line in batches.report().lines():
+                say(f"train: {line}")
         if outcome.stopped_by is not None:
             say(f"stopped by {outcome.stopped_by.name} after step {outcome.step} of {run.total_steps}; go on with "
                 f"--output_dir {directory} --resume_from_checkpoint auto")  # fmt: skip
             return 128 + outcome.stopped_by
-        facts = {"data": settings.dataset, "rows": len(rows), "steps": outcome.step, **outcome.figures}
+        facts = {
+            "data": ", ".join(source.path for source in sources),
+            "rows": seen,
+            "steps": outcome.step,
+            **outcome.figures,
+        }
         write_result(directory, prepared, outcome.trainable, settings, model_card(prepared, settings, facts))
         after = answer(prepared, outcome.trainable, prompts)
     for prompt, old, new in zip(prompts, before, after, strict=True):
@@ -97,26 +118,39 @@ def read_settings(argv: list[str]) -> tuple[TrainSettings, dict[str, str]]:
     return settings, provenance
 
 
-def read(what: str, name: str, split: str | None, settings: TrainSettings) -> Any:
-    rows = load_rows(name, split, settings.dataset_config)
-    say(f"{what}: read {read_from(name, split)}")
+def read(what: str, source: Source, split: str | None, settings: TrainSettings) -> Any:
+    rows = load_rows(source.path, split, source.config or settings.dataset_config)
+    say(f"{what}: read {read_from(source.path, split)}")
     return rows
 
 
-def tokenize(what: str, rows: Any, prepared: Prepared, settings: TrainSettings) -> list[Sample]:
+def tokenize(what: str, rows: Any, prepared: Prepared, settings: TrainSettings) -> Samples:
     samples, report = tokenize_dataset(
         rows, prepared.tokenizer, max_length=settings.max_length, vocab_size=prepared.model.config.vocab_size,
-        train_on=settings.train_on,
+        train_on=settings.train_on, template_kwargs=settings.chat_template_kwargs, cache=settings.cache_directory,
     )  # fmt: skip
     for line in report.lines():
         say(f"{what}: {line}")
     return samples
 
 
-def lay_out(samples: list[Sample], prepared: Prepared, settings: TrainSettings) -> Batches:
+def mixed(parts: list[Samples], sources: Sequence[Source], seed: int) -> Samples | Selection:
+    """The samples of all data sets as one; says how many of each an epoch takes."""
+    if len(parts) == 1:
+        return parts[0]
+    weights = [source.weight for source in sources if source.weight is not None]
+    samples, shares = mix(parts, weights or None, seed)
+    for source, part, share in zip(sources, parts, shares, strict=True):
+        times = f"{share // len(part)} times" + (" and some once more" if share % len(part) else "")
+        how = "drawn by seed" if share < len(part) else "each once" if share == len(part) else f"each {times}"
+        say(f"train: an epoch takes {share} samples of the {len(part)} of {source.path}, {how}")
+    return samples
+
+
+def lay_out(samples: Samples | Selection, prepared: Prepared, settings: TrainSettings) -> Batches:
     """The batches of the run; says how full its rows are."""
     plan = make_plan(
-        [len(sample) for sample in samples], settings.max_length, packing=settings.packing,
+        samples.lengths, settings.max_length, packing=settings.packing,
         shuffle=settings.shuffle_dataset, seed=settings.seed,
     )  # fmt: skip
     batches = Batches(
@@ -131,6 +165,26 @@ def lay_out(samples: list[Sample], prepared: Prepared, settings: TrainSettings) 
     return batches
 
 
+def stream(
+    source: Source, split: str | None, prepared: Prepared, settings: TrainSettings
+) -> tuple[StreamBatches, dict[str, Any]]:
+    """The batches of a data set that is read while training, and what a resumed run must share to read the same."""
+    config = source.config or settings.dataset_config
+    batches = StreamBatches(
+        lambda: open_stream(source.path, split, config), prepared.tokenizer, max_length=settings.max_length,
+        vocab_size=prepared.model.config.vocab_size, seed=settings.seed, total_steps=settings.max_steps,
+        batch_size=settings.per_device_train_batch_size * data_parallel_size(prepared.mesh),
+        accumulation=settings.gradient_accumulation_steps, buffer_size=settings.buffer_size,
+        packing=settings.packing, shuffle=settings.shuffle_dataset, train_on=settings.train_on,
+        template_kwargs=settings.chat_template_kwargs,
+    )  # fmt: skip
+    path = Path(source.path).expanduser()
+    files = [file.name for file in find_files(path, split)] if path.exists() else []
+    read_alike: dict[str, Any] = {"dataset": files or source.path, "split": split, "config": config}
+    read_alike |= {name: getattr(settings, name) for name in ("buffer_size", "train_on")}
+    return batches, read_alike | {"chat_template_kwargs": dict(settings.chat_template_kwargs)}
+
+
 def say_model(prepared: Prepared) -> None:
     model, devices = prepared.model, prepared.mesh.devices
     trained, frozen = parameter_count(prepared.trainable), parameter_count(prepared.frozen)
@@ -142,8 +196,8 @@ def say_model(prepared: Prepared) -> None:
 
 
 def make_run(
-    settings: TrainSettings, prepared: Prepared, directory: Path, batches: Batches, samples: list[Sample],
-    heldout: list[Sample],
+    settings: TrainSettings, prepared: Prepared, directory: Path, batches: Batches | StreamBatches,
+    data: dict[str, Any], heldout: Sequence[Sample],
 ) -> Run:  # fmt: skip
     """Everything the loop needs, computed from the settings once."""
     total = settings.max_steps
@@ -171,11 +225,13 @@ def make_run(
         else None,
         optimizer=optimizer,
         schedule=schedule,
-        fingerprint=fingerprint(settings, prepared, batches, samples),
+        fingerprint=fingerprint(settings, prepared, batches, data),
     )
 
 
-def fingerprint(settings: TrainSettings, prepared: Prepared, batches: Batches, samples: list[Sample]) -> dict[str, Any]:
+def fingerprint(
+    settings: TrainSettings, prepared: Prepared, batches: Batches | StreamBatches, data: dict[str, Any]
+) -> dict[str, Any]:
     """What a resumed run must share with the one it goes on with, for its losses to be the same."""
     names = (
         "full_finetuning", "max_length", "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps",
@@ -190,13 +246,10 @@ def fingerprint(settings: TrainSettings, prepared: Prepared, batches: Batches, s
         found["lora_target_modules"] = targets if isinstance(targets, str) else list(targets)
     held = {leaf.dtype.name for leaf in jax.tree.leaves((prepared.trainable, prepared.frozen))}
     found["dtype"] = f"{' and '.join(sorted(held))} weights, computed in {prepared.compute_dtype.name}"
-    data = 0
-    for sample in samples:
-        data = zlib.crc32(sample.loss_weights.tobytes(), zlib.crc32(sample.input_ids.tobytes(), data))
-    return found | {"rows_per_step": batches.rows_per_step, "data": data}
+    return found | {"rows_per_step": batches.rows_per_step, **data}
 
 
-def sample_prompts(heldout: list[Sample], count: int) -> list[list[int]]:
+def sample_prompts(heldout: Sequence[Sample], count: int) -> list[list[int]]:
     """The first held-out samples up to where their trained part begins."""
     starts = [int(np.argmax(sample.loss_weights != 0)) for sample in heldout[:count]]
     return [sample.input_ids[:start].tolist() for sample, start in zip(heldout, starts, strict=False) if start]

@@ -15,6 +15,9 @@ if (
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="jaxft-tests-")
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+if "JAXFT_TESTS_CACHE" not in os.environ:  # tokenised data of tests stay out of the user's cache
+    os.environ["JAXFT_TESTS_CACHE"] = os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="jaxft-tests-")
+    atexit.register(shutil.rmtree, os.environ["JAXFT_TESTS_CACHE"], ignore_errors=True)
 
 import jax
 import pytest

@@ -84,6 +84,7 @@ def refused(place, tmp_path, monkeypatch, capsys):
             r"none of the 1 rows is left to train on: in 1 all labels",
         ),
         (b'{"messages": [{"role": "user", "content": "a"}]}\n', r"none of the 1 rows is left to train on"),
+        (b'{"conversations": [{"from": "x", "value": "a"}]}\n', r"row 1: message 1 is from 'x'; understood: human, us"),
         (b'{"messages": "a"}\n', r"row 1: messages is 'a'; must be a list of objects with role and content"),
     ],
 )

@@ -317,5 +317,5 @@ def test_no_template_and_unknown_train_on_are_refused(tokenizer):
     tokenizer.chat_template = None
     with pytest.raises(InputError, match="no chat template"):
         render_conversation(tokenizer, [user("q"), assistant("a")])
-    with pytest.raises(InputError, match="train_on is 'answers'; understood: responses, all"):
+    with pytest.raises(InputError, match="train_on is 'answers'; understood: responses, last, all"):
         render_conversation(tokenizer, [user("q"), assistant("a")], train_on="answers")

@@ -98,7 +98,8 @@ def test_an_unknown_name_is_refused_with_the_closest_known_one(tmp_path):
         ("lora_dropout", "1", "below 1"), ("num_train_epochs", "0", "above 0"), ("max_steps", "0", "at least 1"),
         ("max_length", "1", "at least 2"), ("seed", "4294967296", "4294967295"), ("warmup_ratio", "2", "from 0 to 1"),
         ("lr_scheduler_type", "cosin", "cosine_with_min_lr"), ("lr_scheduler_kwargs", "[1]", "JSON"),
-        ("train_on", "some", "responses, all"), ("mesh", "data=2,pipe=2", "fsdp"), ("mesh", "data=0", "data=2,fsdp=4"),
+        ("train_on", "some", "responses, last, all"), ("mesh", "data=2,pipe=2", "fsdp"),
+        ("mesh", "data=0", "data=2,fsdp=4"),
     ],
 )  # fmt: skip
 def test_a_wrong_value_is_refused_with_its_name_the_value_and_what_was_expected(name, value, expected, tmp_path):
@@ -116,7 +117,7 @@ def test_a_flag_without_its_value_is_refused():
     [
         ("lora_r: 8\nlora_r: 9\n", ["lora_r", "twice"]), ("- lora_r\n", ["list"]), ("lora_r: [\n", ["cannot be read"]),
         ("dataset: 5\n", ["dataset", "text"]), ("dataset: yes\n", ["dataset", "text"]), ("lora_r: true\n", ["lora_r"]),
-        ("lora_r: null\n", ["lora_r", "None"]), ("dataset: [a, b]\n", ["dataset"]), ("seed: {a: 1}\n", ["seed"]),
+        ("lora_r: null\n", ["lora_r", "None"]), ("dataset: [a, 5]\n", ["dataset", "5"]), ("seed: {a: 1}\n", ["seed"]),
         ("seed: 2024-13-45\n", ["cannot be read"]), ("settings_given: 3\n", ["settings_given"]),
         ("1: 2\n", ["unknown key 1"]),
     ],

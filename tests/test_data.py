@@ -147,6 +147,31 @@ def test_long_documents_are_split_and_nothing_of_them_is_lost(plain):
         assert report.target_tokens == 28 - len(samples)
 
 
+@pytest.mark.parametrize("train_on", ["responses", "last", "all"])
+def test_no_sample_is_without_a_target_and_every_token_of_a_text_is_kept_or_counted(plain, chat, train_on):
+    talk = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "abc"}] * 2
+    rows = {
+        "text": ["", "a", "ab", "abc", "abcdefg"],
+        "messages": [talk, talk[:1], talk[:3]],
+        "question": ["abc", "", "a"],
+        "input_ids": [[1], [1, 2], [1, 2, 3], list(range(20))],
+    }
+    for column, values in rows.items():
+        for tokenizer in (plain, chat) if column != "messages" else (chat,):
+            for max_length in (2, 3, 5, 9, 30, 80):
+                table = [{column: value} | ({"answer": "xyz"} if column == "question" else {}) for value in values]
+                try:
+                    samples, report = run(table, tokenizer, max_length=max_length, train_on=train_on)
+                except InputError as failure:
+                    assert "is left to train on" in str(failure)
+                    continue
+                assert all(sample.loss_weights[1:].any() and len(sample) <= max_length for sample in samples)
+                assert report.target_tokens == sum((sample.loss_weights > 0).sum() for sample in samples)
+                if column == "text":  # <bos>, the characters and <eos> of every row
+                    assert sum(map(len, samples)) + report.truncated_tokens == sum(len(text) + 2 for text in values)
+                    assert report.truncated_tokens == 0 or max_length == 2
+
+
 def test_long_samples_of_other_formats_are_cut_at_their_end_and_counted(plain):
     rows = [{"prompt": "ab", "completion": "cdefg"}, {"prompt": "abcdefghij", "completion": "k"}]
     samples, report = run(rows, plain, max_length=6)
@@ -167,6 +192,14 @@ def test_rows_with_all_labels_masked_are_refused_and_counted(plain):
         run([{"input_ids": [5, 6], "labels": [5, -100]}], plain)
 
 
+def test_messages_of_a_role_that_may_be_a_slip_are_counted(chat):
+    talk = [{"role": role, "content": role[0]} for role in ("user", "assistant", "user", "asistant")]
+    _, report = run([{"messages": talk}], chat)
+    said = "messages of a role that is none of system, developer, user, assistant, tool: read, but not trained"
+    assert f"1 {said}" in report.lines()
+    assert not any(said in line for line in run([{"messages": talk[:3]}], chat)[1].lines())
+
+
 def test_report_says_the_format_and_counts_tokens(chat):
     rows = [{"question": "Q", "answer": "A"}] * 3
     assert run(rows, chat)[1].lines() == [
@@ -181,7 +214,7 @@ def test_report_says_the_format_and_counts_tokens(chat):
 
 
 def test_chunks_keep_rows_and_numbers_in_order(plain, monkeypatch):
-    monkeypatch.setattr("jaxft.data._CHUNK", 2)
+    monkeypatch.setattr("jaxft.data.CHUNK", 2)
     rows = [{"text": str(number)} for number in range(5)]
     assert texts(rows, plain) == [f"<bos>⟦{number}<eos>⟧" for number in range(5)]
     with pytest.raises(InputError, match="row 5: text is None"):
@@ -239,13 +272,13 @@ def test_row_of_a_wrong_form_is_named(chat, row, said):
 
         @property
         def column_names(self):
-            return list(self[0:1])
+            return list(row)
 
         def select_columns(self, columns):
             return self
 
-        def __getitem__(self, rows):
-            return {column: [one[column] for one in list.__getitem__(self, rows)] for column in row}
+        def iter(self, size):
+            yield {column: [one[column] for one in self] for column in row}
 
     with pytest.raises(InputError, match=said):
         run_table = Table([{column: good[column] for column in row}, row])
@@ -284,7 +317,7 @@ def test_missing_columns_say_what_was_seen_and_what_is_understood():
         ("a.jsonl", b"", "a.jsonl: the file is empty"),
         ("a.jsonl", b"\n \n", "a.jsonl: there is no row in it"),
         ("a.json", b"[]", "a.json: there is no row in it"),
-        ("a.txt", b"hello", "a.txt: understood are .json and .jsonl files"),
+        ("a.txt", b"hello", "a.txt: understood are .json, .jsonl, .csv, .tsv .each also .gz., .parquet and .arrow"),
     ],
 )
 def test_bad_file_is_named_with_its_line(tmp_path, name, content, said):
@@ -331,7 +364,7 @@ def test_directory_gives_the_files_of_its_split(tmp_path):
     with pytest.raises(InputError, match="a file has no split 'dev'"):
         load_rows(str(tmp_path / "test.jsonl"), "dev")
     (tmp_path / "other").mkdir()
-    with pytest.raises(InputError, match=r"the directory has no .json or .jsonl file"):
+    with pytest.raises(InputError, match=r"the directory has no data file"):
         load_rows(str(tmp_path / "other"))
     (tmp_path / "other" / "b.jsonl").write_text(json.dumps({"text": "b"}))
     assert [file.name for file in find_files(tmp_path / "other")] == ["b.jsonl"]
