@@ -235,7 +235,11 @@ def scan_layers(block: nnx.Module, x: jax.Array, layers: LayerData, context: Con
         return constrain(x, ("batch", "length", "embed_activation")), cache
 
     if remat in OFFLOADED and cache is None:
-        body = jax.checkpoint(lambda *args: run(*args, None)[0], prevent_cse=False, policy=REMAT[remat])
+
+        def body(x, layer, context):
+            return run(x, layer, context, None)[0]
+
+        body = jax.checkpoint(body, prevent_cse=False, policy=REMAT[remat])
         return offloaded_scan(body, x, (parameters, layers), context), None
 
     def step(x, inputs):

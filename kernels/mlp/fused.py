@@ -79,10 +79,10 @@ def _gradients(
     down_wanted, inner_wanted = Wanted(True, wanted.layers[2:]), Wanted(wanted.x, wanted.layers[:2])
     if card is not None and not any(want.weight for want in wanted.layers):
         g = linear.low_rank_gradient(dy, layers[2])
-        dh = linear.times(dy, layers[2].weight)
         de, dv, *unscaled, d_a = triton.backward(
-            e, v, dh, (*lows[:2], g), _scaled(layers, e.dtype), _a(layers, e.dtype), activation, card
-        )
+            e, v, linear.times(dy, layers[2].weight), (*lows[:2], g), _scaled(layers, e.dtype), _a(layers, e.dtype),
+            activation, card,
+        )  # fmt: skip
         down_grads = linear.parameter_gradients(dy, lows[2:], (d_a,), (dy,), layers[2:], down_wanted)
         dx, inner_grads = linear.gradients(
             x, lows[:2], (de, dv), layers[:2], inner_wanted, rate, keys[:2], unscaled=tuple(unscaled)

@@ -73,11 +73,11 @@ def forward(
     from jaxft.kernels.mlp import triton_kernels
 
     lead = e.shape[:-1]
-    e, v, *lows = (x.reshape(-1, x.shape[-1]) for x in (e, v, *lows))
-    ranks = (lows[0].shape[1], lows[1].shape[1], a.shape[0])
+    e, v, ue, uv = (x.reshape(-1, x.shape[-1]) for x in (e, v, *lows))
+    ranks = (ue.shape[1], uv.shape[1], a.shape[0])
     T = e.shape[0]
     h, low = _launch(
-        triton_kernels.forward, (e, v, *lows, *scaled, a),
+        triton_kernels.forward, (e, v, ue, uv, *scaled, a),
         (jax.ShapeDtypeStruct(e.shape, e.dtype), jax.ShapeDtypeStruct((T, ranks[2]), e.dtype)),
         (-(-T // tile.tokens),), tile, capability, constants(e, ranks, activation, tile),
     )  # fmt: skip
@@ -97,14 +97,14 @@ def backward(
     from jaxft.kernels.mlp import triton_kernels
 
     shape = e.shape
-    e, v, dh, *lows = (x.reshape(-1, x.shape[-1]) for x in (e, v, dh, *lows))
+    e, v, dh, ue, uv, gd = (x.reshape(-1, x.shape[-1]) for x in (e, v, dh, *lows))
     T, F = e.shape
-    ranks = (lows[0].shape[1], lows[1].shape[1], lows[2].shape[1])
+    ranks = (ue.shape[1], uv.shape[1], gd.shape[1])
     chunk = -(-T // (chunks * tile.tokens)) * tile.tokens
     count = -(-T // chunk)
     full, sums = jax.ShapeDtypeStruct(e.shape, e.dtype), [(F, rank) for rank in ranks]
     de, dv, *parts = _launch(
-        triton_kernels.backward, (e, v, dh, *lows, *scaled, a),
+        triton_kernels.backward, (e, v, dh, ue, uv, gd, *scaled, a),
         (full, full, *(jax.ShapeDtypeStruct((count, *one), jnp.float32) for one in sums)),
         (-(-F // tile.features), count), tile, capability,
         constants(e, ranks, activation, tile) | {"CHUNK": chunk},

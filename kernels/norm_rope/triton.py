@@ -6,6 +6,7 @@ Triton and jax-triton are imported when a kernel is launched and not before.
 import functools
 from dataclasses import dataclass
 from importlib.util import find_spec
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -67,7 +68,8 @@ def _launch(name, arrays, x, eps, capability, wanted=None):
     H = x.shape[-1]
     rows, count = ELEMENTS // H, x.size // H
     programs = -(-count // rows)
-    like, more = jax.ShapeDtypeStruct(x.shape, x.dtype), {}
+    like: Any = jax.ShapeDtypeStruct(x.shape, x.dtype)
+    more = {}
     if wanted is not None:
         like = (like, jax.ShapeDtypeStruct((programs if wanted else 1, H), jnp.float32))
         more = {"DW": wanted}

@@ -6,6 +6,7 @@ Triton and jax-triton are imported when a kernel is launched and not before.
 import functools
 from dataclasses import dataclass
 from importlib.util import find_spec
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -65,7 +66,8 @@ def _launch(name, arrays, x, eps, capability, wanted=None):
 
     D = x.shape[-1]
     count, programs = x.size // D, x.size // D
-    like, more = jax.ShapeDtypeStruct(x.shape, x.dtype), {}
+    like: Any = jax.ShapeDtypeStruct(x.shape, x.dtype)
+    more = {}
     if wanted is not None:
         programs = -(-count // ROWS)
         like = (like, jax.ShapeDtypeStruct((programs if wanted else 1, D), jnp.float32))

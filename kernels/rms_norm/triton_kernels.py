@@ -35,7 +35,7 @@ def backward(
     dw = tl.zeros((WIDE,), tl.float32)
     first = tl.program_id(0) * ROWS
     for row in range(first, tl.minimum(first + ROWS, COUNT)):
-        at = row.to(tl.int64) * D + d
+        at = (tl.full((), 0, tl.int64) + row) * D + d
         x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
         dy = tl.load(dy_ptr + at, mask=inside, other=0.0).to(tl.float32)
         more = tl.load(more_ptr + at, mask=inside, other=0.0).to(tl.float32)
