@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxft.kernels.attention import attention, chunked, key_range, triton
+from jaxft.kernels.attention import attention, chunked, documents, key_range, triton
 from jaxft.kernels.attention.triton import Tile, Tiles
 
 BOUNDS = {"H200": {"forward": 561.0, "forward+backward": 555.0}}  # TFLOP/s, cuDNN causal, 16k tokens, 32/8 heads, 128
@@ -78,14 +78,13 @@ def attention_ways(shape: Shape, first_key: jax.Array) -> dict[str, Callable]:
     def way(name: str, **more) -> Callable:
         return lambda q, k, v: attention(q, k, v, implementation=name, **fixed, **more)
 
-    ways = {"triton": way("triton"), f"cudnn(M={most})": way("cudnn", max_documents=most)}
+    ways = {"triton": way("triton"), f"cudnn(M={most})": way("cudnn", documents=documents(first_key, most))}
     if most == 1 and shape.softcap is None and shape.window is None:
         ways["jax.nn cudnn causal"] = lambda q, k, v: jax.nn.dot_product_attention(
             q, k, v, is_causal=True, implementation="cudnn"
         )
     elif most > 1:
-        ways[f"cudnn(M={2 * most})"] = way("cudnn", max_documents=2 * most)
-        ways["cudnn(M=1), falls back"] = way("cudnn", max_documents=1)
+        ways[f"cudnn(M={2 * most})"] = way("cudnn", documents=documents(first_key, 2 * most))
     ways["chunked"] = way("chunked")
     return ways
 

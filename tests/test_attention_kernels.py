@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from jaxft.kernels import attention as op
-from jaxft.kernels.attention import attention, chunked, cudnn, key_range, triton
+from jaxft.kernels.attention import attention, chunked, cudnn, documents, key_range, triton
 
 ROWS = {
     "one document a row": [[37], [37]],
@@ -126,12 +126,12 @@ def test_reach_covers_every_query_that_sees_a_key_of_the_tile():
 
 def test_documents_describe_packed_rows_and_refuse_windows_and_too_many():
     first = key_range(jnp.asarray(segments([[3, 1, 4], [5]], 8)))
-    lengths, offsets, exact = cudnn.documents(first, 4)
+    lengths, offsets, exact = documents(first, 4)
     assert lengths.tolist() == [[3, 1, 4, -1], [5, 3, -1, -1]]  # padding is a document like any other
     assert offsets.tolist() == [[0, 3, 4, -1, -1], [0, 5, -1, -1, -1]]
     assert bool(exact)
-    assert not bool(cudnn.documents(first, 2)[2])
-    assert not bool(cudnn.documents(jnp.maximum(first, jnp.arange(8, dtype=jnp.int32)[None] - 2), 4)[2])
+    assert not bool(documents(first, 2).exact)
+    assert not bool(documents(jnp.maximum(first, jnp.arange(8, dtype=jnp.int32)[None] - 2), 4).exact)
 
 
 def test_default_takes_the_reference_when_small_and_chunked_when_long(monkeypatch, caplog):
@@ -160,6 +160,9 @@ def test_an_unknown_implementation_is_named():
     q, k, v, _ = draw(jnp.float32)
     with pytest.raises(ValueError, match="implementation 'flash': must be one of cudnn, triton, reference, chunked"):
         attention(q, k, v, first_key=jnp.zeros((2, 37), jnp.int32), scale=1.0, implementation="flash")
+
+
+FOUR = documents(jnp.zeros((2, 64), jnp.int32), 4)
 
 
 def query(H=128, dtype=jnp.bfloat16):
@@ -191,9 +194,9 @@ def test_triton_without_jax_triton_says_what_to_install(monkeypatch):
     ("q", "change", "message"),
     [
         (query(), {"softcap": 50.0}, "softcap"),
-        (query(), {"window": 128}, "window 128"),
+        (query(), {"window": 128}, "window"),
         (query(), {"last_key": query()}, "last_key"),
-        (query(), {"max_documents": None}, "max_documents"),
+        (query(), {"documents": None}, "documents"),
         (query(dtype=jnp.float32), {}, "dtype float32: needs bfloat16 or float16"),
         (query(H=100), {}, "head size 100: needs a multiple of 8 up to 256"),
         (query(), {"capability": 89}, "compute capability 8.9: needs 9.0"),
@@ -202,7 +205,7 @@ def test_triton_without_jax_triton_says_what_to_install(monkeypatch):
 )
 def test_cudnn_says_what_it_cannot_serve(q, change, message, monkeypatch):
     monkeypatch.setattr(jax, "__version_info__", (0, 11, 2))
-    fine = {"softcap": None, "window": None, "last_key": None, "max_documents": 4, "capability": 90}
+    fine = {"softcap": None, "window": None, "last_key": None, "documents": FOUR, "capability": 90}
     with pytest.raises(NotImplementedError, match=message):
         cudnn.check(q, **(fine | change))
 
@@ -210,4 +213,4 @@ def test_cudnn_says_what_it_cannot_serve(q, change, message, monkeypatch):
 def test_cudnn_refuses_a_jax_whose_packed_grouped_queries_are_wrong(monkeypatch):
     monkeypatch.setattr(jax, "__version_info__", (0, 11, 0))
     with pytest.raises(NotImplementedError, match=r"needs 0\.11\.1 to 0\.12"):
-        cudnn.check(query(), softcap=None, window=None, last_key=None, max_documents=4, capability=90)
+        cudnn.check(query(), softcap=None, window=None, last_key=None, documents=FOUR, capability=90)

@@ -260,3 +260,16 @@ def test_same_key_drops_the_same():
     run, trainable, frozen = gradient_step("llama2", lora=True, dropout=0.4)
     losses = [float(run(trainable, frozen, packed_batch(), jax.random.key(seed))[0]["loss"]) for seed in (3, 3, 4)]
     assert losses[0] == losses[1] != losses[2]
+
+
+def test_rows_with_more_documents_than_promised_give_nan_and_not_another_answer():
+    model, params = tiny_model("llama2")
+    batch = jax.tree.map(lambda leaf: leaf[0], packed_batch())
+    most = int(batch["segment_ids"].max()) + 1  # padding counts as one
+
+    def hidden(bound):
+        inputs = batch["tokens"], batch["segment_ids"], batch["positions"]
+        return jax.jit(lambda params: model.bind(params)(*inputs, max_documents=bound))(params)
+
+    np.testing.assert_array_equal(hidden(most), hidden(None))
+    assert np.isnan(hidden(1)).all()

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jaxft.kernels.attention import key_range
+from jaxft.kernels.attention import CUDNN_DOCUMENTS, documents, key_range
 from jaxft.kernels.linear_cross_entropy import logits
 from jaxft.models.layers import Cache, Context, Embedding, LayerData, Linear, RMSNorm, scan_layers, stack
 from jaxft.models.rope import Rope, document_lengths
@@ -91,11 +91,17 @@ class Decoder(nnx.Module):
         dtype: what activations are computed in, the embedding's own where None. key: LoRA's dropout, off where None.
         mlp_tiles: in how many parts the MLPs take the tokens; more need less memory. max_documents: how many documents,
         padding included, a row holds at most, where that is known; it decides which attention kernel is the fastest.
+        Where some row holds more, all hidden states are NaN.
         """
+        first_key, windows = key_range(segment_ids), any(self.config.layer_window)
+        described = None
+        if max_documents is not None and max_documents <= CUDNN_DOCUMENTS and not windows:
+            described = documents(first_key, max_documents)
         lengths = document_lengths(segment_ids, positions)
         ropes = [rope.tables(positions, lengths) for rope in self.config.ropes]
-        context = Context(key_range(segment_ids), None, ropes, mlp_tiles=mlp_tiles, max_documents=max_documents)
-        return self._run(tokens, context, None, dtype, key, gradient_checkpointing)[0]
+        context = Context(first_key, None, ropes, mlp_tiles=mlp_tiles, windows=windows, documents=described)
+        hidden = self._run(tokens, context, None, dtype, key, gradient_checkpointing)[0]
+        return hidden if described is None else jnp.where(described.exact, hidden, jnp.nan)
 
     def with_cache(
         self,

@@ -129,7 +129,8 @@ class Context:
 
     first_key, last_key: (B, T) int32, the keys each token sees (`kernels.attention`). rope: cos and sin, one
     (B, T, H/2) pair a rope. cache_index: where this call's keys go in the key/value cache, or None in training.
-    mlp_tiles: in how many parts the MLPs take the tokens. max_documents: the most a row holds, None where not known.
+    documents: what first_key says in documents, None where it is not wanted. windows: whether any layer has a window.
+    mlp_tiles: in how many parts the MLPs take the tokens.
     """
 
     first_key: jax.Array
@@ -137,7 +138,8 @@ class Context:
     rope: list[tuple[jax.Array, jax.Array]]
     cache_index: jax.Array | None = None
     mlp_tiles: int = field(default=1, metadata={"static": True})
-    max_documents: int | None = field(default=None, metadata={"static": True})
+    windows: bool = field(default=True, metadata={"static": True})
+    documents: attention_op.Documents | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -183,8 +185,8 @@ def attend(
         v = jax.lax.dynamic_update_slice(cache[1], v, start)
         cache = (k, v)
     mixed = attention_op.attention(
-        q, k, v, first_key=context.first_key, last_key=context.last_key, window=layer.window, scale=scale,
-        softcap=softcap, max_documents=context.max_documents,
+        q, k, v, first_key=context.first_key, last_key=context.last_key, scale=scale, softcap=softcap,
+        window=layer.window if context.windows else None, documents=context.documents,
     )  # fmt: skip
     return mixed, cache
 

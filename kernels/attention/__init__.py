@@ -14,6 +14,9 @@ import jax
 import jax.numpy as jnp
 
 from jaxft.kernels.attention import chunked, cudnn, reference, triton
+from jaxft.kernels.attention.cudnn import Documents, documents
+
+__all__ = ["CUDNN_DOCUMENTS", "Documents", "attention", "documents", "key_range"]
 
 ORDER = ("cudnn", "triton", "reference", "chunked")  # which way is tried first
 CUDNN_DOCUMENTS = 10  # measured on an H200: 5 documents a row cuDNN 2.03 ms, Triton 2.82; 19: 2.02 and 1.62
@@ -42,7 +45,7 @@ def attention(
     window: jax.Array | int | None = None,
     scale: float,
     softcap: float | None = None,
-    max_documents: int | None = None,
+    documents: Documents | None = None,
     implementation: str | None = None,
 ) -> jax.Array:
     """Grouped-query attention (Ainslie et al. 2023, https://arxiv.org/abs/2305.13245) over key ranges.
@@ -54,9 +57,10 @@ def attention(
     float32; returns (B, T, N, H) in q's dtype. Every query must see at least one key.
 
     implementation: one of `ORDER`; None takes the first that serves the case and logs once which and why.
-    max_documents: how many documents a row holds at most, as the packing plan knows; only cuDNN asks for it, and a row
-    with more is still right. Raises ValueError on shapes or dtypes that do not fit, NotImplementedError where the
-    implementation that was asked for cannot serve.
+    documents: what `documents` made of first_key, without which cuDNN is not asked; the caller vouches that
+    documents.exact holds, for cuDNN sees nothing else (`Decoder` looks once for all layers).
+    Raises ValueError on shapes or dtypes that do not fit, NotImplementedError where the implementation that was asked
+    for cannot serve.
     """
     B, T, N, H = q.shape
     if k.shape != v.shape or k.shape[0] != B or k.shape[3] != H or N % k.shape[2]:
@@ -79,14 +83,13 @@ def attention(
                 triton_serves()
             else:
                 cudnn.check(
-                    q, softcap=softcap, window=window, last_key=last_key, max_documents=max_documents,
-                    capability=capability,
-                )  # fmt: skip
-                if implementation is None and max_documents is not None and max_documents > CUDNN_DOCUMENTS:
+                    q, softcap=softcap, window=window, last_key=last_key, documents=documents, capability=capability
+                )
+                most = 0 if documents is None else documents.lengths.shape[1]
+                if implementation is None and most > CUDNN_DOCUMENTS:
                     raise NotImplementedError(
-                        f"{max_documents} documents a row: by default up to {CUDNN_DOCUMENTS}, triton skips more"
+                        f"{most} documents a row: by default up to {CUDNN_DOCUMENTS}, triton skips more"
                     )
-                triton_serves()  # what runs where the data are not documents
         elif name == "reference" and implementation is None and T * k.shape[1] > REFERENCE_SCORES:
             raise NotImplementedError(f"{T} x {k.shape[1]} scores: by default up to {REFERENCE_SCORES}")
 
@@ -96,11 +99,8 @@ def attention(
         window = jnp.asarray(window, jnp.int32)
         first_key = jnp.where(window > 0, jnp.maximum(first_key, last - window + 1), first_key)
     if chosen == "cudnn":
-        assert max_documents is not None  # cudnn.check
-        return cudnn.attention(
-            q, k, v, first_key, scale=scale, max_documents=max_documents,
-            fallback=triton.fallback(q, scale, triton.device_capability()),
-        )  # fmt: skip
+        assert documents is not None  # cudnn.check
+        return cudnn.attention(q, k, v, documents, scale)
     if chosen == "triton":
         return triton.attention(
             q, k, v, first_key, scale=scale, softcap=softcap, capability=triton.device_capability()

@@ -12,8 +12,6 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from jaxft.kernels.attention.cudnn import Fallback
-
 
 @dataclass(frozen=True)
 class Tile:
@@ -179,12 +177,6 @@ def run_keys_backward(q, k, v, first_key, lse, dout, delta, scale, softcap, capa
         (jax.ShapeDtypeStruct(k.shape, k.dtype), jax.ShapeDtypeStruct(v.shape, v.dtype)),
         (K, -(-T // tile.keys), B), tile, capability, scale, softcap,
     )  # fmt: skip
-
-
-def fallback(q: jax.Array, scale: float, capability: int) -> Fallback:
-    """These kernels as what `cudnn` runs where the data are not documents."""
-    static = dict(scale=scale, softcap=None, capability=capability, sizes=tiles(capability, q.shape[3], q.dtype))
-    return Fallback(functools.partial(run_forward, **static), functools.partial(run_backward, **static))
 
 
 def reach(first_key: jax.Array, keys: int) -> tuple[jax.Array, jax.Array]:
