@@ -147,10 +147,12 @@ class TrainArguments:
     max_steps: int = _flag(-1, "optimizer steps instead of epochs; -1 counts epochs")
     per_device_train_batch_size: int = _flag(8, "rows a device and micro-batch")
     gradient_accumulation_steps: int = _flag(1, "micro-batches an optimizer step")
-    gradient_checkpointing: Literal["full", "none", "offload", "attention", "products", "true", "false"] = _flag(
+    gradient_checkpointing: Literal[
+        "full", "none", "offload", "offload_attention", "attention", "products", "true", "false"
+    ] = _flag(
         "full",
-        "full (or true) recomputes each layer in the backward pass; offload also keeps its input on the host; "
-        "attention and products keep more on the device and recompute less; none (or false) keeps all",
+        "full (or true) recomputes each layer in the backward pass, offload with its input on the host; "
+        "attention and products keep more and recompute less, offload_attention on the host; none (or false) keeps all",
         nargs="?",
         const="full",
     )
