@@ -105,7 +105,9 @@ def _make_parser(command: str, where: str) -> ArgumentParser:
 
 def _read_tokens(parser: ArgumentParser, tokens: list[str], command: str) -> dict[str, Any]:
     """Only what `tokens` set: argparse leaves alone what a namespace has already."""
-    namespace = Namespace(**dict.fromkeys(_fields(command), _UNSET))
+    lists = [name for name, kind in _fields(command).items() if typing.get_origin(kind) is list]
+    # a list begins as None: argparse extends what it finds
+    namespace = Namespace(**(dict.fromkeys(_fields(command), _UNSET) | dict.fromkeys(lists)))
     _, unknown = parser.parse_known_args(tokens, namespace)
     if unknown:
         raise _unknown(command, next((word for word in unknown if word.startswith("-")), unknown[0]), "")
@@ -155,7 +157,9 @@ def _read_config(command: str, path: str) -> tuple[dict[str, Any], set[str]]:
         if key not in fields and key not in elsewhere:
             raise _unknown(command, str(key), f"{path}: ")
         if key in fields and (value is not None or type(None) not in typing.get_args(fields[key])):
-            tokens.append(f"--{key}={_token(key, value, fields[key], path)}")
+            several = typing.get_origin(fields[key]) is list and isinstance(value, list)
+            for one in value if several else [value]:
+                tokens.append(f"--{key}={_token(key, one, str if several else fields[key], path)}")
     values = _read_tokens(_make_parser(command, f"{path}: "), tokens, command)
     if listed is not None:  # a config.yaml that jaxft wrote: the other keys count only where they were edited
         if not isinstance(listed, list):
@@ -174,7 +178,7 @@ def _token(key: str, value: Any, kind: Any, path: str) -> str:
         return ",".join(value)
     if kind is JsonObject and isinstance(value, dict):
         return json.dumps(value, default=str)
-    if value is None or kind is str or kind == str | None:
+    if value is None or kind is str or kind == str | None or typing.get_origin(kind) is list:
         raise InputError(f"{path}: {key} is {value!r}; expected {'a value' if value is None else 'text (in quotes?)'}")
     return str(value).lower() if isinstance(value, bool) else str(value)
 

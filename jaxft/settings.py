@@ -147,10 +147,19 @@ class GenerateArguments:
     _argument_group_name: ClassVar[str] = "generation"
     prompt: str | None = _flag(None, "text to continue")
     messages: str | None = _flag(None, "JSON file of a conversation, rendered with the chat template")
-    chat: bool = _flag(False, "the prompt is a user's turn, rendered with the chat template")
+    prompts: str | None = _flag(None, "JSONL file; each line has a prompt or messages, and is answered")
+    output: str | None = _flag(None, "new JSONL file for the answers to --prompts; without it stdout")
+    chat: bool = _flag(False, "a prompt is a user's turn, rendered with the chat template")
     max_new_tokens: int = _flag(128, "most tokens to generate")
+    stop: list[str] = dataclasses.field(
+        default_factory=list,
+        metadata={"help": "end before the first of these strings; may be given several times", "action": "extend"},
+    )
     temperature: float = _flag(0.0, "0 is greedy")
+    top_k: int = _flag(0, "sample from this many most probable tokens; 0 from all")
     top_p: float = _flag(1.0, "sample from the most probable tokens that make up this much probability")
+    repetition_penalty: float = _flag(1.0, "above 1 makes tokens less likely that stand in the text already")
+    per_device_eval_batch_size: int = _flag(8, "prompts a device that are answered together")
     seed: int = _flag(0, "seed of sampling")
 
 
@@ -197,6 +206,8 @@ RANGES: list[tuple[str, str, Callable[[float], bool]]] = [
     ("adam_epsilon num_train_epochs", "above 0", lambda x: x > 0),
     ("warmup_ratio", "from 0 to 1", lambda x: 0 <= x <= 1),
     ("top_p", "above 0 and at most 1", lambda x: 0 < x <= 1),
+    ("top_k", "at least 0; 0 keeps all tokens", lambda x: x >= 0),
+    ("repetition_penalty", "above 0; 1 is none", lambda x: x > 0),
     ("max_length", "at least 2", lambda x: x >= 2),
     ("max_steps", "at least 1, or -1 to count epochs", lambda x: x == -1 or x >= 1),
     ("seed", "from 0 to 4294967295", lambda x: 0 <= x < 2**32),
@@ -212,6 +223,7 @@ def check(settings: Any, where: dict[str, str]) -> None:
     exclusive = (
         *(("bf16", "fp16"), ("warmup_steps", "warmup_ratio"), ("prompt", "messages"), ("load_in_4bit", "load_in_8bit")),
         *(("load_in_4bit", "full_finetuning"), ("load_in_8bit", "full_finetuning")),
+        *(("prompt", "prompts"), ("messages", "prompts")),
     )
     for one, two in exclusive:
         if getattr(settings, one, None) and getattr(settings, two, None):
@@ -222,6 +234,11 @@ def check(settings: Any, where: dict[str, str]) -> None:
             value = str(getattr(settings, name)).lower()
             raise InputError(f"{where['dtype']} {dtype} and {where[name]} {value} contradict each other; choose one")
     _ = settings.mesh_axes  # raises where it cannot be read
+    if isinstance(settings, GenerateSettings):
+        if "" in settings.stop:
+            raise InputError(f"{where['stop']} is empty; it must be a string that can end an answer")
+        if settings.output is not None and settings.prompts is None:
+            raise InputError(f"{where['output']} is for the answers to --prompts FILE.jsonl; one answer goes to stdout")
     if isinstance(settings, TrainSettings):
         targets = settings.lora_target_modules.split(",")
         if targets == [""] or ("all-linear" in targets and len(targets) > 1):

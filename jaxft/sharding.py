@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxft.errors import InputError
 
@@ -78,7 +78,7 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(None, RULES["batch"], None))
 
 
-def data_parallel_size(mesh: Mesh) -> int:
+def data_parallel_size(mesh: Mesh | AbstractMesh) -> int:
     """Over how many groups of devices the rows of a batch are split."""
     return mesh.shape["data"] * mesh.shape["fsdp"]
 

@@ -12,9 +12,10 @@ import numpy as np
 
 from jaxft.config import describe, parse
 from jaxft.data import load_rows, tokenize_dataset
+from jaxft.decode import generate
 from jaxft.errors import InputError, run_command
 from jaxft.evaluate import held_out_split, read_from
-from jaxft.generate import generate, stop_token_ids
+from jaxft.generate import stop_token_ids
 from jaxft.load import EMBEDDED, parameter_count
 from jaxft.loop import Run, run_training
 from jaxft.optim import make_optimizer, make_schedule, with_loss_scale
