@@ -18,7 +18,7 @@ from jaxft.load import EMBEDDED
 from jaxft.packing import Batch, eval_batches
 from jaxft.prepare import prepare
 from jaxft.settings import EvaluateSettings, TrainSettings
-from jaxft.sharding import batch_sharding, data_parallel_size
+from jaxft.sharding import data_parallel_size, put_batch
 from jaxft.step import EvalStep, make_eval_step
 from jaxft.trees import Tree
 
@@ -38,7 +38,7 @@ def evaluate(
     totals: dict[str, float] = {}
     running: dict[str, jax.Array] = {}  # the batch that the device works on while the next one is put together
     for batch in batches:
-        found = step(trainable, frozen, jax.device_put(batch, batch_sharding(mesh)))
+        found = step(trainable, frozen, put_batch(batch, mesh))
         totals = {name: totals.get(name, 0.0) + float(value) for name, value in running.items()}
         running = found
         if stopped():

@@ -11,6 +11,8 @@ from typing import Any, Protocol
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from jaxft.processes import is_first
+
 Line = dict[str, Any]
 
 
@@ -49,6 +51,9 @@ class MetricsFile:
         return found | ({"eval_loss before": held_out[0], "eval_loss": held_out[-1]} if held_out else {})
 
     def write(self, line: Line) -> None:
+        """Appends a line; of several processes the first writes it."""
+        if not is_first():
+            return
         # JSON has no NaN: what is not finite is written as null
         clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
         with self.path.open("a", encoding="utf-8") as file:
@@ -107,9 +112,23 @@ class _Lines:
         print(text, file=sys.stderr, flush=True)
 
 
+class _Nothing:
+    def advance(self, step: int) -> None:
+        pass
+
+    def show(self, line: Line) -> None:
+        pass
+
+    def say(self, text: str) -> None:
+        pass
+
+
 @contextmanager
-def live_display(first: int, total: int) -> Iterator[Display]:
-    """A live bar on a terminal, plain lines where stderr is none."""
+def live_display(first: int, total: int, shown: bool = True) -> Iterator[Display]:
+    """A live bar on a terminal, plain lines where stderr is none, nothing where it is not `shown`."""
+    if not shown:
+        yield _Nothing()
+        return
     console = Console(stderr=True)
     if not console.is_terminal:
         yield _Lines()

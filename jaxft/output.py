@@ -15,6 +15,7 @@ from jaxft.convert import peft
 from jaxft.errors import InputError, RunError
 from jaxft.load import copy_tokenizer, write_model
 from jaxft.prepare import Prepared
+from jaxft.processes import ENVIRONMENT
 from jaxft.settings import TrainSettings
 from jaxft.trees import Tree
 
@@ -62,9 +63,10 @@ def is_finished(directory: Path, settings: TrainSettings) -> bool:
 
 
 def config_text(settings: TrainSettings) -> str:
-    """config.yaml: the settings that repeat the run from its first step, so without where it was resumed."""
-    given = settings.settings_given - {"resume_from_checkpoint"}
-    return to_yaml(replace(settings, resume_from_checkpoint=None, settings_given=given))
+    """config.yaml: the settings that repeat the run from its first step, wherever: without where it was resumed and by
+    which processes."""
+    left_out: dict[str, Any] = dict.fromkeys(("resume_from_checkpoint", *ENVIRONMENT))  # of the moment, not of the run
+    return to_yaml(replace(settings, **left_out, settings_given=settings.settings_given - left_out.keys()))
 
 
 def write_result(directory: Path, prepared: Prepared, trainable: Tree, settings: TrainSettings, card: str) -> None:

@@ -143,6 +143,17 @@ class TrainArguments:
 
 
 @dataclasses.dataclass(frozen=True)
+class ProcessArguments:
+    """The names of `jax.distributed.initialize`; the environment variables are in `jaxft.processes`."""
+
+    _argument_group_name: ClassVar[str] = "several processes"
+    coordinator_address: str | None = _flag(None, "HOST:PORT of process 0, the same for all")
+    num_processes: int | None = _flag(None, "how many processes run together")
+    process_id: int | None = _flag(None, "which of them this is, from 0")
+    heartbeat_timeout_seconds: int = _flag(60, "a process that is silent for so long is dead, and ends the run")
+
+
+@dataclasses.dataclass(frozen=True)
 class GenerateArguments:
     _argument_group_name: ClassVar[str] = "generation"
     prompt: str | None = _flag(None, "text to continue")
@@ -172,7 +183,7 @@ class _Origin:
 
 
 @dataclasses.dataclass(frozen=True)
-class TrainSettings(_Origin, TrainArguments, DataArguments, LoraArguments, ModelArguments):
+class TrainSettings(_Origin, ProcessArguments, TrainArguments, DataArguments, LoraArguments, ModelArguments):
     """Everything `jaxft.train` can be told; what depends on other settings is filled in."""
 
     learning_rate: float = 2e-4
@@ -191,7 +202,7 @@ class GenerateSettings(_Origin, GenerateArguments, ModelArguments):
 Settings = TrainSettings | EvaluateSettings | GenerateSettings
 
 GROUPS: dict[str, tuple[Any, ...]] = {
-    "train": (ModelArguments, LoraArguments, DataArguments, TrainArguments),
+    "train": (ModelArguments, LoraArguments, DataArguments, TrainArguments, ProcessArguments),
     "evaluate": (ModelArguments, DataArguments),
     "generate": (ModelArguments, GenerateArguments),
 }
@@ -208,6 +219,8 @@ RANGES: list[tuple[str, str, Callable[[float], bool]]] = [
     ("top_p", "above 0 and at most 1", lambda x: 0 < x <= 1),
     ("top_k", "at least 0; 0 keeps all tokens", lambda x: x >= 0),
     ("repetition_penalty", "above 0; 1 is none", lambda x: x > 0),
+    ("num_processes heartbeat_timeout_seconds", "at least 1", lambda x: x >= 1),
+    ("process_id", "at least 0", lambda x: x >= 0),
     ("max_length", "at least 2", lambda x: x >= 2),
     ("max_steps", "at least 1, or -1 to count epochs", lambda x: x == -1 or x >= 1),
     ("seed", "from 0 to 4294967295", lambda x: 0 <= x < 2**32),

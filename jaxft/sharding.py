@@ -78,6 +78,14 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(None, RULES["batch"], None))
 
 
+def put_batch(batch: Any, mesh: Mesh) -> Any:
+    """A batch of (A, B, T) numpy arrays on the mesh; of several processes each puts its own rows."""
+    sharding = batch_sharding(mesh)
+    if sharding.is_fully_addressable:
+        return jax.device_put(batch, sharding)
+    return jax.tree.map(lambda whole: jax.make_array_from_callback(whole.shape, sharding, whole.__getitem__), batch)
+
+
 def data_parallel_size(mesh: Mesh | AbstractMesh) -> int:
     """Over how many groups of devices the rows of a batch are split."""
     return mesh.shape["data"] * mesh.shape["fsdp"]
