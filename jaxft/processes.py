@@ -68,8 +68,14 @@ def joined(settings: TrainSettings) -> Iterator[None]:
         raise RunError(f"the other processes cannot be reached at {where}: {failure}") from failure
     if jax.process_count() > 1 and settings.output_dir is None:
         raise InputError("several processes need --output_dir, a directory that all of them share")
-    yield
-    meet("end")  # the first process may still be writing: it must not be missed
+    try:
+        yield
+        meet("end")  # the first process may still be writing: it must not be missed
+    except jax.errors.JaxRuntimeError as failure:
+        raise RunError(
+            f"a computation of all {jax.process_count()} processes failed; most likely another process died, and its "
+            f"own message says why. The last checkpoint is whole: go on with --resume_from_checkpoint auto. {failure}"
+        ) from failure
     jax.distributed.shutdown()
 
 

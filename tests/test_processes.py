@@ -114,7 +114,8 @@ def test_a_process_that_dies_ends_the_other_with_an_error(two, place):
     out, began = place / "dead", time.monotonic()
     first, second = two([("loop.put_batch", 3, signal.SIGKILL, True)], output_dir=out, per_device_train_batch_size=2)
     assert second[0] == -signal.SIGKILL and first[0] not in (0, 2) and time.monotonic() - began < 60
-    assert re.search("another task died|^error: ", first[1], re.MULTILINE)
+    # this process's own line, or that of JAX's service where it is the quicker one
+    assert re.search("error: a computation of all 2 processes failed|another task died", first[1])
     assert not (out / "adapter_model.safetensors").exists()
 
 
