@@ -145,7 +145,9 @@ class Checkpoints:
 
     def _intact(self) -> str:
         latest = self.latest()
-        return "No checkpoint was there before." if latest is None else f"The checkpoint of step {latest} is intact."
+        if latest is None:
+            return "No checkpoint was there before. Make room, then start again"
+        return f"The checkpoint of step {latest} is intact. Make room, then go on by --resume_from_checkpoint auto"
 
     def _commit(self, saving: Path, final: Path, record: dict[str, Any]) -> None:
         """Adds the record to a finished `saving` folder and makes it `final` in one rename."""

@@ -115,7 +115,10 @@ def run_training(run: Run, prepared: Prepared) -> Outcome:
         window = Window(**meta["window"])
 
     def begin() -> None:
-        run.directory.mkdir(parents=True, exist_ok=True)
+        try:
+            run.directory.mkdir(parents=True, exist_ok=True)
+        except OSError as failure:
+            raise InputError(f"--output_dir {run.directory} cannot be made: {failure}; name another") from failure
         metrics.cut(first if source else -1)
 
     on_first(begin)
@@ -242,13 +245,17 @@ def _check_fingerprint(folder: Path, saved: dict[str, Any], own: dict[str, Any])
 def _non_finite(directory: Path, step: int, batch: dict[str, np.ndarray], found: Any, checkpoints: Checkpoints) -> str:
     """Writes the batch that gave a loss or gradient that is not finite, and says so."""
     path = directory / f"non_finite_step_{step}.npz"
-    if is_first():
-        np.savez(path, allow_pickle=False, **batch)
+    written = f"its batch is in {path}"
+    try:
+        if is_first():
+            np.savez(path, allow_pickle=False, **batch)
+    except OSError as failure:
+        written = f"its batch could not be written to {path} ({failure})"
     latest = checkpoints.latest()
     kept = "there is no checkpoint yet" if latest is None else f"the checkpoint of step {latest} is whole"
     return (
         f"step {step}: loss {float(found['loss'])}, grad_norm {float(found['grad_norm'])}, one of them not finite. The "
-        f"parameters were not changed by it; its batch is in {path}; {kept}. A lower --learning_rate, or --dtype "
+        f"parameters were not changed by it; {written}; {kept}. A lower --learning_rate, or --dtype "
         "float32, is what helps most often"
     )
 
