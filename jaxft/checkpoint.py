@@ -124,7 +124,7 @@ class Checkpoints:
     def _folder(self, step: int | None) -> Path:
         steps = self.steps()
         if not steps:
-            raise InputError(f"{self.directory} holds no checkpoint")
+            raise InputError(f"{self.directory} holds no checkpoint; name the directory of a run that saved one")
         if step is not None and step not in steps:
             raise InputError(f"{self.directory} holds no checkpoint of step {step}; it has {_listed(steps)}")
         return self.directory / str(steps[-1] if step is None else step)

@@ -145,7 +145,9 @@ def _read_config(command: str, path: str) -> tuple[dict[str, Any], set[str]]:
     try:
         content = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)  # a SafeLoader
     except (OSError, ValueError, yaml.YAMLError) as failure:
-        raise InputError(f"--config {path} cannot be read: {' '.join(str(failure).split())}") from failure
+        raise InputError(
+            f"--config {path} cannot be read: {' '.join(str(failure).split())}; name a YAML file"
+        ) from failure
     if not isinstance(content, dict | None):
         raise InputError(f"--config {path} holds a {type(content).__name__}; expected lines of name: value")
     content = content or {}

@@ -99,7 +99,7 @@ def generate(
     Raises InputError for an empty prompt.
     """
     if not all(len(prompt) for prompt in prompts):
-        raise InputError("the prompt has no token to continue")
+        raise InputError("the prompt has no token to continue; give some text")
     sampling = Sampling(temperature, top_k, top_p, repetition_penalty)
     keys = prompt_keys(jax.random.key(0), prompts) if keys is None else keys
     order = sorted(range(len(prompts)), key=lambda number: -len(prompts[number]))  # what needs the most memory first

@@ -77,7 +77,7 @@ def read_from(name: str, split: str | None) -> str:
 def main(argv: list[str] | None = None) -> int:
     settings, provenance = parse("evaluate", argv)
     if (settings.model_name_or_path is None) != (settings.dataset is None):
-        raise InputError("--model_name_or_path and --dataset go together; without both the embedded ones are used")
+        raise InputError("--model_name_or_path and --dataset go together; name both, or neither for the embedded ones")
     for line in describe(settings, provenance):
         print(line, file=sys.stderr)
     model_name = settings.model_name_or_path or str(EMBEDDED / "base")

@@ -122,11 +122,10 @@ def main(argv: list[str] | None = None) -> int:
     if settings.temperature == 0 and drawn:
         say(f"temperature 0 is greedy: {', '.join(drawn)} {'have' if len(drawn) > 1 else 'has'} no effect")
     output = None if settings.output is None else Path(settings.output).expanduser()
-    if output is not None and (output.exists() or not output.parent.is_dir()):
-        raise InputError(
-            f"--output {output} exists already; name a new file" if output.exists()
-            else f"--output {output}: there is no directory {output.parent}; make it first"
-        )  # fmt: skip
+    if output is not None and output.exists():
+        raise InputError(f"--output {output} exists already; name a new file")
+    if output is not None and not output.parent.is_dir():
+        raise InputError(f"--output {output}: there is no directory {output.parent}; make it first")
     asked = read_asked(settings)
     prepared = prepare(settings, settings.model_name_or_path or str(EMBEDDED / "base"))
     prompts = [_tokens(one, prepared, settings) for one in asked]

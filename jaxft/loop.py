@@ -228,7 +228,9 @@ def _resume_source(settings: TrainSettings, own: Checkpoints) -> tuple[Checkpoin
     for directory in (path / CHECKPOINTS, path):
         if directory.is_dir() and (latest := Checkpoints(directory, repair=False).latest()) is not None:
             return Checkpoints(directory, repair=False), latest
-    raise InputError(f"--resume_from_checkpoint {wanted}: there is no checkpoint")
+    raise InputError(
+        f"--resume_from_checkpoint {wanted}: there is no checkpoint; name the directory of a run or one checkpoint"
+    )
 
 
 def _check_fingerprint(folder: Path, saved: dict[str, Any], own: dict[str, Any]) -> None:

@@ -28,7 +28,7 @@ def choose_directory(settings: TrainSettings, model_name: str) -> Path:
     resume = settings.resume_from_checkpoint
     if settings.output_dir is None:
         if resume == "auto":
-            raise InputError("--resume_from_checkpoint auto needs --output_dir, the directory of the run to go on with")
+            raise InputError("--resume_from_checkpoint auto needs --output_dir; name the run to go on with")
         name = Path(model_name).expanduser().resolve().name or "model"
         number = 1
         while (directory := Path("runs") / f"{name}-{number}").exists():
@@ -36,7 +36,7 @@ def choose_directory(settings: TrainSettings, model_name: str) -> Path:
         return directory
     directory = Path(settings.output_dir).expanduser()
     if directory.exists() and not directory.is_dir():
-        raise InputError(f"--output_dir {directory} is a file")
+        raise InputError(f"--output_dir {directory} is a file; name a directory")
     if not directory.is_dir() or not any(directory.iterdir()):
         return directory
     if resume is None:

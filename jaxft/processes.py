@@ -62,19 +62,21 @@ def joined(settings: TrainSettings) -> Iterator[None]:
     except ValueError as failure:
         missing = [name for name in ENVIRONMENT if name not in given]
         names = ", ".join(f"--{name}" for name in missing) + " or " + ", ".join(ENVIRONMENT[name] for name in missing)
-        raise InputError(f"several processes: {failure} Give {names}") from failure
+        raise InputError(f"several processes: {failure}; give {names}") from failure
     except RuntimeError as failure:
         where = given.get("coordinator_address", "the address found")
-        raise RunError(f"the other processes cannot be reached at {where}: {failure}") from failure
+        raise RunError(
+            f"the other processes cannot be reached at {where}: {failure}; does process 0 run there?"
+        ) from failure
     if jax.process_count() > 1 and settings.output_dir is None:
-        raise InputError("several processes need --output_dir, a directory that all of them share")
+        raise InputError("several processes need --output_dir; name a directory that all of them share")
     try:
         yield
         meet("end")  # the first process may still be writing: it must not be missed
     except jax.errors.JaxRuntimeError as failure:
         raise RunError(
-            f"a computation of all {jax.process_count()} processes failed; most likely another process died, and its "
-            f"own message says why. The last checkpoint is whole: go on with --resume_from_checkpoint auto. {failure}"
+            f"a computation of all {jax.process_count()} processes failed: {failure}. Most likely another process "
+            "died, and its own message says why; go on from the last checkpoint by --resume_from_checkpoint auto"
         ) from failure
     jax.distributed.shutdown()
 

@@ -43,7 +43,7 @@ def _read_messages(path: Path) -> list[dict[str, Any]]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as failure:
-        raise InputError(f"--messages {path} cannot be read as JSON: {failure}") from failure
+        raise InputError(f"--messages {path} cannot be read as JSON: {failure}; write a list of messages") from failure
     return _messages(found.get("messages") if isinstance(found, dict) else found, f"--messages {path}")
 
 
@@ -52,7 +52,7 @@ def _read_lines(path: Path) -> list[Asked]:
     try:
         content = path.read_bytes()
     except OSError as failure:
-        raise InputError(f"--prompts {path} cannot be read: {failure.strerror}") from failure
+        raise InputError(f"--prompts {path} cannot be read: {failure.strerror}; name a JSONL file") from failure
     asked = []
     for number, line in enumerate(content.removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
         where = f"--prompts {path}, line {number}"
@@ -90,7 +90,7 @@ def _check_row(row: Any, where: str) -> None:
 def _messages(messages: Any, where: str) -> list[dict[str, Any]]:
     """The conversation. Raises InputError where it is none, or is answered already."""
     if not isinstance(messages, list) or not messages or not all(isinstance(m, dict) and "role" in m for m in messages):
-        raise InputError(f"{where}: a list of objects with role and content is needed, seen is {shown(messages)}")
+        raise InputError(f"{where}: messages is {shown(messages)}; a list of objects with role and content is needed")
     if messages[-1]["role"] == "assistant":
         raise InputError(f"{where}: the conversation ends with the assistant's turn; leave out what is to be generated")
     return messages
@@ -106,7 +106,7 @@ def prompt_tokens(asked: Asked, tokenizer: PreTrainedTokenizerBase, settings: Ge
         text = str(asked.row["prompt"]) if raw else _render(asked, tokenizer)
         text.encode("utf-8")  # JSON and a terminal can hold half a surrogate pair, which is no character
     except UnicodeEncodeError as failure:
-        raise InputError(f"{asked.where}: character {failure.start} is half a surrogate pair, no text") from failure
+        raise InputError(f"{asked.where}: character {failure.start} is half a character; write it whole") from failure
     tokens = tokenizer.encode(text, add_special_tokens=raw)  # a rendered conversation has them already
     if not tokens:
         raise InputError(f"{asked.where}: the prompt has no token to continue; give some text")
@@ -129,4 +129,6 @@ def _render(asked: Asked, tokenizer: PreTrainedTokenizerBase) -> str:
             )
         )
     except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as failure:
-        raise InputError(f"{asked.where}: the chat template refuses the conversation: {failure}") from failure
+        raise InputError(
+            f"{asked.where}: the chat template refuses the conversation: {failure}; change the messages"
+        ) from failure

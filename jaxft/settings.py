@@ -258,4 +258,6 @@ def check(settings: Any, where: dict[str, str]) -> None:
             raise InputError(f"--lora_target_modules {settings.lora_target_modules!r}: expected all-linear or names")
         lora = [name for name in where if name.startswith(("lora_", "use_rslora")) and where[name].startswith("--")]
         if settings.full_finetuning and lora:
-            raise InputError(f"{where[lora[0]]} has no meaning with --full_finetuning, which trains without LoRA")
+            raise InputError(
+                f"{where[lora[0]]} has no meaning with --full_finetuning, which trains without LoRA; leave it out"
+            )

@@ -43,7 +43,7 @@ def mesh_sizes(axes: dict[str, int] | None, device_count: int) -> dict[str, int]
     product = math.prod(sizes.values())
     if product != device_count:
         named = ",".join(f"{axis}={size}" for axis, size in sizes.items())
-        raise InputError(f"--mesh {named} needs {product} devices, this run has {device_count}")
+        raise InputError(f"--mesh {named} needs {product} devices, this run has {device_count}; change the sizes")
     return sizes
 
 

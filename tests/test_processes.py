@@ -156,5 +156,5 @@ def test_processes_are_named_by_flags_or_the_environment_and_what_is_wrong_with_
         raise ValueError("Number of processes must be defined.")
 
     monkeypatch.setattr("jax.distributed.initialize", initialize)
-    with pytest.raises(InputError, match=r"processes must be defined\. Give --num_processes, --process_id or JAX_NUM"):
+    with pytest.raises(InputError, match=r"processes must be defined\.; give --num_processes, --process_id or JAX_NUM"):
         train.main(arguments(place, output_dir=place / "unnamed"))

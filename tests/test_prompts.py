@@ -203,11 +203,11 @@ def test_an_adapter_on_a_quantised_base_answers_a_file_as_it_answers_one_prompt(
         (b'{"prompt": "a", "messages": []}', "line 1: both prompt and messages found"),
         (b'{"prompt": "a", "completion": "b"}', "line 1: the field completion is one that the answer is written into"),
         (b'{"prompt": 7}', "line 1: prompt is 7; must be a string, or a list of messages"),
-        (b'{"messages": []}', r"line 1: a list of objects with role and content is needed, seen is \[\]"),
+        (b'{"messages": []}', r"line 1: messages is \[\]; a list of objects with role and content is needed"),
         (b'{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}', "line 1: .* ends"),
         (b'{"messages": [{"role": "user", "content": 7}]}', "line 1: the chat template refuses the conversation"),
         (b'{"prompt": "a"}\n{"prompt": ""}', "line 2: the prompt has no token to continue"),
-        (b'{"prompt": "a\\ud800"}', "line 1: character 1 is half a surrogate pair"),
+        (b'{"prompt": "a\\ud800"}', "line 1: character 1 is half a character; write it whole"),
         (
             b'{"prompt": "a"}\n{"prompt": "' + b"a" * 250 + b'"}',
             "line 2: the prompt's 250 tokens and --max_new_tokens 9 are more than the model's 256 positions",
