@@ -21,7 +21,7 @@ from tests.tiny_runs import compile_cache, flags, lines_of, losses_of, same_tens
 pytestmark = pytest.mark.filterwarnings("ignore:Exception ignored in:pytest.PytestUnraisableExceptionWarning")
 RUN = flags(
     max_length=64, per_device_train_batch_size=4, learning_rate=0.01, max_steps=4, save_steps=1, lora_r=4,
-    lora_dropout=0.2, gradient_checkpointing="none",
+    lora_dropout=0.2, weight_decay=0.1, gradient_checkpointing="none", lr_scheduler_type="constant",
 )  # fmt: skip
 
 
@@ -120,7 +120,7 @@ def assert_goes_on(place, out, whole, capsys, steps, words):
     assert same_tensors(out / "adapter_model.safetensors", whole / "adapter_model.safetensors")
 
 
-@pytest.mark.parametrize("room", [0, 40_000])
+@pytest.mark.parametrize("room", [0, pytest.param(40_000, marks=pytest.mark.long)])
 def test_a_disk_that_is_full_at_a_checkpoint_costs_the_run_and_no_earlier_checkpoint(
     room, place, whole, small_disk, monkeypatch, capsys
 ):
@@ -133,6 +133,7 @@ def test_a_disk_that_is_full_at_a_checkpoint_costs_the_run_and_no_earlier_checkp
     assert_goes_on(place, out, whole, capsys, [1, 2], words)
 
 
+@pytest.mark.long
 def test_files_that_cannot_grow_cost_the_run_and_no_earlier_checkpoint(place, whole, tmp_path, monkeypatch, capsys):
     out = tmp_path / "out"
     with monkeypatch.context() as patch:
@@ -142,6 +143,7 @@ def test_files_that_cannot_grow_cost_the_run_and_no_earlier_checkpoint(place, wh
     assert_goes_on(place, out, whole, capsys, [1], words)
 
 
+@pytest.mark.long
 def test_metrics_that_cannot_be_written_end_the_run_with_what_to_do(place, whole, tmp_path, monkeypatch, capsys):
     out = tmp_path / "out"
 
@@ -173,6 +175,23 @@ def test_wherever_the_disk_fills_up_during_a_save_the_last_checkpoint_is_whole(s
         if saved == 2:
             checkpoints.delete(2)
     assert 3 < failed < 15
+
+
+def test_a_line_of_metrics_that_cannot_be_written_is_a_run_error_and_the_lines_before_it_stay(tmp_path):
+    file = metrics.MetricsFile(tmp_path / "metrics.jsonl")
+    file.write({"step": 1, "loss": 2.0})
+    with (
+        limited(tmp_path, file.path.stat().st_size + 5),
+        pytest.raises(RunError, match=r"metrics\.jsonl could not be written: .*File too large.*Make room, then go on"),
+    ):
+        file.write({"step": 2, "loss": 1.0})
+    assert file.lines() == [{"step": 1, "loss": 2.0}]
+    with limited(tmp_path, 3), pytest.raises(RunError, match="could not be written"):
+        file.cut(1)
+    assert file.lines() == [{"step": 1, "loss": 2.0}]
+    file.cut(1)
+    file.write({"step": 2, "loss": 1.0})
+    assert [line["step"] for line in file.lines()] == [1, 2] and len(list(tmp_path.iterdir())) == 1
 
 
 def test_a_batch_that_cannot_be_written_does_not_hide_why_the_run_ended(tmp_path):

@@ -16,7 +16,7 @@ from tests.tiny_runs import compile_cache, flags, lines_of, losses_of, sums, wri
 
 RUN = flags(
     max_length=64, learning_rate=0.01, max_steps=9, save_steps=3, lora_r=4, lora_dropout=0.2, weight_decay=0.1,
-    gradient_checkpointing="none",
+    gradient_checkpointing="none", lr_scheduler_type="constant",
 )  # fmt: skip
 ROWS = 4  # a step, on every mesh
 DATA_PARALLEL = {None: 1, "tensor=2": 1, "data=2,tensor=2": 2, "data=2,fsdp=2": 4, "fsdp=2": 2, "fsdp=2,tensor=2": 2}
@@ -95,22 +95,23 @@ def test_a_run_goes_on_from_mesh_to_mesh_with_the_losses_of_one_device(trained, 
     assert losses_of(out) == pytest.approx(losses_of(whole), abs=1e-5)
 
 
-def test_evaluate_and_generate_on_a_mesh_say_what_they_say_on_one_device(start, place, whole, capsys):
-    model = {"model_name_or_path": place / "base", "adapter": whole}
-    for command, module, settings in (
-        ("evaluate", evaluate, {"dataset": place / "train.jsonl", "max_length": 64}),
-        ("generate", generate, {"prompts": place / "ask.jsonl", "max_new_tokens": 20, "temperature": 0.7}),
-    ):
-        assert module.main(flags(**model, **settings)) == 0
-        expected = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-        mesh = on("data=2,tensor=2")
-        child = start(flags(**model, **settings, **mesh["flags"]), command, environment=mesh["environment"])
-        assert child.wait() == 0, child.said
-        found = [json.loads(line) for line in child.printed.splitlines()]
-        if command == "evaluate":
-            assert found == [pytest.approx(line, rel=1e-5) for line in expected]
-        else:
-            assert found == expected and len({row["completion"] for row in found}) == 5
+@pytest.mark.parametrize("command", ["generate", pytest.param("evaluate", marks=pytest.mark.long)])
+def test_commands_on_a_mesh_say_what_they_say_on_one_device(command, start, place, whole, capsys):
+    settings = {"model_name_or_path": place / "base", "adapter": whole}
+    if command == "evaluate":
+        settings |= {"dataset": place / "train.jsonl", "max_length": 64}
+    else:
+        settings |= {"prompts": place / "ask.jsonl", "max_new_tokens": 20, "temperature": 0.7}
+    assert {"evaluate": evaluate, "generate": generate}[command].main(flags(**settings)) == 0
+    expected = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    mesh = on("data=2,tensor=2")
+    child = start(flags(**settings, **mesh["flags"]), command, environment=mesh["environment"])
+    assert child.wait() == 0, child.said
+    found = [json.loads(line) for line in child.printed.splitlines()]
+    if command == "evaluate":
+        assert found == [pytest.approx(line, rel=1e-5) for line in expected]
+    else:
+        assert found == expected and len({row["completion"] for row in found}) == 5
 
 
 @pytest.mark.long

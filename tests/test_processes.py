@@ -17,7 +17,7 @@ from tests.tiny_runs import compile_cache, flags, lines_of, losses_of, sums, wri
 
 RUN = flags(
     max_length=64, learning_rate=0.01, max_steps=5, save_steps=2, eval_steps=3, lora_r=4, lora_dropout=0.2,
-    weight_decay=0.1, gradient_checkpointing="none", heartbeat_timeout_seconds=4,
+    weight_decay=0.1, gradient_checkpointing="none", lr_scheduler_type="constant", heartbeat_timeout_seconds=4,
 )  # fmt: skip
 
 
@@ -69,8 +69,7 @@ def two(place, cache):
 @pytest.fixture(scope="module")
 def one(place, cache):
     """The same run in one process, on one device."""
-    settings = {"per_device_train_batch_size": 4, "eval_dataset": place / "held.jsonl"}
-    assert train.main(arguments(place, output_dir=place / "one", **settings)) == 0
+    assert train.main(arguments(place, output_dir=place / "one", per_device_train_batch_size=4)) == 0
     return place / "one"
 
 
@@ -80,13 +79,10 @@ def without_gloo(said: str) -> str:
 
 def test_two_processes_give_the_losses_of_one_and_only_the_first_speaks_and_writes(two, one, place):
     out = place / "two"
-    first, second = two(
-        output_dir=out, per_device_train_batch_size=2, save_total_limit=1, eval_dataset=place / "held.jsonl"
-    )  # fmt: skip
+    first, second = two(output_dir=out, per_device_train_batch_size=2, save_total_limit=1)
     assert first[0] == 0 and second[0] == 0, first[1] + second[1]
     assert losses_of(out) == pytest.approx(losses_of(one), abs=1e-6) and len(losses_of(out)) == 5
     assert [line["step"] for line in lines_of(out)] == [line["step"] for line in lines_of(one)]  # each written once
-    assert lines_of(out)[-1]["eval_loss"] == pytest.approx(lines_of(one)[-1]["eval_loss"], abs=1e-6)
     assert "on 2 × cpu" in first[1] and "adapter written to" in first[1]
     assert without_gloo(second[1]) == "" and without_gloo(second[2]) == without_gloo(first[2]) == ""
     assert {path.name for path in out.iterdir()} == {path.name for path in one.iterdir()}
@@ -98,10 +94,12 @@ def test_two_processes_give_the_losses_of_one_and_only_the_first_speaks_and_writ
     assert all(abs(mine[name] - theirs[name]).max() < 1e-5 for name in theirs)
 
 
+@pytest.mark.long
 def test_a_signal_to_one_stops_both_after_the_same_step_and_one_process_goes_on(two, one, place, cache):
     out = place / "stopped"
+    held = {"eval_dataset": place / "held.jsonl", "per_device_eval_batch_size": 1}
     act = [("loop.put_batch", 4, signal.SIGTERM, True)]
-    first, second = two(act, output_dir=out, per_device_train_batch_size=2)
+    first, second = two(act, output_dir=out, per_device_train_batch_size=2, **held)
     assert first[0] == second[0] == 128 + signal.SIGTERM, first[1] + second[1]
     assert "stopped by SIGTERM after step 4 of 5" in first[1].splitlines()[-1]
     assert Checkpoints(out / "checkpoints").latest() == 4
@@ -110,6 +108,7 @@ def test_a_signal_to_one_stops_both_after_the_same_step_and_one_process_goes_on(
     assert losses_of(out) == pytest.approx(losses_of(one), abs=1e-5)
 
 
+@pytest.mark.long
 def test_a_process_that_dies_ends_the_other_with_an_error(two, place):
     out, began = place / "dead", time.monotonic()
     first, second = two([("loop.put_batch", 3, signal.SIGKILL, True)], output_dir=out, per_device_train_batch_size=2)
