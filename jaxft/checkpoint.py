@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ import jax
 import numpy as np
 
 from jaxft.errors import InputError, RunError
+from jaxft.processes import is_first, on_first
 
 RECORD = "checkpoint.json"
 SAVING, REPLACED, DELETING = ".saving-", ".replaced-", ".deleting-"
@@ -43,7 +44,7 @@ class Checkpoints:
         if self.directory.exists() and not self.directory.is_dir():
             raise RunError(f"{self.directory} is a file; checkpoints need a directory there")
         if repair:
-            _on_first_process(self._repair)
+            on_first(self._repair)
 
     def steps(self) -> list[int]:
         """The steps that have a whole checkpoint, smallest first."""
@@ -68,28 +69,34 @@ class Checkpoints:
         record = {"step": step, "leaves": {name: _kind(leaf) for name, leaf in leaves.items()}, "meta": meta}
         json.dumps(record)  # fails here on a meta that is not JSON, before anything is written
         try:
-            _on_first_process(lambda: _make_empty(saving))
+            on_first(lambda: _make_empty(saving))
             _write_arrays(saving / "arrays", {name: _raw(leaf) for name, leaf in leaves.items() if leaf.size})
-            _on_first_process(lambda: self._commit(saving, final, record))
+            on_first(lambda: self._commit(saving, final, record))
         except OSError as failure:
             raise RunError(f"checkpoint {final} could not be written: {failure}. {self._intact()}") from failure
         finally:
-            _on_first_process(lambda: shutil.rmtree(saving, ignore_errors=True))
+            if is_first():  # nobody waits here: a process that fails must end, and the others with it
+                shutil.rmtree(saving, ignore_errors=True)
         if self.save_total_limit is not None:
-            for old in self.steps()[: -self.save_total_limit]:
-                self.delete(old)
+            limit = self.save_total_limit
+            on_first(lambda: self._remove(*self.steps()[:-limit]))
         return final
 
     def delete(self, step: int) -> None:
         """Removes the checkpoint of `step`; killed half way, it is gone as well."""
+        on_first(lambda: self._remove(step))
 
-        def remove() -> None:
+    def delete_after(self, step: int) -> None:
+        """Removes the checkpoints of later steps."""
+        # listed by the one process that removes: another could list when the first is already gone
+        on_first(lambda: self._remove(*(later for later in self.steps() if later > step)))
+
+    def _remove(self, *steps: int) -> None:
+        for step in steps:
             deleting = self.directory / f"{DELETING}{step}"
             shutil.rmtree(deleting, ignore_errors=True)
             os.rename(self.directory / str(step), deleting)
             shutil.rmtree(deleting, ignore_errors=True)
-
-        _on_first_process(remove)
 
     def meta(self, step: int | None = None) -> dict[str, Any]:
         """The `meta` that was saved with `step` (None: the newest), without reading the arrays."""
@@ -117,7 +124,7 @@ class Checkpoints:
     def _folder(self, step: int | None) -> Path:
         steps = self.steps()
         if not steps:
-            raise InputError(f"{self.directory} holds no checkpoint")
+            raise InputError(f"{self.directory} holds no checkpoint; name the directory of a run that saved one")
         if step is not None and step not in steps:
             raise InputError(f"{self.directory} holds no checkpoint of step {step}; it has {_listed(steps)}")
         return self.directory / str(steps[-1] if step is None else step)
@@ -138,7 +145,9 @@ class Checkpoints:
 
     def _intact(self) -> str:
         latest = self.latest()
-        return "No checkpoint was there before." if latest is None else f"The checkpoint of step {latest} is intact."
+        if latest is None:
+            return "No checkpoint was there before. Make room, then start again"
+        return f"The checkpoint of step {latest} is intact. Make room, then go on by --resume_from_checkpoint auto"
 
     def _commit(self, saving: Path, final: Path, record: dict[str, Any]) -> None:
         """Adds the record to a finished `saving` folder and makes it `final` in one rename."""
@@ -299,13 +308,3 @@ def _damaged_files(folder: Path, files: dict[str, list[int]]) -> list[tuple[str,
 def _make_empty(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-
-
-def _on_first_process(action: Callable[[], None]) -> None:
-    """Runs `action` in the process that owns the directory's names; the others wait for it."""
-    if jax.process_index() == 0:
-        action()
-    if jax.process_count() > 1:
-        from jax.experimental import multihost_utils
-
-        multihost_utils.sync_global_devices("jaxft.checkpoint")

@@ -105,7 +105,9 @@ def _make_parser(command: str, where: str) -> ArgumentParser:
 
 def _read_tokens(parser: ArgumentParser, tokens: list[str], command: str) -> dict[str, Any]:
     """Only what `tokens` set: argparse leaves alone what a namespace has already."""
-    namespace = Namespace(**dict.fromkeys(_fields(command), _UNSET))
+    lists = [name for name, kind in _fields(command).items() if typing.get_origin(kind) is list]
+    # a list begins as None: argparse extends what it finds
+    namespace = Namespace(**(dict.fromkeys(_fields(command), _UNSET) | dict.fromkeys(lists)))
     _, unknown = parser.parse_known_args(tokens, namespace)
     if unknown:
         raise _unknown(command, next((word for word in unknown if word.startswith("-")), unknown[0]), "")
@@ -143,7 +145,9 @@ def _read_config(command: str, path: str) -> tuple[dict[str, Any], set[str]]:
     try:
         content = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)  # a SafeLoader
     except (OSError, ValueError, yaml.YAMLError) as failure:
-        raise InputError(f"--config {path} cannot be read: {' '.join(str(failure).split())}") from failure
+        raise InputError(
+            f"--config {path} cannot be read: {' '.join(str(failure).split())}; name a YAML file"
+        ) from failure
     if not isinstance(content, dict | None):
         raise InputError(f"--config {path} holds a {type(content).__name__}; expected lines of name: value")
     content = content or {}
@@ -155,7 +159,9 @@ def _read_config(command: str, path: str) -> tuple[dict[str, Any], set[str]]:
         if key not in fields and key not in elsewhere:
             raise _unknown(command, str(key), f"{path}: ")
         if key in fields and (value is not None or type(None) not in typing.get_args(fields[key])):
-            tokens.append(f"--{key}={_token(key, value, fields[key], path)}")
+            several = typing.get_origin(fields[key]) is list and isinstance(value, list)
+            for one in value if several else [value]:
+                tokens.append(f"--{key}={_token(key, one, str if several else fields[key], path)}")
     values = _read_tokens(_make_parser(command, f"{path}: "), tokens, command)
     if listed is not None:  # a config.yaml that jaxft wrote: the other keys count only where they were edited
         if not isinstance(listed, list):
@@ -176,7 +182,7 @@ def _token(key: str, value: Any, kind: Any, path: str) -> str:
         return json.dumps(value, default=str, ensure_ascii=False)
     if key == "dataset_weights" and isinstance(value, list):
         return ",".join(map(str, value))
-    if value is None or kind is str or kind == str | None:
+    if value is None or kind is str or kind == str | None or typing.get_origin(kind) is list:
         raise InputError(f"{path}: {key} is {value!r}; expected {'a value' if value is None else 'text (in quotes?)'}")
     return str(value).lower() if isinstance(value, bool) else str(value)
 

@@ -19,7 +19,7 @@ from jaxft.mixture import Source
 from jaxft.packing import Batch, eval_batches
 from jaxft.prepare import prepare
 from jaxft.settings import EvaluateSettings, TrainSettings
-from jaxft.sharding import batch_sharding, data_parallel_size
+from jaxft.sharding import data_parallel_size, put_batch
 from jaxft.step import EvalStep, make_eval_step
 from jaxft.trees import Tree
 
@@ -39,7 +39,7 @@ def evaluate(
     totals: dict[str, float] = {}
     running: dict[str, jax.Array] = {}  # the batch that the device works on while the next one is put together
     for batch in batches:
-        found = step(trainable, frozen, jax.device_put(batch, batch_sharding(mesh)))
+        found = step(trainable, frozen, put_batch(batch, mesh))
         totals = {name: totals.get(name, 0.0) + float(value) for name, value in running.items()}
         running = found
         if stopped():
@@ -77,7 +77,7 @@ def read_from(name: str, split: str | None) -> str:
 def main(argv: list[str] | None = None) -> int:
     settings, provenance = parse("evaluate", argv)
     if (settings.model_name_or_path is None) != (settings.dataset is None):
-        raise InputError("--model_name_or_path and --dataset go together; without both the embedded ones are used")
+        raise InputError("--model_name_or_path and --dataset go together; name both, or neither for the embedded ones")
     for line in describe(settings, provenance):
         print(line, file=sys.stderr)
     model_name = settings.model_name_or_path or str(EMBEDDED / "base")

@@ -1,110 +1,63 @@
-"""`python -m jaxft.generate`: continues prompts with a key/value cache, greedily or by sampling."""
+"""`python -m jaxft.generate`: continues a prompt, a conversation, or a file of them, greedily or by sampling."""
 
-import functools
+import bisect
 import json
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
-import numpy as np
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from jaxft.config import describe, parse
-from jaxft.errors import InputError, run_command
+from jaxft.decode import generate
+from jaxft.errors import InputError, RunError, run_command
 from jaxft.load import EMBEDDED
-from jaxft.models import Model
 from jaxft.models.rope import DynamicRope
-from jaxft.prepare import prepare
+from jaxft.prepare import Prepared, prepare
+from jaxft.prompts import ANSWER_FIELDS, Asked, prompt_tokens, read_asked
+from jaxft.sampling import prompt_keys
 from jaxft.settings import GenerateSettings
-from jaxft.trees import Tree
+from jaxft.sharding import data_parallel_size
 
-BUCKET = 64  # prompts are padded to a multiple of this many slots, so that few lengths are compiled
+WINDOW = 16  # batches whose prompts are sorted by length together and whose answers are then written
 
 
-def sample(logits: jax.Array, key: jax.Array, temperature: float, top_p: float) -> jax.Array:
-    """The next token (B,) int32 of logits (B, V): the likeliest at temperature 0, else drawn.
+@dataclass(frozen=True)
+class Completion:
+    """An answer: its text, the count of new tokens (those of a stop string too, an end token not), how it ended."""
 
-    top_p keeps the likeliest tokens that together reach that probability (Holtzman et al. 2020,
-    https://arxiv.org/abs/1904.09751), at least one. Row b draws from the b-th split of key.
+    text: str
+    tokens: int
+    finish_reason: Literal["stop", "length"]
+
+    def fields(self, prompt_tokens: int) -> dict[str, Any]:
+        """What an answered row gains: `prompts.ANSWER_FIELDS`."""
+        values = (self.text, prompt_tokens, self.tokens, self.finish_reason)
+        return dict(zip(ANSWER_FIELDS, values, strict=True))
+
+
+def cut_at_stop(
+    tokens: Sequence[int], stops: Sequence[str], decode: Callable[[Sequence[int]], str]
+) -> tuple[str, int | None]:
+    """The text before the first stop string, and after how many tokens that string was whole; None without one.
+
+    What was generated behind it does not matter: of several strings the one that was whole first is the first.
     """
-    if temperature == 0:
-        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    logits = logits / temperature
-    if top_p < 1:
-        ordered = jnp.sort(logits, axis=-1, descending=True)
-        probabilities = jax.nn.softmax(ordered, axis=-1)
-        before = jnp.cumsum(probabilities, axis=-1) - probabilities  # what the likelier tokens have already
-        smallest = jnp.min(jnp.where(before < top_p, ordered, jnp.inf), axis=-1, keepdims=True)
-        logits = jnp.where(logits >= smallest, logits, -jnp.inf)
-    keys = jax.random.split(key, logits.shape[0])
-    return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
 
+    def found(count: int) -> bool:
+        text = decode(tokens[:count])
+        return any(stop in text for stop in stops)
 
-@functools.partial(jax.jit, static_argnames=("model", "steps", "stop_ids", "temperature", "top_p", "dtype"))
-def _generate(model, trees, tokens, first_key, key, *, steps, stop_ids, temperature, top_p, dtype):
-    """New tokens (B, steps) int32, −1 after a stop token; tokens (B, P) left-padded, first_key (B,)."""
-    decoder = model.bind(*trees)
-    B, P = tokens.shape
-    stops = jnp.asarray(stop_ids or (-1,), jnp.int32)[None]
-    cache = decoder.empty_cache(B, P + steps, dtype)
-    positions = jnp.maximum(jnp.arange(P, dtype=jnp.int32)[None] - first_key[:, None], 0)
-    hidden, cache = decoder.with_cache(tokens, positions, first_key, jnp.int32(0), cache, dtype=dtype)
-
-    def pick(hidden, step):
-        return sample(decoder.logits(hidden[:, -1]), jax.random.fold_in(key, step), temperature, top_p)
-
-    def unfinished(carry):
-        step, _, _, done, _ = carry
-        return (step < steps) & ~jnp.all(done)
-
-    def one(carry):
-        step, token, out, done, cache = carry
-        out = out.at[:, step].set(jnp.where(done, -1, token))
-        done = done | jnp.any(token[:, None] == stops, axis=1)
-        slot = P + step
-        hidden, cache = decoder.with_cache(
-            token[:, None], (slot - first_key)[:, None], first_key, slot, cache, dtype=dtype
-        )
-        return step + 1, pick(hidden, step + 1), out, done, cache
-
-    start = (jnp.int32(0), pick(hidden, 0), jnp.full((B, steps), -1, jnp.int32), jnp.zeros(B, bool), cache)
-    return jax.lax.while_loop(unfinished, one, start)[2]
-
-
-def generate(
-    model: Model,
-    trees: tuple[Tree, ...],
-    prompts: Sequence[Sequence[int]],
-    *,
-    max_new_tokens: int,
-    stop_ids: Sequence[int],
-    temperature: float = 0.0,
-    top_p: float = 1.0,
-    key: jax.Array | None = None,
-    dtype: jnp.dtype | None = None,
-) -> list[list[int]]:
-    """Continues token lists: for each prompt the new tokens, up to and without the first stop token.
-
-    trees: the model's parameters, e.g. (trainable, frozen). dtype: of activations and cache, the embedding's own
-    where None. Raises InputError for an empty prompt.
-    """
-    if not all(len(prompt) for prompt in prompts):
-        raise InputError("the prompt has no token to continue")
-    P = -(-max(map(len, prompts)) // BUCKET) * BUCKET
-    tokens = np.zeros((len(prompts), P), np.int32)
-    for row, prompt in enumerate(prompts):
-        tokens[row, P - len(prompt) :] = prompt
-    first_key = np.array([P - len(prompt) for prompt in prompts], np.int32)
-    new = _generate(
-        model, trees, tokens, first_key, jax.random.key(0) if key is None else key, steps=max_new_tokens,
-        stop_ids=tuple(stop_ids), temperature=temperature, top_p=top_p,
-        dtype=None if dtype is None else jnp.dtype(dtype),
-    )  # fmt: skip
-    return [[int(token) for token in row if token >= 0 and token not in stop_ids] for row in np.asarray(new)]
+    if not found(len(tokens)):
+        return decode(tokens), None
+    count = bisect.bisect_left(range(len(tokens)), True, key=found)
+    text = decode(tokens[:count])
+    return text[: min(text.find(stop) for stop in stops if stop in text)], count
 
 
 def stop_token_ids(tokenizer: PreTrainedTokenizerBase, directory: Path) -> list[int]:
@@ -123,64 +76,128 @@ def stop_token_ids(tokenizer: PreTrainedTokenizerBase, directory: Path) -> list[
     return sorted(token for token in found if token is not None)
 
 
+def complete(
+    prepared: Prepared, settings: GenerateSettings, prompts: Sequence[Sequence[int]], keys: jax.Array
+) -> list[Completion]:
+    """The answers to tokenised prompts, each with its key (n,). Must be called under `jax.set_mesh`."""
+    tokenizer = prepared.tokenizer
+    added = tokenizer.get_added_vocab()  # of these the decoded text may show nothing, so they end by their id
+    stop_ids = {*stop_token_ids(tokenizer, prepared.directory), *(added[s] for s in settings.stop if s in added)}
+
+    def decode(tokens: Sequence[int]) -> str:
+        return str(tokenizer.decode(list(tokens), skip_special_tokens=True))
+
+    def stopped(tokens: Sequence[int]) -> bool:
+        return cut_at_stop(tokens, settings.stop, decode)[1] is not None
+
+    found = generate(
+        prepared.model,
+        (prepared.trainable, prepared.frozen),
+        prompts,
+        max_new_tokens=settings.max_new_tokens,
+        stop_ids=sorted(stop_ids),
+        temperature=settings.temperature,
+        top_k=settings.top_k,
+        top_p=settings.top_p,
+        repetition_penalty=settings.repetition_penalty,
+        keys=keys,
+        batch_size=settings.per_device_eval_batch_size * data_parallel_size(prepared.mesh),
+        stopped=stopped if settings.stop else None,
+        dtype=prepared.compute_dtype,
+    )
+    completions = []
+    for tokens in found:
+        text, count = cut_at_stop(tokens, settings.stop, decode)
+        reason: Literal["stop", "length"] = (
+            "length" if count is None and len(tokens) == settings.max_new_tokens else "stop"
+        )
+        completions.append(Completion(text, len(tokens) if count is None else count, reason))
+    return completions
+
+
 def main(argv: list[str] | None = None) -> int:
     settings, provenance = parse("generate", argv)
     for line in describe(settings, provenance):
-        print(line, file=sys.stderr)
+        say(line)
+    drawn = sorted({"top_k", "top_p", "seed"} & settings.settings_given)
+    if settings.temperature == 0 and drawn:
+        say(f"temperature 0 is greedy: {', '.join(drawn)} {'have' if len(drawn) > 1 else 'has'} no effect")
+    output = None if settings.output is None else Path(settings.output).expanduser()
+    if output is not None and output.exists():
+        raise InputError(f"--output {output} exists already; name a new file")
+    if output is not None and not output.parent.is_dir():
+        raise InputError(f"--output {output}: there is no directory {output.parent}; make it first")
+    asked = read_asked(settings)
     prepared = prepare(settings, settings.model_name_or_path or str(EMBEDDED / "base"))
-    tokenizer = prepared.tokenizer
-    prompt = tokenizer.encode(_prompt(settings, tokenizer), add_special_tokens=not (settings.chat or settings.messages))
-    positions, ropes = prepared.model.config.max_position_embeddings, prepared.model.config.ropes
-    endless = any(isinstance(rope, DynamicRope) for rope in ropes)  # it scales itself beyond them
-    if len(prompt) + settings.max_new_tokens > positions and not endless:
-        raise InputError(
-            f"the prompt's {len(prompt)} tokens and --max_new_tokens {settings.max_new_tokens} are more than the "
-            f"model's {positions} positions"
-        )
+    prompts = [_tokens(one, prepared, settings) for one in asked]
     with jax.set_mesh(prepared.mesh):
-        (new,) = generate(
-            prepared.model,
-            (prepared.trainable, prepared.frozen),
-            [prompt],
-            max_new_tokens=settings.max_new_tokens,
-            stop_ids=stop_token_ids(tokenizer, prepared.directory),
-            temperature=settings.temperature,
-            top_p=settings.top_p,
-            key=jax.random.key(settings.seed),
-            dtype=prepared.compute_dtype,
-        )
-    # exactly the new text: a line's end would belong to it, so only a terminal gets one
-    print(tokenizer.decode(new, skip_special_tokens=True), end="\n" if sys.stdout.isatty() else "", flush=True)
+        keys = prompt_keys(jax.random.key(settings.seed), prompts)
+        if settings.prompts is None:
+            (completion,) = complete(prepared, settings, prompts, keys)
+            # exactly the new text: a line's end would belong to it, so only a terminal gets one
+            print(completion.text, end="\n" if sys.stdout.isatty() else "", flush=True)
+        else:
+            size = WINDOW * settings.per_device_eval_batch_size * data_parallel_size(prepared.mesh)
+            windows = [slice(at, at + size) for at in range(0, len(asked), size)]
+            answers = (complete(prepared, settings, prompts[window], keys[window]) for window in windows)
+            write_answers(output, asked, prompts, answers)
     return 0
 
 
-def _prompt(settings: GenerateSettings, tokenizer: PreTrainedTokenizerBase) -> str:
-    """The text to continue: --prompt as it is, or a conversation rendered up to the assistant's turn."""
-    messages: Any = [{"role": "user", "content": settings.prompt}]
-    if settings.messages is not None:
-        messages = _read_messages(Path(settings.messages))
-    elif settings.prompt is None:
-        raise InputError("nothing to continue: give --prompt TEXT, or --messages FILE")
-    elif not settings.chat:
-        return settings.prompt
-    if not tokenizer.chat_template:
-        raise InputError("this tokenizer has no chat template; use --prompt without --chat")
-    try:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
-    except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as failure:
-        raise InputError(f"the chat template refuses the conversation: {failure}") from failure
+def say(text: str) -> None:
+    """Everything but answers goes to stderr."""
+    print(text, file=sys.stderr, flush=True)
 
 
-def _read_messages(path: Path) -> list[dict[str, Any]]:
-    """A conversation from a JSON file: a list of messages, or an object that has one as `messages`, as a data row."""
+def _tokens(asked: Asked, prepared: Prepared, settings: GenerateSettings) -> list[int]:
+    """The prompt's tokens. Raises InputError where the model cannot read them or has no positions for the answer."""
+    tokens, config = prompt_tokens(asked, prepared.tokenizer, settings), prepared.model.config
+    endless = any(isinstance(rope, DynamicRope) for rope in config.ropes)  # it scales itself beyond them
+    if len(tokens) + settings.max_new_tokens > config.max_position_embeddings and not endless:
+        raise InputError(
+            f"{asked.where}: the prompt's {len(tokens)} tokens and --max_new_tokens {settings.max_new_tokens} are more "
+            f"than the model's {config.max_position_embeddings} positions; shorten the one or lower the other"
+        )
+    if max(tokens) >= config.vocab_size:
+        raise InputError(
+            f"{asked.where}: token {max(tokens)} is outside the model's vocabulary of {config.vocab_size}; is the "
+            "tokenizer this model's?"
+        )
+    return tokens
+
+
+def write_answers(
+    output: Path | None, asked: Sequence[Asked], prompts: Sequence[Sequence[int]], answers: Iterable[list[Completion]]
+) -> None:
+    """Writes all rows with their answers in order, a line of JSON each, to a new file or (None) to stdout.
+
+    answers: lists of completions, each written when it comes. Raises RunError where the file cannot be written; what
+    stands in it then are whole lines.
+    """
+    reasons: list[str] = []
+    whole = 0  # bytes of whole lines
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise InputError(f"--messages {path} cannot be read as JSON: {error}") from error
-    found = found.get("messages") if isinstance(found, dict) else found
-    if not isinstance(found, list) or not found or not all(isinstance(turn, dict) and "role" in turn for turn in found):
-        raise InputError(f"--messages {path}: a list of objects with role and content is needed")
-    return found
+        with nullcontext(sys.stdout) if output is None else output.open("x", encoding="utf-8") as file:
+            for completions in answers:
+                lines = []
+                for number, completion in enumerate(completions, len(reasons)):
+                    row = asked[number].row | completion.fields(len(prompts[number]))
+                    lines.append(json.dumps(row, ensure_ascii=False) + "\n")
+                text = "".join(lines)
+                file.write(text)
+                file.flush()
+                whole += len(text.encode("utf-8"))
+                reasons += [completion.finish_reason for completion in completions]
+                say(f"answered {len(reasons)} of {len(asked)} prompts")
+    except OSError as failure:
+        if output is not None and output.exists():
+            os.truncate(output, whole)
+        raise RunError(
+            f"{output or 'stdout'} cannot be written after {len(reasons)} of {len(asked)} answers: {failure}. Make "
+            "room, or name an --output on another disk"
+        ) from failure
+    if cut := reasons.count("length"):
+        say(f"{cut} of {len(reasons)} answers were cut at --max_new_tokens")
 
 
 if __name__ == "__main__":

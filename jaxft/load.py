@@ -46,14 +46,16 @@ def find_directory(name: str) -> Path:
     if path.exists():
         raise InputError(f"{name} is a file; a model directory is needed")
     if name.startswith(("/", ".", "~")):
-        raise InputError(f"{name} does not exist")
+        raise InputError(f"{name} does not exist; check the path")
     try:
         return Path(snapshot_download(name, allow_patterns=MODEL_FILES))
     except HFValidationError as error:
-        raise InputError(f"{name!r} is neither a directory here nor a name the hub could have: {error}") from error
+        said = f"{name!r} is neither a directory here nor a name the hub could have: {error}"
+        raise InputError(f"{said}; check the path, or name OWNER/NAME") from error
     except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
         raise InputError(
-            f"{name!r} is no directory here, and the hub did not give it: {str(error).splitlines()[0]}"
+            f"{name!r} is no directory here, and the hub did not give it: {str(error).splitlines()[0]}; check the name "
+            "and the network, or download it and name its directory"
         ) from error
 
 
@@ -153,7 +155,8 @@ def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(directory, local_files_only=True)
     except (OSError, ValueError, KeyError, ImportError) as error:
-        raise InputError(f"{directory} has no tokenizer that transformers can read: {error}") from error
+        said = f"{directory} has no tokenizer that transformers can read: {error}"
+        raise InputError(f"{said}; copy the model's tokenizer files there again") from error
 
 
 def save_adapter(directory: str | Path, model: Model, trainable: Tree, config: LoraConfig, base_model: str) -> None:

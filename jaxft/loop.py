@@ -23,8 +23,9 @@ from jaxft.optim_8bit import Moment8, place
 from jaxft.output import CHECKPOINTS, METRICS
 from jaxft.packing import Batches
 from jaxft.prepare import Prepared
+from jaxft.processes import is_first, largest, on_first
 from jaxft.settings import TrainSettings
-from jaxft.sharding import batch_sharding
+from jaxft.sharding import put_batch
 from jaxft.step import make_eval_step, make_train_step
 from jaxft.streaming import StreamBatches
 from jaxft.trees import Tree
@@ -114,11 +115,17 @@ def run_training(run: Run, prepared: Prepared) -> Outcome:
         trainable, opt_state, key = state["trainable"], state["opt_state"], state["key"]
         window = Window(**meta["window"])
         run.batches.go_on(first, meta["epoch"], meta["row"])
-    run.directory.mkdir(parents=True, exist_ok=True)
-    metrics.cut(first if source else -1)
+
+    def begin() -> None:
+        try:
+            run.directory.mkdir(parents=True, exist_ok=True)
+        except OSError as failure:
+            raise InputError(f"--output_dir {run.directory} cannot be made: {failure}; name another") from failure
+        metrics.cut(first if source else -1)
+
+    on_first(begin)
     evaluated = {line["step"] for line in metrics.lines() if "eval_loss" in line}
-    for later in [step for step in checkpoints.steps() if step > first]:
-        checkpoints.delete(later)  # the run goes on from an earlier one, which was named; it has one course only
+    checkpoints.delete_after(first)  # the run goes on from an earlier one, which was named; it has one course only
 
     step_function = jax.jit(
         make_train_step(
@@ -143,17 +150,15 @@ def run_training(run: Run, prepared: Prepared) -> Outcome:
             return
         if step == first:
             display.say(f"evaluating {run.heldout.rows} rows in {len(run.heldout)} batches")
-        found = evaluate(
-            eval_function, trainable, prepared.frozen, run.heldout, prepared.mesh, lambda: stop.received is not None
-        )
-        if stop.received is not None:
+        found = evaluate(eval_function, trainable, prepared.frozen, run.heldout, prepared.mesh, stop.asked)
+        if stop.agreed is not None:
             return  # half an evaluation is none: the resumed run makes it
         line = {"step": step, "epoch": step / run.batches.steps_per_epoch}
         line |= {f"eval_{name}": value for name, value in found.items()}
         metrics.write(line)
         display.show(line)
 
-    with live_display(first, run.total_steps) as display, _signals() as stop:
+    with live_display(first, run.total_steps, is_first()) as display, _signals() as stop:
         if source is not None:
             display.say(f"resumed from {saved.directory / str(first)}: {first} of {run.total_steps} steps done")
             if meta["total_steps"] != run.total_steps:
@@ -163,7 +168,7 @@ def run_training(run: Run, prepared: Prepared) -> Outcome:
             evaluate_now(first, display)
         step, window.began = first, time.perf_counter()
         for step in range(first + 1, run.total_steps + 1):
-            if stop.received is not None:
+            if stop.asked():
                 step -= 1
                 break
             try:
@@ -174,7 +179,7 @@ def run_training(run: Run, prepared: Prepared) -> Outcome:
                 raise
             learning_rate = float(run.schedule(_updates_done(opt_state, step - 1)))
             trainable, opt_state, found = step_function(
-                trainable, opt_state, prepared.frozen, jax.device_put(batch, batch_sharding(prepared.mesh)),
+                trainable, opt_state, prepared.frozen, put_batch(batch, prepared.mesh),
                 jax.random.fold_in(key, step),
             )  # fmt: skip
             loss, weight = float(found["loss"]), float(found["weight"])
@@ -200,9 +205,9 @@ def run_training(run: Run, prepared: Prepared) -> Outcome:
             window.began += time.perf_counter() - pause  # evaluations and checkpoints are not the step's time
         if checkpoints.latest() != step:
             save(step)
-        if stop.received is None and step > first:
+        if stop.agreed is None and step > first:
             evaluate_now(step, display)
-    return Outcome(trainable, step, stop.received, metrics.figures())
+    return Outcome(trainable, step, stop.agreed, metrics.figures())
 
 
 def _updates_done(opt_state: optax.OptState, steps_done: int) -> Any:
@@ -230,7 +235,9 @@ def _resume_source(settings: TrainSettings, own: Checkpoints) -> tuple[Checkpoin
     for directory in (path / CHECKPOINTS, path):
         if directory.is_dir() and (latest := Checkpoints(directory, repair=False).latest()) is not None:
             return Checkpoints(directory, repair=False), latest
-    raise InputError(f"--resume_from_checkpoint {wanted}: there is no checkpoint")
+    raise InputError(
+        f"--resume_from_checkpoint {wanted}: there is no checkpoint; name the directory of a run or one checkpoint"
+    )
 
 
 def _check_fingerprint(folder: Path, saved: dict[str, Any], own: dict[str, Any]) -> None:
@@ -247,18 +254,32 @@ def _check_fingerprint(folder: Path, saved: dict[str, Any], own: dict[str, Any])
 def _non_finite(directory: Path, step: int, batch: dict[str, np.ndarray], found: Any, checkpoints: Checkpoints) -> str:
     """Writes the batch that gave a loss or gradient that is not finite, and says so."""
     path = directory / f"non_finite_step_{step}.npz"
-    np.savez(path, allow_pickle=False, **batch)
+    written = f"its batch is in {path}"
+    try:
+        if is_first():
+            np.savez(path, allow_pickle=False, **batch)
+    except OSError as failure:
+        written = f"its batch could not be written to {path} ({failure})"
     latest = checkpoints.latest()
     kept = "there is no checkpoint yet" if latest is None else f"the checkpoint of step {latest} is whole"
     return (
         f"step {step}: loss {float(found['loss'])}, grad_norm {float(found['grad_norm'])}, one of them not finite. The "
-        f"parameters were not changed by it; its batch is in {path}; {kept}. A lower --learning_rate, or --dtype "
+        f"parameters were not changed by it; {written}; {kept}. A lower --learning_rate, or --dtype "
         "float32, is what helps most often"
     )
 
 
 class _Stop:
+    """received: by this process. agreed: what all processes know of, and act on together."""
+
     received: signal.Signals | None = None
+    agreed: signal.Signals | None = None
+
+    def asked(self) -> bool:
+        """Whether any process was asked to stop; all of them must call it equally often."""
+        number = largest(self.received or 0)
+        self.agreed = signal.Signals(number) if number else None
+        return number != 0
 
 
 @contextmanager

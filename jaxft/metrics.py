@@ -11,6 +11,9 @@ from typing import Any, Protocol
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from jaxft.errors import RunError
+from jaxft.processes import is_first
+
 Line = dict[str, Any]
 
 
@@ -37,8 +40,12 @@ class MetricsFile:
         if self.path.exists():
             kept = [json.dumps(line) + "\n" for line in self.lines() if line["step"] <= step]
             temporary = self.path.with_suffix(".partial")
-            temporary.write_text("".join(kept), encoding="utf-8")
-            temporary.replace(self.path)
+            with _written(self.path):
+                try:
+                    temporary.write_text("".join(kept), encoding="utf-8")
+                    temporary.replace(self.path)
+                finally:
+                    temporary.unlink(missing_ok=True)
 
     def figures(self) -> Line:
         """What a model card tells of a run: its last loss, and the held-out loss at its first and last evaluation."""
@@ -49,10 +56,25 @@ class MetricsFile:
         return found | ({"eval_loss before": held_out[0], "eval_loss": held_out[-1]} if held_out else {})
 
     def write(self, line: Line) -> None:
+        """Appends a line; of several processes the first writes it."""
+        if not is_first():
+            return
         # JSON has no NaN: what is not finite is written as null
         clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
-        with self.path.open("a", encoding="utf-8") as file:
+        with _written(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(clean) + "\n")
+
+
+@contextmanager
+def _written(path: Path) -> Iterator[None]:
+    """Raises RunError where the disk does not take what is written inside."""
+    try:
+        yield
+    except OSError as failure:
+        raise RunError(
+            f"{path} could not be written: {failure}. Make room, then go on from the last checkpoint by "
+            "--resume_from_checkpoint auto"
+        ) from failure
 
 
 def plain(line: Line) -> str:
@@ -107,9 +129,23 @@ class _Lines:
         print(text, file=sys.stderr, flush=True)
 
 
+class _Nothing:
+    def advance(self, step: int) -> None:
+        pass
+
+    def show(self, line: Line) -> None:
+        pass
+
+    def say(self, text: str) -> None:
+        pass
+
+
 @contextmanager
-def live_display(first: int, total: int) -> Iterator[Display]:
-    """A live bar on a terminal, plain lines where stderr is none."""
+def live_display(first: int, total: int, shown: bool = True) -> Iterator[Display]:
+    """A live bar on a terminal, plain lines where stderr is none, nothing where it is not `shown`."""
+    if not shown:
+        yield _Nothing()
+        return
     console = Console(stderr=True)
     if not console.is_terminal:
         yield _Lines()

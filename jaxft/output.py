@@ -16,6 +16,7 @@ from jaxft.errors import InputError, RunError
 from jaxft.load import copy_tokenizer, write_changes, write_model
 from jaxft.models.extension import describe_changes
 from jaxft.prepare import Prepared
+from jaxft.processes import ENVIRONMENT
 from jaxft.settings import TrainSettings
 from jaxft.trees import Tree
 
@@ -28,7 +29,7 @@ def choose_directory(settings: TrainSettings, model_name: str) -> Path:
     resume = settings.resume_from_checkpoint
     if settings.output_dir is None:
         if resume == "auto":
-            raise InputError("--resume_from_checkpoint auto needs --output_dir, the directory of the run to go on with")
+            raise InputError("--resume_from_checkpoint auto needs --output_dir; name the run to go on with")
         name = Path(model_name).expanduser().resolve().name or "model"
         number = 1
         while (directory := Path("runs") / f"{name}-{number}").exists():
@@ -36,7 +37,7 @@ def choose_directory(settings: TrainSettings, model_name: str) -> Path:
         return directory
     directory = Path(settings.output_dir).expanduser()
     if directory.exists() and not directory.is_dir():
-        raise InputError(f"--output_dir {directory} is a file")
+        raise InputError(f"--output_dir {directory} is a file; name a directory")
     if not directory.is_dir() or not any(directory.iterdir()):
         return directory
     if resume is None:
@@ -63,9 +64,10 @@ def is_finished(directory: Path, settings: TrainSettings) -> bool:
 
 
 def config_text(settings: TrainSettings) -> str:
-    """config.yaml: the settings that repeat the run from its first step, so without where it was resumed."""
-    given = settings.settings_given - {"resume_from_checkpoint"}
-    return to_yaml(replace(settings, resume_from_checkpoint=None, settings_given=given))
+    """config.yaml: the settings that repeat the run from its first step, wherever: without where it was resumed and by
+    which processes."""
+    left_out: dict[str, Any] = dict.fromkeys(("resume_from_checkpoint", *ENVIRONMENT))  # of the moment, not of the run
+    return to_yaml(replace(settings, **left_out, settings_given=settings.settings_given - left_out.keys()))
 
 
 def write_result(directory: Path, prepared: Prepared, trainable: Tree, settings: TrainSettings, card: str) -> None:

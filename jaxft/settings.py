@@ -169,14 +169,34 @@ class TrainArguments:
 
 
 @dataclasses.dataclass(frozen=True)
+class ProcessArguments:
+    """The names of `jax.distributed.initialize`; the environment variables are in `jaxft.processes`."""
+
+    _argument_group_name: ClassVar[str] = "several processes"
+    coordinator_address: str | None = _flag(None, "HOST:PORT of process 0, the same for all")
+    num_processes: int | None = _flag(None, "how many processes run together")
+    process_id: int | None = _flag(None, "which of them this is, from 0")
+    heartbeat_timeout_seconds: int = _flag(60, "a process that is silent for so long is dead, and ends the run")
+
+
+@dataclasses.dataclass(frozen=True)
 class GenerateArguments:
     _argument_group_name: ClassVar[str] = "generation"
     prompt: str | None = _flag(None, "text to continue")
     messages: str | None = _flag(None, "JSON file of a conversation, rendered with the chat template")
-    chat: bool = _flag(False, "the prompt is a user's turn, rendered with the chat template")
+    prompts: str | None = _flag(None, "JSONL file; each line has a prompt or messages, and is answered")
+    output: str | None = _flag(None, "new JSONL file for the answers to --prompts; without it stdout")
+    chat: bool = _flag(False, "a prompt is a user's turn, rendered with the chat template")
     max_new_tokens: int = _flag(128, "most tokens to generate")
+    stop: list[str] = dataclasses.field(
+        default_factory=list,
+        metadata={"help": "end before the first of these strings; may be given several times", "action": "extend"},
+    )
     temperature: float = _flag(0.0, "0 is greedy")
+    top_k: int = _flag(0, "sample from this many most probable tokens; 0 from all")
     top_p: float = _flag(1.0, "sample from the most probable tokens that make up this much probability")
+    repetition_penalty: float = _flag(1.0, "above 1 makes tokens less likely that stand in the text already")
+    per_device_eval_batch_size: int = _flag(8, "prompts a device that are answered together")
     seed: int = _flag(0, "seed of sampling")
 
 
@@ -189,7 +209,7 @@ class _Origin:
 
 
 @dataclasses.dataclass(frozen=True)
-class TrainSettings(_Origin, TrainArguments, DataArguments, LoraArguments, ModelArguments):
+class TrainSettings(_Origin, ProcessArguments, TrainArguments, DataArguments, LoraArguments, ModelArguments):
     """Everything `jaxft.train` can be told; what depends on other settings is filled in."""
 
     learning_rate: float = 2e-4
@@ -208,7 +228,7 @@ class GenerateSettings(_Origin, GenerateArguments, ModelArguments):
 Settings = TrainSettings | EvaluateSettings | GenerateSettings
 
 GROUPS: dict[str, tuple[Any, ...]] = {
-    "train": (ModelArguments, LoraArguments, DataArguments, TrainArguments),
+    "train": (ModelArguments, LoraArguments, DataArguments, TrainArguments, ProcessArguments),
     "evaluate": (ModelArguments, DataArguments),
     "generate": (ModelArguments, GenerateArguments),
 }
@@ -224,6 +244,10 @@ RANGES: list[tuple[str, str, Callable[[float], bool]]] = [
     ("adam_epsilon num_train_epochs", "above 0", lambda x: x > 0),
     ("warmup_ratio", "from 0 to 1", lambda x: 0 <= x <= 1),
     ("top_p", "above 0 and at most 1", lambda x: 0 < x <= 1),
+    ("top_k", "at least 0; 0 keeps all tokens", lambda x: x >= 0),
+    ("repetition_penalty", "above 0; 1 is none", lambda x: x > 0),
+    ("num_processes heartbeat_timeout_seconds", "at least 1", lambda x: x >= 1),
+    ("process_id", "at least 0", lambda x: x >= 0),
     ("max_length", "at least 2", lambda x: x >= 2),
     ("max_steps", "at least 1, or -1 to count epochs", lambda x: x == -1 or x >= 1),
     ("seed", "from 0 to 4294967295", lambda x: 0 <= x < 2**32),
@@ -239,6 +263,7 @@ def check(settings: Any, where: dict[str, str]) -> None:
     exclusive = (
         *(("bf16", "fp16"), ("warmup_steps", "warmup_ratio"), ("prompt", "messages"), ("load_in_4bit", "load_in_8bit")),
         *(("load_in_4bit", "full_finetuning"), ("load_in_8bit", "full_finetuning")),
+        *(("prompt", "prompts"), ("messages", "prompts")),
     )
     for one, two in exclusive:
         if getattr(settings, one, None) and getattr(settings, two, None):
@@ -256,6 +281,11 @@ def check(settings: Any, where: dict[str, str]) -> None:
             _ = settings.sources
         except InputError as failure:
             raise InputError(f"{where['dataset']}: {failure}") from failure
+    if isinstance(settings, GenerateSettings):
+        if "" in settings.stop:
+            raise InputError(f"{where['stop']} is empty; it must be a string that can end an answer")
+        if settings.output is not None and settings.prompts is None:
+            raise InputError(f"{where['output']} is for the answers to --prompts FILE.jsonl; one answer goes to stdout")
     if isinstance(settings, TrainSettings):
         if settings.streaming and settings.max_steps < 0:
             raise InputError("--streaming does not know how long an epoch is; set --max_steps")
@@ -266,4 +296,6 @@ def check(settings: Any, where: dict[str, str]) -> None:
             raise InputError(f"--lora_target_modules {settings.lora_target_modules!r}: expected all-linear or names")
         lora = [name for name in where if name.startswith(("lora_", "use_rslora")) and where[name].startswith("--")]
         if settings.full_finetuning and lora:
-            raise InputError(f"{where[lora[0]]} has no meaning with --full_finetuning, which trains without LoRA")
+            raise InputError(
+                f"{where[lora[0]]} has no meaning with --full_finetuning, which trains without LoRA; leave it out"
+            )

@@ -10,7 +10,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxft.errors import InputError
 
@@ -43,7 +43,7 @@ def mesh_sizes(axes: dict[str, int] | None, device_count: int) -> dict[str, int]
     product = math.prod(sizes.values())
     if product != device_count:
         named = ",".join(f"{axis}={size}" for axis, size in sizes.items())
-        raise InputError(f"--mesh {named} needs {product} devices, this run has {device_count}")
+        raise InputError(f"--mesh {named} needs {product} devices, this run has {device_count}; change the sizes")
     return sizes
 
 
@@ -78,7 +78,15 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(None, RULES["batch"], None))
 
 
-def data_parallel_size(mesh: Mesh) -> int:
+def put_batch(batch: Any, mesh: Mesh) -> Any:
+    """A batch of (A, B, T) numpy arrays on the mesh; of several processes each puts its own rows."""
+    sharding = batch_sharding(mesh)
+    if sharding.is_fully_addressable:
+        return jax.device_put(batch, sharding)
+    return jax.tree.map(lambda whole: jax.make_array_from_callback(whole.shape, sharding, whole.__getitem__), batch)
+
+
+def data_parallel_size(mesh: Mesh | AbstractMesh) -> int:
     """Over how many groups of devices the rows of a batch are split."""
     return mesh.shape["data"] * mesh.shape["fsdp"]
 

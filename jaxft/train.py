@@ -12,10 +12,11 @@ import numpy as np
 
 from jaxft.config import describe, parse
 from jaxft.data import tokenize_dataset
+from jaxft.decode import generate
 from jaxft.errors import InputError, run_command
 from jaxft.evaluate import held_out_split, read_from
 from jaxft.files import find_files, load_rows, open_stream
-from jaxft.generate import generate, stop_token_ids
+from jaxft.generate import stop_token_ids
 from jaxft.load import EMBEDDED, parameter_count
 from jaxft.loop import Run, run_training
 from jaxft.mixture import Source, mix
@@ -23,6 +24,7 @@ from jaxft.optim import make_optimizer, make_schedule, with_loss_scale
 from jaxft.output import choose_directory, is_finished, model_card, write_result
 from jaxft.packing import Batches, eval_batches, make_plan
 from jaxft.prepare import Prepared, prepare
+from jaxft.processes import gathered, is_first, joined, leave, meet, on_first
 from jaxft.samples import Sample, Samples, Selection
 from jaxft.settings import TrainSettings
 from jaxft.sharding import data_parallel_size
@@ -32,11 +34,19 @@ from jaxft.trees import Tree
 
 def main(argv: list[str] | None = None) -> int:
     settings, provenance = read_settings(sys.argv[1:] if argv is None else argv)
-    for line in describe(settings, provenance):
-        say(line)
+    with joined(settings):
+        for line in describe(settings, provenance):
+            say(line)
+        return train(settings)
+
+
+def train(settings: TrainSettings) -> int:
+    """The run from its settings to its files; in several processes each of them calls it."""
     assert settings.model_name_or_path is not None and settings.dataset is not None
     directory = choose_directory(settings, settings.model_name_or_path)
-    if settings.resume_from_checkpoint == "auto" and is_finished(directory, settings):
+    finished = settings.resume_from_checkpoint == "auto" and is_finished(directory, settings)
+    meet("directory")  # all have seen it before the first process writes
+    if finished:
         say(f"{directory} holds the finished run of these settings; there is nothing left to do")
         return 0
     split = settings.dataset_train_split if "dataset_train_split" in settings.settings_given else None
@@ -76,7 +86,8 @@ def main(argv: list[str] | None = None) -> int:
             "steps": outcome.step,
             **outcome.figures,
         }
-        write_result(directory, prepared, outcome.trainable, settings, model_card(prepared, settings, facts))
+        whole, card = gathered(outcome.trainable), model_card(prepared, settings, facts)
+        on_first(lambda: write_result(directory, prepared, whole, settings, card))
         after = answer(prepared, outcome.trainable, prompts)
     for prompt, old, new in zip(prompts, before, after, strict=True):
         text = str(prepared.tokenizer.decode(prompt, skip_special_tokens=True))
@@ -86,8 +97,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def say(text: str) -> None:
-    """Everything but results goes to stderr."""
-    print(text, file=sys.stderr, flush=True)
+    """Everything but results goes to stderr; of several processes the first says it."""
+    if is_first():
+        print(text, file=sys.stderr, flush=True)
 
 
 def read_settings(argv: list[str]) -> tuple[TrainSettings, dict[str, str]]:
@@ -267,4 +279,4 @@ def answer(prepared: Prepared, trainable: Tree, prompts: list[list[int]]) -> lis
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(main))
+    sys.exit(leave(run_command(main)))

@@ -210,3 +210,13 @@ def test_help_prints_every_flag_and_a_mistake_exits_with_two_and_one_line(capsys
     assert run_command(lambda argv: bool(parse("train", argv)) and None, ["--lora_r", "x"]) == 2
     assert capsys.readouterr().err == "error: --lora_r is 'x'; expected a whole number\n"
     refused(["--prompt", "a", "--messages", "b"], "--prompt", "--messages", command="generate")
+
+
+def test_stop_strings_are_several_by_flag_and_by_yaml(tmp_path):
+    assert parse("generate", [])[0].stop == []
+    settings, _ = parse("generate", ["--prompt", "x", "--stop", "a b", ",", "--stop=-- "])
+    assert settings.stop == ["a b", ",", "-- "]
+    assert parse("generate", ["--config", write(tmp_path, to_yaml(settings))])[0] == settings
+    assert parse("generate", ["--config", write(tmp_path, 'stop: ["\\n\\n", "中"]')])[0].stop == ["\n\n", "中"]
+    assert parse("generate", ["--config", write(tmp_path, "stop: end")])[0].stop == ["end"]
+    refused(["--config", write(tmp_path, "stop: [1]")], "stop is 1; expected text", command="generate")

@@ -12,7 +12,8 @@ import jaxft
 from jaxft import generate as command
 from jaxft import train
 from jaxft.errors import InputError
-from jaxft.generate import generate, sample, stop_token_ids
+from jaxft.generate import generate, stop_token_ids
+from jaxft.sampling import prompt_keys
 from tests.tiny_models import V as V_TINY
 from tests.tiny_models import tiny_model
 from tests.tiny_runs import END_OF_TURN, EOS, compile_cache, flags, make_tokenizer, write_base, write_rows
@@ -134,33 +135,13 @@ def test_stop_tokens_are_eos_the_generation_configs_and_the_templates_end_of_tur
 # Sampling
 
 
-def test_samples_have_the_probabilities_of_the_temperature():
-    logits = jnp.log(jnp.asarray([[0.5, 0.3, 0.15, 0.05]]))
-    draws = 20_000
-    many = jnp.broadcast_to(logits, (draws, 4))
-    for temperature in (1.0, 0.5, 2.0):
-        expected = np.asarray(jax.nn.softmax(logits[0] / temperature))
-        found = np.bincount(np.asarray(sample(many, jax.random.key(1), temperature, 1.0)), minlength=4) / draws
-        assert np.abs(found - expected).max() < 4 * np.sqrt(0.25 / draws)  # four standard deviations
-
-
-def test_top_p_keeps_the_fewest_tokens_that_reach_it_and_their_proportions():
-    logits = jnp.log(jnp.asarray([[0.05, 0.5, 0.15, 0.3]]))
-    many = jnp.broadcast_to(logits, (20_000, 4))
-    for top_p, kept in ((0.45, [1]), (0.6, [1, 3]), (0.81, [1, 2, 3]), (1e-6, [1]), (0.9999, [0, 1, 2, 3])):
-        found = np.bincount(np.asarray(sample(many, jax.random.key(2), 1.0, top_p)), minlength=4) / 20_000
-        expected = np.where(np.isin(range(4), kept), np.exp(np.asarray(logits[0])), 0)
-        assert np.abs(found - expected / expected.sum()).max() < 0.015, top_p
-        assert set(np.flatnonzero(found)) == set(kept)
-
-
-def test_sampling_depends_on_the_key_alone_and_greedy_on_nothing():
+def test_sampling_depends_on_the_seed_alone_and_greedy_on_nothing():
     model, params = tiny_model("qwen3")
 
-    def drawn(key, temperature=1.5):
+    def drawn(seed, temperature=1.5):
         return generate(
             model, (params,), prompts(), max_new_tokens=20, stop_ids=[], temperature=temperature, top_p=0.9,
-            key=jax.random.key(key),
+            keys=prompt_keys(jax.random.key(seed), prompts()),
         )  # fmt: skip
 
     assert drawn(0) == drawn(0) != drawn(1)
@@ -226,7 +207,10 @@ def test_what_cannot_be_continued_is_refused(base, tmp_path):
     bad = tmp_path / "bad.json"
     for argv, words in (
         (flags(model_name_or_path=base), "nothing to continue: give --prompt TEXT, or --messages FILE"),
-        ([*flags(model_name_or_path=plain, prompt="x"), "--chat"], "no chat template; use --prompt without --chat"),
+        (
+            [*flags(model_name_or_path=plain, prompt="x"), "--chat"],
+            "no chat template; use --prompt without --chat, or an instruct model",
+        ),
         (
             flags(model_name_or_path=base, prompt="x" * 250, max_new_tokens=7),
             "250 tokens and --max_new_tokens 7 are more",

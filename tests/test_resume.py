@@ -1,11 +1,8 @@
 """A run that was stopped, or killed at any moment, and resumed is the run that was not: bit for bit."""
 
-import json
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -16,9 +13,9 @@ from jaxft.checkpoint import Checkpoints
 from jaxft.errors import InputError
 from jaxft.evaluate import evaluate
 from jaxft.loop import _signals
+from tests.forked_runs import devices, forked_runs
 from tests.tiny_runs import compile_cache, flags, lines_of, losses_of, same_tensors, sums, write_base, write_rows
 
-ROOT = Path(__file__).parent.parent
 STEPS = 12
 RUN = flags(
     max_length=64, per_device_train_batch_size=8, learning_rate=0.01, max_steps=STEPS, save_steps=4,
@@ -26,44 +23,6 @@ RUN = flags(
     lr_scheduler_type="constant_with_warmup", warmup_steps=9,
 )  # fmt: skip
 ADAPTER = "adapter_model.safetensors"
-
-# Imports once and forks a child for every run, because importing takes longer than the run. `act` names a function,
-# the count of its calls at which the child sends `signal` to itself, and whether before or after the call.
-FORKER = """
-import importlib, json, os, signal, sys
-from jaxft import checkpoint, loop, metrics, output
-from jaxft.errors import run_command
-from jaxft.train import main
-
-def arm(name, count, number, after):
-    module, *path = name.split(".")
-    owner = globals()[module]
-    for part in path[:-1]:
-        owner = getattr(owner, part)
-    whole = getattr(owner, path[-1])
-    calls = [0]
-    def wrapped(*args, **kwargs):
-        calls[0] += 1
-        if calls[0] == count and not after:
-            os.kill(os.getpid(), number)
-        result = whole(*args, **kwargs)
-        if calls[0] == count and after:
-            os.kill(os.getpid(), number)
-        return result
-    setattr(owner, path[-1], wrapped)
-
-for line in sys.stdin:
-    asked = json.loads(line)
-    child = os.fork()
-    if child == 0:
-        os.dup2(os.open(asked["stderr"], os.O_CREAT | os.O_WRONLY | os.O_TRUNC), 2)
-        os.environ.update(asked["environment"])
-        for act in asked["act"]:
-            arm(*act)
-        os._exit(run_command(main, asked["argv"]))
-    print(child, flush=True)
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
-"""
 
 
 @pytest.fixture(scope="module")
@@ -89,24 +48,15 @@ def arguments(place, out, *argv, **settings) -> list[str]:
 @pytest.fixture(scope="module")
 def processes(place, cache):
     """run(out, *argv, act=[…], kill_after=…) in a process of its own: its exit code and what it said."""
-    command = [sys.executable, "-W", "ignore", "-c", FORKER]
-    environment = os.environ | cache
-    with subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as forker:
+    with forked_runs(place, cache) as start:
 
         def run(out, *argv, act=(), watch=None, environment=None, **settings):
-            stderr = place / "stderr"
-            asked = {"argv": arguments(place, out, *argv, **settings), "act": act, "stderr": str(stderr)}
-            forker.stdin.write(json.dumps(asked | {"environment": environment or {}}) + "\n")
-            forker.stdin.flush()
-            child = int(forker.stdout.readline())
+            child = start(arguments(place, out, *argv, **settings), act=act, environment=environment)
             if watch is not None:
-                watch(child)
-            return int(forker.stdout.readline()), stderr.read_text(encoding="utf-8")
+                watch(child.pid)
+            return child.wait(), child.said
 
         yield run
-        forker.stdin.close()
 
 
 @pytest.fixture(scope="module")
@@ -300,15 +250,15 @@ def test_no_checkpoint_and_the_checkpoint_of_another_run_are_refused(place, cach
         train.main(arguments(place, out, resume_from_checkpoint="auto"))
 
 
-@pytest.mark.parametrize("mesh", [pytest.param("data=8", marks=pytest.mark.long), "data=2,fsdp=4"])
+@pytest.mark.long  # test_meshes has the usual case: from mesh to mesh to mesh
+@pytest.mark.parametrize("mesh", ["data=8", "data=2,fsdp=4"])
 def test_a_run_resumed_on_another_mesh_has_the_same_losses(mesh, processes, place, whole):
     out = place / f"mesh {mesh}"
     (out / "checkpoints").mkdir(parents=True)
     os.symlink(whole / "checkpoints" / "4", out / "checkpoints" / "4")
-    devices = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
     found, said = processes(
         out, mesh=mesh, per_device_train_batch_size=1, resume_from_checkpoint="auto", per_device_eval_batch_size=1,
-        environment=devices,
+        environment=devices(8),
     )  # fmt: skip
     assert found == 0, said
     assert "on 8 × cpu" in said and "4 of 12 steps done" in said
