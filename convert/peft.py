@@ -2,28 +2,27 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 
-from jaxft.convert.hf import chunks, open_weights, places, write_tensors
+from jaxft.convert.hf import chunks, open_weights, write_tensors
 from jaxft.convert.table import Name
 from jaxft.errors import InputError
-from jaxft.lora import LoraConfig
+from jaxft.lora import branches, lora_shapes
+from jaxft.lora_config import SAVABLE, LoraConfig
+from jaxft.models import Model
 from jaxft.trees import Tree, flatten, unflatten
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-SUFFIXES = {"a": "lora_A.weight", "b": "lora_B.weight"}
+PREFIX = "base_model.model."
 
 # fields of PEFT's LoraConfig that change what is computed, and the values under which they change nothing
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "bias": ("none",),
     "use_dora": (False, None),
-    "layers_to_transform": (None, []),
-    "modules_to_save": (None, []),
-    "rank_pattern": ({}, None),
-    "alpha_pattern": ({}, None),
+    "layers_pattern": (None, [], "", "layers", ["layers"]),
     "fan_in_fan_out": (False, None),
     "lora_bias": (False, None),
     "trainable_token_indices": (None, []),
@@ -36,28 +35,48 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 }
 
 
-def adapter_names(names: tuple[Name, ...], trained: Tree) -> dict[str, tuple[str, int | None]]:
-    """PEFT tensor name -> (path, row) of every A and B in a tree of LoRA leaves."""
-    weights = {path.rsplit("/lora/", 1)[0] + "/weight": leaf for path, leaf in flatten(trained)}
+class Part(NamedTuple):
+    """Which part of a trained leaf one tensor of a file is: the leaf's path and an index into it."""
+
+    path: str
+    slices: tuple[Any, ...]
+
+
+def adapter_parts(model: Model) -> dict[str, Part]:
+    """PEFT tensor name -> part of the trained leaf, for everything that a model with LoRA trains.
+
+    The rows of A and columns of B that only pad a stack of layers are no part of any tensor.
+    """
     found = {}
-    for hf, place in places(names, unflatten(weights)).items():
-        for leaf, suffix in SUFFIXES.items():
-            path = place.path.removesuffix("weight") + f"lora/{leaf}"
-            found[f"base_model.model.{hf.removesuffix('weight')}{suffix}"] = (path, place.row)
+    for module, (place, rank, _) in branches(model).items():
+        row = () if place.row is None else (place.row,)
+        found[f"{PREFIX}{module}.lora_A.weight"] = Part(f"{place.path}/lora/a", (*row, slice(rank)))
+        found[f"{PREFIX}{module}.lora_B.weight"] = Part(f"{place.path}/lora/b", (*row, slice(None), slice(rank)))
+    trained = dict(flatten(lora_shapes(model)[0]))
+    for path, name in savable_names(model.family.names).items():
+        if path in trained:
+            found[PREFIX + name] = Part(path, ())
     return found
 
 
-def save_adapter(directory: Path, names: tuple[Name, ...], trained: Tree, config: LoraConfig, base_model: str) -> None:
+def savable_names(names: tuple[Name, ...]) -> dict[str, str]:
+    """Tree path -> Hugging Face name of what modules_to_save may name."""
+    by_path = {name.path: name.hf for name in names}
+    return {f"{module}/weight": by_path[f"{module}/weight"] for module in SAVABLE}
+
+
+def save_adapter(directory: Path, model: Model, trained: Tree, config: LoraConfig, base_model: str) -> None:
     """Writes an adapter that `PeftModel.from_pretrained(base, directory)` loads, into an existing directory.
 
-    trained: the tree of float32 A and B; base_model: what the adapter's config names as its base.
+    trained: the tree of float32 A and B, and of what is trained whole; base_model: what the adapter's config names as
+    its base.
     """
-    leaves = dict(flatten(trained))
-    tensors = {}
-    for name, (path, row) in adapter_names(names, trained).items():
-        tensors[name] = np.asarray(leaves[path] if row is None else leaves[path][row])
+    leaves = {path: np.asarray(leaf) for path, leaf in flatten(trained)}
+    tensors = {name: np.ascontiguousarray(leaves[path][index]) for name, (path, index) in adapter_parts(model).items()}
     write_tensors(directory / WEIGHTS, tensors)
-    modules = sorted({path.split("/lora/")[0].rsplit("/", 1)[-1] for path in leaves})
+    modules = list(branches(model))
+    if not config.is_pattern:  # a pattern is written as the names it matches: PEFT would try it on other modules too
+        modules = sorted({module.rsplit(".", 1)[-1] for module in modules})
     written = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -67,6 +86,11 @@ def save_adapter(directory: Path, names: tuple[Name, ...], trained: Tree, config
         "lora_dropout": config.lora_dropout,
         "use_rslora": config.use_rslora,
         "target_modules": modules,
+        "layers_to_transform": None if config.layers_to_transform is None else list(config.layers_to_transform),
+        "rank_pattern": config.rank_pattern,
+        "alpha_pattern": config.alpha_pattern,
+        "modules_to_save": list(config.modules_to_save) or None,
+        "ensure_weight_tying": config.ensure_weight_tying,
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
@@ -93,43 +117,84 @@ def read_adapter_config(directory: Path) -> LoraConfig:
     targets = written.get("target_modules")
     if isinstance(targets, list) and targets:
         targets = tuple(sorted(targets))
-    elif targets != "all-linear":
-        raise InputError(f"{path}: target_modules {targets!r} must be 'all-linear' or a list of module names")
+    elif not isinstance(targets, str) or not targets:
+        raise InputError(f"{path}: target_modules {targets!r} must be a regular expression or a list of module names")
+    layers = written.get("layers_to_transform")
+    layers = [layers] if isinstance(layers, int) else layers
     try:
-        return LoraConfig(
+        config = LoraConfig(
             r=int(written["r"]),
             lora_alpha=float(written["lora_alpha"]),
             lora_dropout=float(written.get("lora_dropout") or 0.0),
             target_modules=targets,
             use_rslora=bool(written.get("use_rslora", False)),
+            layers_to_transform=tuple(int(layer) for layer in layers) if layers else None,
+            rank_pattern={key: int(rank) for key, rank in (written.get("rank_pattern") or {}).items()},
+            alpha_pattern={key: float(alpha) for key, alpha in (written.get("alpha_pattern") or {}).items()},
+            modules_to_save=tuple(written.get("modules_to_save") or ()),
+            ensure_weight_tying=bool(written.get("ensure_weight_tying", False)),
         )
-    except (KeyError, TypeError, ValueError) as error:
-        raise InputError(f"{path}: r and lora_alpha must be numbers: {error!r}") from error
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise InputError(
+            f"{path}: r, lora_alpha, their patterns and layers_to_transform must be numbers: {error!r}"
+        ) from error
+    if min([config.r, *config.rank_pattern.values()]) < 1:
+        raise InputError(f"{path}: a rank below 1 is none")
+    return config
 
 
-def load_adapter(directory: Path, names: tuple[Name, ...], shapes: Tree) -> Tree:
-    """The A and B of a PEFT adapter as a float32 tree like `shapes`.
-
-    Raises InputError where the file is missing or damaged, or its tensors are not this model's.
-    """
+def open_adapter(directory: Path) -> dict[str, Any]:
+    """Tensor name -> the open file of an adapter. Raises InputError where it is missing or damaged."""
     path = directory / WEIGHTS
     if not path.is_file():
         raise InputError(f"{directory} has no {WEIGHTS}")
-    where = open_weights([path])
-    wanted = adapter_names(names, shapes)
-    missing, extra = sorted(set(wanted) - set(where)), sorted(set(where) - set(wanted))
+    return open_weights([path])
+
+
+def whole_tensors(where: dict[str, Any], names: tuple[Name, ...]) -> dict[str, str]:
+    """Tree path -> tensor name of embedding and head, where an adapter's file holds them."""
+    return {path: PREFIX + name for path, name in savable_names(names).items() if PREFIX + name in where}
+
+
+def shape_of(where: dict[str, Any], name: str) -> tuple[int, ...]:
+    return tuple(where[name].get_slice(name).get_shape())
+
+
+def read_tensor(where: dict[str, Any], name: str, out: np.ndarray | None = None) -> np.ndarray:
+    """A tensor as float32, read a chunk at a time, into `out` where that is given."""
+    out = np.empty(shape_of(where, name), np.float32) if out is None else out
+    for start, chunk in chunks(where[name], name):
+        out[start : start + len(chunk)] = chunk.astype(np.float32)
+    return out
+
+
+def check_tensors(directory: Path, where: dict[str, Any], model: Model, beside: set[str]) -> dict[str, Part]:
+    """`adapter_parts`, each of which is in the file in its shape, and nothing else but the tensors `beside`.
+
+    Raises InputError where that is not so.
+    """
+    path, wanted = directory / WEIGHTS, adapter_parts(model)
+    missing, extra = sorted(set(wanted) - set(where)), sorted(set(where) - set(wanted) - beside)
     if missing or extra:
         what = f"{len(missing)} of its tensors are missing, e.g. {missing[0]}" if missing else (
             f"{len(extra)} tensors belong to no part of this model, e.g. {extra[0]}"
         )  # fmt: skip
         raise InputError(f"{path} is not an adapter for this model: {what}")
-    leaves = dict(flatten(shapes))
-    arrays = {p: np.zeros(leaf.shape, np.float32) for p, leaf in leaves.items()}
-    for name, (leaf_path, row) in wanted.items():
-        part = arrays[leaf_path] if row is None else arrays[leaf_path][row]
-        shape = tuple(where[name].get_slice(name).get_shape())
-        if shape != part.shape:
-            raise InputError(f"{path} is for another model: {name} has shape {shape}, this model needs {part.shape}")
-        for start, chunk in chunks(where[name], name):
-            part[start : start + len(chunk)] = chunk.astype(np.float32)
-    return unflatten({p: jnp.asarray(arrays[p]) for p in arrays})
+    leaves = dict(flatten(lora_shapes(model)[0]))
+    for name, (leaf, index) in wanted.items():
+        seen, needed = shape_of(where, name), np.broadcast_to(np.False_, leaves[leaf].shape)[index].shape
+        if seen != needed:
+            raise InputError(f"{path} is for another model: {name} has shape {seen}, this model needs {needed}")
+    return wanted
+
+
+def load_adapter(directory: Path, where: dict[str, Any], model: Model, beside: set[str]) -> Tree:
+    """The trained leaves of a PEFT adapter as a float32 tree, zero where a stack is padded.
+
+    beside: tensors of the file that are read elsewhere. Raises InputError where its tensors are not this model's.
+    """
+    parts = check_tensors(directory, where, model, beside)
+    arrays = {path: np.zeros(leaf.shape, np.float32) for path, leaf in flatten(lora_shapes(model)[0])}
+    for name, (path, index) in parts.items():
+        read_tensor(where, name, arrays[path][index])
+    return unflatten({path: jnp.asarray(array) for path, array in arrays.items()})

@@ -15,12 +15,14 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from jaxft.convert import bnb, hf, peft
 from jaxft.errors import InputError
-from jaxft.lora import LoraConfig, add_lora, lora_scales, lora_shapes, with_lora
+from jaxft.lora import LoraConfig, add_lora, first_layer, frozen_params, with_lora
+from jaxft.lora_config import saved_modules
 from jaxft.models import Model, describe_model, read_hf_config
 from jaxft.models.quantized import all_linears, linear_weights, with_quantized
 from jaxft.quant import is_quantized, kind_of
 from jaxft.sharding import shardings
-from jaxft.trees import Tree, flatten, join, like
+from jaxft.trees import Tree, flatten, like
+from jaxft.vocabulary import resized
 
 EMBEDDED = Path(__file__).parent / "embedded"
 MODEL_FILES = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
@@ -53,13 +55,19 @@ def find_directory(name: str) -> Path:
 
 
 def load_model(
-    name: str | Path, *, dtype: Any = jnp.float32, mesh: Mesh | None = None, quantization: str | None = None
+    name: str | Path,
+    *,
+    dtype: Any = jnp.float32,
+    mesh: Mesh | None = None,
+    quantization: str | None = None,
+    lora: LoraConfig | None = None,
 ) -> tuple[Model, Tree]:
     """A Hugging Face model by directory or hub name: its description and its parameters, of `dtype`, on `mesh`.
 
     quantization: "nf4" (4 bits with double quantisation) or "int8" for all linear layers but the head; None: as the
-    files have them, which may be quantised by bitsandbytes. Raises InputError for a model that is missing, damaged, of
-    an unknown type, or already quantised in another way.
+    files have them, which may be quantised by bitsandbytes. lora: the adapter that will be put on; the layers below its
+    first one then form runs of their own, so that no backward pass enters them. Raises InputError for a model that is
+    missing, damaged, of an unknown type, or already quantised in another way, and where lora names what it has not.
     """
     directory = find_directory(str(name))
     model = describe_model(read_hf_config(directory))
@@ -71,8 +79,9 @@ def load_model(
             f"{directory} is already quantised as {held}, {quantization} was asked for; leave the flag out"
         )
     leaves = stored or (all_linears(model, quantization, dtype) if quantization else {})
-    if leaves:
-        model = with_quantized(model, leaves)
+    start = 0 if lora is None else first_layer(model, lora)
+    if leaves or start:
+        model = with_quantized(model, leaves, (start,))
     places = None if mesh is None else shardings(model.axes, model.shapes, mesh)
     return model, hf.load_params(directory, model.family.names, model.shapes, dtype, places)
 
@@ -85,11 +94,49 @@ def load_adapter(
     Raises InputError for an adapter that is missing, damaged, of an unsupported method or for another model.
     """
     directory = find_directory(str(name))
-    config = peft.read_adapter_config(directory)
+    config, where = peft.read_adapter_config(directory), peft.open_adapter(directory)
+    model, replaced, beside = _saved_vocabulary(directory, where, model, config)
+    for path, tensor in replaced.items():
+        array = peft.read_tensor(where, tensor).astype(params["embed_tokens"]["weight"].dtype)
+        params = params | {path.split("/")[0]: {"weight": jnp.asarray(array)}}
     model = with_lora(model, config)
-    trained, scales = lora_shapes(model)
-    trainable = peft.load_adapter(directory, model.family.names, trained)
-    return model, *on_mesh(model, trainable, join(params, lora_scales(scales, config)), mesh), config
+    trainable = peft.load_adapter(directory, where, model, beside)
+    return model, *on_mesh(model, trainable, frozen_params(model, params), mesh), config
+
+
+def _saved_vocabulary(
+    directory: Path, where: dict[str, Any], model: Model, config: LoraConfig
+) -> tuple[Model, dict[str, str], set[str]]:
+    """What an adapter's file says about embedding and head beside what it trains.
+
+    Returns the model with as many rows as they have; tree path -> tensor of what takes the base's place without being
+    trained (PEFT writes so what was resized); and all tensors that are not looked for otherwise. Raises InputError
+    where the file holds one of the two and the other has another number of rows.
+    """
+    whole, tied = peft.whole_tensors(where, model.family.names), model.config.tie_word_embeddings
+    saved = saved_modules(config, tied)
+    one_matrix = tied and (config.ensure_weight_tying or not saved)
+    if one_matrix and len(whole) == 2:  # written twice
+        embedding, head = whole.values()
+        if not np.array_equal(peft.read_tensor(where, embedding), peft.read_tensor(where, head)):
+            raise InputError(f"{directory}: {head} differs from {embedding}; this model has one matrix for both")
+        whole.pop("lm_head/weight")
+        beside = {head}
+    else:
+        beside = set()
+    rows = {path: peft.shape_of(where, tensor)[0] for path, tensor in whole.items()}
+    if rows and set(rows.values()) != {model.config.vocab_size}:
+        needed = {"embed_tokens/weight"} | (set() if one_matrix else {"lm_head/weight"})
+        if set(rows) != needed or len(set(rows.values())) > 1:
+            held = " and ".join(f"{whole[path]} with {count} rows" for path, count in rows.items())
+            raise InputError(
+                f"{directory} holds {held}, the model has {model.config.vocab_size} tokens; an adapter for another "
+                "number of tokens holds both the embedding and the head"
+            )
+        model = resized(model, next(iter(rows.values())))
+    trained = {f"{name}/weight" for name in saved}
+    replaced = {path: tensor for path, tensor in whole.items() if path not in trained}
+    return model, replaced, beside | set(replaced.values())
 
 
 def new_adapter(
@@ -120,10 +167,36 @@ def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
         raise InputError(f"{directory} has no tokenizer that transformers can read: {error}") from error
 
 
+def adapter_tokenizer(
+    name: str | Path, model: Model, tokenizer: PreTrainedTokenizerBase
+) -> tuple[PreTrainedTokenizerBase, tuple[str, ...]]:
+    """The tokenizer to use with an adapter, and the tokens that it has beside those of the model's own `tokenizer`.
+
+    It is the adapter's own where the adapter holds an embedding and its tokenizer more tokens than the model's. Raises
+    InputError where the adapter has an embedding for other tokens and no tokenizer.
+    """
+    directory = find_directory(str(name))
+    where = peft.open_adapter(directory)
+    whole = peft.whole_tensors(where, model.family.names)
+    rows = {peft.shape_of(where, tensor)[0] for tensor in whole.values()}
+    if not whole:
+        return tokenizer, ()
+    if (directory / "tokenizer_config.json").is_file() or (directory / "tokenizer.json").is_file():
+        own = load_tokenizer(directory)
+        if new := sorted(own.get_vocab().keys() - tokenizer.get_vocab().keys()):
+            return own, tuple(new)
+    elif rows != {model.config.vocab_size}:
+        raise InputError(
+            f"{directory} holds {max(rows)} tokens, the model {model.config.vocab_size}, and the tokenizer that knows "
+            "them is not there; copy the one that it was trained with"
+        )
+    return tokenizer, ()
+
+
 def save_adapter(directory: str | Path, model: Model, trainable: Tree, config: LoraConfig, base_model: str) -> None:
     """Writes a PEFT adapter: `PeftModel.from_pretrained(base, directory)` loads it. Nothing half made is left."""
     with hf.whole_directory(Path(directory)) as temporary:
-        peft.save_adapter(temporary, model.family.names, trainable, config, base_model)
+        peft.save_adapter(temporary, model, trainable, config, base_model)
 
 
 def save_model(directory: str | Path, model: Model, params: Tree, *, dtype: Any = None) -> None:

@@ -79,11 +79,13 @@ def write_result(directory: Path, prepared: Prepared, trainable: Tree, settings:
         temporary.mkdir(parents=True)
         if prepared.lora is not None:
             base = settings.model_name_or_path or str(prepared.directory)
-            peft.save_adapter(temporary, model.family.names, trainable, prepared.lora, base)
+            peft.save_adapter(temporary, model, trainable, prepared.lora, base)
         else:
             # float32 masters are written as they are: what was trained is what is shipped
             write_model(temporary, model, trainable, jnp.dtype(jax.tree.leaves(trainable)[0].dtype))
         copy_tokenizer(prepared.directory, temporary)
+        if prepared.new_tokens:
+            prepared.tokenizer.save_pretrained(temporary)
         (temporary / "README.md").write_text(card, encoding="utf-8")
         for file in temporary.iterdir():
             if (directory / file.name).is_dir():  # a rename replaces a file, but not a directory
@@ -112,9 +114,13 @@ def model_card(prepared: Prepared, settings: TrainSettings, facts: dict[str, Any
         'model = AutoModelForCausalLM.from_pretrained("THIS_DIRECTORY")'
         if prepared.lora is None
         else f"base = AutoModelForCausalLM.from_pretrained({base!r})\n"
-        'model = PeftModel.from_pretrained(base, "THIS_DIRECTORY")'
+        + ("base.resize_token_embeddings(len(tokenizer))\n" if prepared.new_tokens else "")
+        + 'model = PeftModel.from_pretrained(base, "THIS_DIRECTORY")'
     )
     imports = "from transformers import AutoModelForCausalLM"
+    if prepared.new_tokens:
+        imports += ", AutoTokenizer"
+        load = f'tokenizer = AutoTokenizer.from_pretrained("THIS_DIRECTORY")\n{load}'
     if prepared.lora is not None:
         imports += "\nfrom peft import PeftModel"
     return (

@@ -13,7 +13,6 @@ import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -135,7 +134,9 @@ def reference_course(model: torch.nn.Module, batches: Iterable[Batch], steps: in
             total += loss.item()
         losses.append(total)
         gradients = gradients or {
-            name.replace(".default.", "."): p.grad.numpy().copy() for name, p in named.items() if p.grad is not None
+            name.replace(".modules_to_save", "").replace(".default.", "."): p.grad.numpy().copy()
+            for name, p in named.items()
+            if p.grad is not None
         }
         limit = training.max_grad_norm or float("inf")
         norms.append(torch.nn.utils.clip_grad_norm_(list(named.values()), limit).item())
@@ -169,9 +170,10 @@ def last_gradients() -> optax.GradientTransformation:
 
 def by_reference_names(model: Model, tree: Tree, *, lora: bool) -> dict[str, np.ndarray]:
     """A tree like the trained one as transformers and PEFT name its tensors."""
-    names = model.family.names
     leaves = dict(flatten(tree))
-    where: dict[str, Any] = peft.adapter_names(names, tree) if lora else hf.places(names, tree)
+    if lora:
+        return {name: np.asarray(leaves[path])[index] for name, (path, index) in peft.adapter_parts(model).items()}
+    where = hf.places(model.family.names, tree)
     return {name: np.asarray(leaves[path] if row is None else leaves[path][row]) for name, (path, row) in where.items()}
 
 
