@@ -1,6 +1,7 @@
 """PEFT's LoRA adapters: adapter_config.json and adapter_model.safetensors, read and written as PEFT lays them out."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,8 +11,8 @@ import numpy as np
 from jaxft.convert.hf import chunks, open_weights, write_tensors
 from jaxft.convert.table import Name
 from jaxft.errors import InputError
-from jaxft.lora import branches, lora_shapes
-from jaxft.lora_config import SAVABLE, LoraConfig
+from jaxft.lora import branches, linear_places, lora_shapes
+from jaxft.lora_config import SAVABLE, LoraConfig, reaches
 from jaxft.models import Model
 from jaxft.trees import Tree, flatten, unflatten
 
@@ -73,10 +74,11 @@ def save_adapter(directory: Path, model: Model, trained: Tree, config: LoraConfi
     """
     leaves = {path: np.asarray(leaf) for path, leaf in flatten(trained)}
     tensors = {name: np.ascontiguousarray(leaves[path][index]) for name, (path, index) in adapter_parts(model).items()}
+    head = PREFIX + savable_names(model.family.names)["lm_head/weight"]
+    if config.ensure_weight_tying and model.config.tie_word_embeddings and "embed_tokens/weight" in leaves:
+        tensors[head] = leaves["embed_tokens/weight"]  # PEFT looks for it under both names
     write_tensors(directory / WEIGHTS, tensors)
-    modules = list(branches(model))
-    if not config.is_pattern:  # a pattern is written as the names it matches: PEFT would try it on other modules too
-        modules = sorted({module.rsplit(".", 1)[-1] for module in modules})
+    write_tensors(directory / WEIGHTS, tensors)
     written = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -85,7 +87,7 @@ def save_adapter(directory: Path, model: Model, trained: Tree, config: LoraConfi
         "lora_alpha": config.lora_alpha,
         "lora_dropout": config.lora_dropout,
         "use_rslora": config.use_rslora,
-        "target_modules": modules,
+        "target_modules": target_names(model, config),
         "layers_to_transform": None if config.layers_to_transform is None else list(config.layers_to_transform),
         "rank_pattern": config.rank_pattern,
         "alpha_pattern": config.alpha_pattern,
@@ -97,6 +99,17 @@ def save_adapter(directory: Path, model: Model, trained: Tree, config: LoraConfi
         "init_lora_weights": True,
     }
     (directory / CONFIG).write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
+
+
+def target_names(model: Model, config: LoraConfig) -> list[str]:
+    """What PEFT's target_modules is to be: the endings of the names that have a branch, or else the names themselves.
+
+    Never a regular expression: PEFT would try it on modules that are not linear layers too, and refuse them.
+    """
+    reached = branches(model).keys()
+    endings = tuple(sorted({module.rsplit(".", 1)[-1] for module in reached}))
+    short = replace(config, target_modules=endings)
+    return list(endings if {name for name in linear_places(model) if reaches(short, name)} == reached else reached)
 
 
 def read_adapter_config(directory: Path) -> LoraConfig:

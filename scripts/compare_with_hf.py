@@ -8,6 +8,7 @@ side and a verdict; exit 1 where a difference is outside its tolerance.
 """
 
 import argparse
+import re
 import sys
 import tempfile
 from collections.abc import Callable, Iterable
@@ -57,6 +58,7 @@ class Training:
     warmup_steps: int = 3
     weight_decay: float = 0.1
     max_grad_norm: float = 0.5
+    embedding_learning_rate: float | None = None
 
 
 @dataclass(frozen=True)
@@ -117,10 +119,13 @@ def reference_course(model: torch.nn.Module, batches: Iterable[Batch], steps: in
     """Trains with transformers' loss and schedule and torch's AdamW; norms and biases do not decay."""
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
     no_decay = {name for name in named if "norm" in name or name.endswith("bias")}
+    own_rate = {name for name in named if training.embedding_learning_rate and re.search("embed_tokens|lm_head", name)}
     groups = [
-        {"params": [p for name, p in named.items() if name not in no_decay], "weight_decay": training.weight_decay},
-        {"params": [p for name, p in named.items() if name in no_decay], "weight_decay": 0.0},
-    ]
+        {"params": [p for name, p in named.items() if (name in own_rate, name in no_decay) == kind],
+         "lr": training.embedding_learning_rate if kind[0] else training.learning_rate,
+         "weight_decay": 0.0 if kind[1] else training.weight_decay}
+        for kind in ((False, False), (False, True), (True, False))
+    ]  # fmt: skip
     adam = torch.optim.AdamW(groups, lr=training.learning_rate, betas=(0.9, 0.999), eps=1e-8)
     schedule = get_scheduler(training.lr_scheduler_type, adam, training.warmup_steps, steps)
     losses, norms, gradients = [], [], {}
@@ -189,7 +194,10 @@ def our_course(
 ) -> Course:
     """Trains with jaxft's own step, schedule and optimizer."""
     schedule = make_schedule(training.lr_scheduler_type, training.learning_rate, training.warmup_steps, steps)
-    adam = optimizer(schedule, weight_decay=training.weight_decay, max_grad_norm=training.max_grad_norm)
+    factor = (training.embedding_learning_rate or training.learning_rate) / training.learning_rate
+    adam = optimizer(
+        schedule, weight_decay=training.weight_decay, max_grad_norm=training.max_grad_norm, embedding_factor=factor
+    )
     tx = optax.chain(last_gradients(), adam)
     step = jax.jit(make_train_step(model, optimizer=tx, gradient_checkpointing="none"))
     state = tx.init(trainable)

@@ -1,0 +1,227 @@
+"""Everything a LoRA adapter can be told, against PEFT: logits, gradients, steps of AdamW, and files both ways."""
+
+import json
+import re
+from dataclasses import replace
+from functools import cache
+
+import jax
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch", reason="the reference needs torch")
+import peft  # noqa: E402
+
+from jaxft import LoraConfig, add_lora, load_adapter, load_model, make_optimizer, make_train_step, sft_loss  # noqa: E402
+from jaxft import save_adapter as save  # noqa: E402
+from jaxft.convert.peft import adapter_parts, read_adapter_config  # noqa: E402
+from jaxft.errors import InputError  # noqa: E402
+from jaxft.lora import branches  # noqa: E402
+from jaxft.trees import flatten  # noqa: E402
+from scripts.compare_with_hf import (  # noqa: E402
+    GRADIENTS,
+    LOGITS,
+    LOSSES,
+    Training,
+    curve_error,
+    gradient_errors,
+    our_course,
+    our_logits,
+    reference_course,
+    reference_logits,
+    reference_model,
+)
+from tests.tiny_models import packed_batch, tiny_model  # noqa: E402
+
+pytestmark = [
+    pytest.mark.usefixtures("quick_compile"),
+    pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`"),  # PEFT's, about heads that part
+]
+
+STEPS = 4
+TRAINING = Training(learning_rate=3e-3, weight_decay=0.5, embedding_learning_rate=7e-4)
+BOTH = ["embed_tokens", "lm_head"]
+# (base, PEFT's settings, tensors of the file)
+OPTIONS: dict[str, tuple[str, dict, int]] = {
+    "regular expression": ("llama2", {"target_modules": r".*\.[02]\.(self_attn\.(q|v)_proj|mlp\.down_proj)"}, 12),
+    "layers": ("qwen3", {"target_modules": ["q_proj", "mlp.up_proj"], "layers_to_transform": [1, 2]}, 8),
+    "whole names": (
+        "qwen3", {"target_modules": ["model.layers.0.mlp.gate_proj", "v_proj"], "layers_to_transform": 1}, 4
+    ),
+    "patterns": (
+        "llama3",
+        {"target_modules": "all-linear", "use_rslora": True,
+         "rank_pattern": {"q_proj": 2, r"1\.mlp\.(up|down)_proj": 7},
+         "alpha_pattern": {r"layers\.2\..*": 3, "q_proj": 16, "proj": 1}}, 42,
+    ),
+    "embedding and head": ("llama2", {"target_modules": ["q_proj"], "modules_to_save": BOTH}, 8),
+    "embedding of a tied model": ("qwen2_tied", {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]}, 7),
+    "head of a tied model": ("qwen2_tied", {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}, 7),
+    "tied model that stays tied": (
+        "qwen2_tied",
+        {"target_modules": ["q_proj", "down_proj"], "modules_to_save": ["lm_head"], "ensure_weight_tying": True}, 14,
+    ),
+    "everything": (
+        "llama_linear_tied",
+        {"target_modules": ["v_proj", "gate_proj", "lm_head"], "modules_to_save": BOTH, "layers_to_transform": [0, 2],
+         "rank_pattern": {"v_proj": 1}, "alpha_pattern": {"gate_proj": 2}, "use_rslora": True}, 10,
+    ),
+}  # fmt: skip
+
+
+UNTRAINED = ("regular expression", "whole names", "head of a tied model")  # their training is that of the others
+
+
+def micro():
+    return {name: array[0] for name, array in packed_batch().items()}
+
+
+def batches():
+    return [packed_batch(seed, accumulation=2) for seed in range(STEPS)]
+
+
+@pytest.fixture(scope="module")
+def base(hf_model):
+    return cache(lambda name: load_model(hf_model(name)))
+
+
+@pytest.fixture(scope="module")
+def made(hf_model, tmp_path_factory):
+    """option -> (base, directory) of an adapter that PEFT made, with nothing in it that has no effect."""
+
+    @cache
+    def make(option):
+        torch.manual_seed(1)
+        name, settings, count = OPTIONS[option]
+        config = peft.LoraConfig(r=4, lora_alpha=8, task_type="CAUSAL_LM", **settings)
+        model = peft.get_peft_model(reference_model(hf_model(name)), config)
+        with torch.no_grad():
+            for path, parameter in model.named_parameters():
+                if "lora_" in path or "modules_to_save" in path:
+                    parameter.add_(torch.randn_like(parameter) * 0.2)
+        directory = tmp_path_factory.mktemp("made")
+        model.save_pretrained(directory)
+        with (directory / "adapter_model.safetensors").open("rb") as file:
+            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        assert len(header.keys() - {"__metadata__"}) == count
+        return hf_model(name), directory
+
+    return make
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_what_peft_made_computes_and_trains_here_as_there(option, made, base, tmp_path):
+    directory, adapter = made(option)
+    plain, params = base(OPTIONS[option][0])
+    model, trainable, frozen, config = load_adapter(adapter, plain, params)
+    reference = reference_model(directory, adapter)
+    theirs = reference_logits(reference, micro())
+    assert np.abs(our_logits(model, (trainable, frozen), micro()) - theirs).max() <= LOGITS
+    assert np.abs(our_logits(plain, (params,), micro()) - theirs).max() > 100 * LOGITS
+    # written here and read there
+    save(tmp_path, model, trainable, config, str(directory))
+    again = reference_logits(reference_model(directory, tmp_path), micro())
+    np.testing.assert_array_equal(again, theirs)
+    if option in UNTRAINED:
+        return
+    ours, torchs = our_course(model, trainable, frozen, batches(), STEPS, TRAINING), reference_course(
+        reference, batches(), STEPS, TRAINING
+    )  # fmt: skip
+    errors = gradient_errors(ours.gradients, torchs.gradients)
+    assert max(errors.values()) <= GRADIENTS, max(errors, key=errors.get)
+    assert curve_error(ours, torchs) <= LOSSES
+    np.testing.assert_allclose(ours.grad_norms, torchs.grad_norms, rtol=1e-3)
+
+
+BREAKS: dict[str, tuple[str, dict]] = {
+    "layers ignored": ("layers", {"layers_to_transform": None}),
+    "other layers": ("layers", {"layers_to_transform": (0, 1)}),
+    "regular expression taken as a suffix": (
+        "regular expression",
+        {"target_modules": ("down_proj", "q_proj", "v_proj")},
+    ),
+    "ranks ignored": ("patterns", {"rank_pattern": {}}),
+    "alphas ignored": ("patterns", {"alpha_pattern": {}}),
+    "last key instead of the first": ("patterns", {"alpha_pattern": {"q_proj": 16, r"layers\.2\..*": 3}}),
+    "scale without the own rank": ("everything", {"use_rslora": False}),
+    "head that follows the embedding": ("embedding of a tied model", {"ensure_weight_tying": True}),
+    "embedding that follows the head": ("head of a tied model", {"ensure_weight_tying": True}),
+}
+
+
+@pytest.mark.parametrize("broken", BREAKS)
+def test_option_that_is_read_wrongly_is_refused_or_seen_in_the_logits(broken, made, base, monkeypatch):
+    option, changes = BREAKS[broken]
+    directory, adapter = made(option)
+    read = read_adapter_config(adapter)
+    monkeypatch.setattr("jaxft.convert.peft.read_adapter_config", lambda directory: replace(read, **changes))
+    try:
+        model, trainable, frozen, _ = load_adapter(adapter, *base(OPTIONS[option][0]))
+    except InputError as error:
+        assert re.search("is not an adapter for this model|is for another model", str(error))
+        return
+    theirs = reference_logits(reference_model(directory, adapter), micro())
+    assert np.abs(our_logits(model, (trainable, frozen), micro()) - theirs).max() > 10 * LOGITS
+
+
+def test_embedding_without_its_own_learning_rate_is_seen_in_the_losses(made, base):
+    directory, adapter = made("embedding and head")
+    model, trainable, frozen, _ = load_adapter(adapter, *base("llama2"))
+    ours = our_course(model, trainable, frozen, batches(), STEPS, replace(TRAINING, embedding_learning_rate=None))
+    theirs = reference_course(reference_model(directory, adapter), batches(), STEPS, TRAINING)
+    assert curve_error(ours, theirs) > 2 * LOSSES
+
+
+# what only pads
+
+
+PADDED = LoraConfig(
+    r=3, lora_alpha=6, lora_dropout=0.3, target_modules=("q_proj", "up_proj"), layers_to_transform=(0, 2),
+    rank_pattern={r"2\.mlp\.up_proj": 200},
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("optim", ["adamw", "adamw_8bit"])
+def test_what_pads_a_stack_stays_zero_and_is_not_written(optim, tmp_path):
+    model, trainable, frozen = add_lora(*tiny_model("llama2"), PADDED, jax.random.key(0))
+    optimizer = make_optimizer(0.1, weight_decay=0.5, optim=optim)
+    step, state = jax.jit(make_train_step(model, optimizer=optimizer)), optimizer.init(trainable)
+    for number in range(3):
+        key = jax.random.key(number)
+        trainable, state, found = step(trainable, state, frozen, packed_batch(number), key)
+        assert found["finite"]
+    inside = {path: np.zeros(leaf.shape, bool) for path, leaf in flatten(trainable)}
+    for path, slices in adapter_parts(model).values():
+        inside[path][slices] = True
+    for path, leaf in flatten(trainable):
+        leaf = np.asarray(leaf)
+        assert not leaf[~inside[path]].any(), path
+        assert (leaf[inside[path]] != 0).mean() > 0.9, path
+    assert sum(mask.sum() for mask in inside.values()) < 0.6 * sum(mask.size for mask in inside.values())
+    assert {name: branch.rank for name, branch in branches(model).items()} == {
+        "model.layers.0.self_attn.q_proj": 3, "model.layers.2.self_attn.q_proj": 3, "model.layers.0.mlp.up_proj": 3,
+        "model.layers.2.mlp.up_proj": 200,
+    }  # fmt: skip
+    save(tmp_path, model, trainable, PADDED, "base")
+    again, loaded, _, config = load_adapter(tmp_path, *tiny_model("llama2"))
+    assert config == PADDED and again.config == model.config
+    for path, leaf in flatten(loaded):
+        np.testing.assert_array_equal(leaf, dict(flatten(trainable))[path])
+
+
+# layers below the first branch
+
+
+def test_no_backward_pass_enters_the_layers_below_the_first_branch(hf_model):
+    config = LoraConfig(r=2, layers_to_transform=(2,))
+    backward, logits = {}, {}
+    for name, lora in {"split": config, "whole": None, "embedding": replace(config, modules_to_save=BOTH)}.items():
+        model, params = load_model(hf_model("llama2"), lora=lora)
+        model, trainable, frozen = add_lora(model, params, lora or config, jax.random.key(0))
+        gradient = jax.grad(lambda t, m=model, f=frozen: sft_loss(m.bind(t, f), micro(), None)[0])
+        scans = [e for e in jax.make_jaxpr(gradient)(trainable).eqns if e.primitive.name == "scan"]
+        backward[name] = [scan.params["length"] for scan in scans if scan.params["reverse"]]
+        if name != "embedding":
+            logits[name] = our_logits(model, (trainable, frozen), micro())
+    assert backward == {"split": [1], "whole": [3], "embedding": [3]}
+    np.testing.assert_allclose(logits["split"], logits["whole"], atol=1e-5)
