@@ -3,7 +3,7 @@
 import json
 import math
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -169,16 +169,12 @@ def expected_tensors(names: tuple[Name, ...], shapes: Tree) -> dict[str, tuple[i
     }
 
 
-def load_params(
-    directory: Path, names: tuple[Name, ...], shapes: Tree, dtype: Any, shardings: Tree | None = None
-) -> Tree:
-    """The parameters of a model directory as a tree of arrays of `dtype`, each made on its devices and filled in place.
+def open_model(
+    directory: Path, names: tuple[Name, ...], shapes: Tree
+) -> tuple[dict[str, Any], dict[str, Quantized], dict[str, tuple[int, ...]]]:
+    """The open files of a model's tensors by name, what is quantised among them, and the shape of every tensor.
 
-    Host memory beside the result stays below two chunks of CHUNK_BYTES. shapes: the model's tree; shardings: a tree
-    like it, or None for the default device. A weight whose leaf in shapes is quantised is taken as it is where the
-    files hold it so, and quantised from the stored values, before any cast, where they do not: device memory beside the
-    result then stays below two tensors. Raises InputError for files or tensors that are missing, left over,
-    damaged or of the wrong shape.
+    Raises InputError for files or tensors that are missing, left over, damaged or of another shape than `shapes` says.
     """
     where = open_weights(weight_files(directory))
     stored = bnb.stored_leaves(where, directory)
@@ -190,6 +186,21 @@ def load_params(
     if "lm_head.weight" not in expected:  # a tied head may have been written all the same; it is the embedding
         plain.pop("lm_head.weight", None)
     check_names({name: shape for name, shape in expected.items() if name not in stored}, plain, directory)
+    return where, stored, expected
+
+
+def load_params(
+    directory: Path, names: tuple[Name, ...], shapes: Tree, dtype: Any, shardings: Tree | None = None
+) -> Tree:
+    """The parameters of a model directory as a tree of arrays of `dtype`, each made on its devices and filled in place.
+
+    Host memory beside the result stays below two chunks of CHUNK_BYTES. shapes: the model's tree; shardings: a tree
+    like it, or None for the default device. A weight whose leaf in shapes is quantised is taken as it is where the
+    files hold it so, and quantised from the stored values, before any cast, where they do not: device memory beside the
+    result then stays below two tensors. Raises InputError for files or tensors that are missing, left over,
+    damaged or of the wrong shape.
+    """
+    where, stored, _ = open_model(directory, names, shapes)
     places_of = dict(flatten(shardings)) if shardings is not None else {}
     leaves = dict(flatten(shapes))
     arrays: dict[str, Any] = {}
@@ -214,35 +225,46 @@ def load_params(
 
 
 def save_params(directory: Path, names: tuple[Name, ...], params: Tree, dtype: Any) -> None:
+    """Writes the weights of a model by `save_shards`, cast to dtype; quantised ones as bitsandbytes has them."""
+    leaves = dict(flatten(params))
+    where = places(names, params)
+
+    def size(place: Place) -> int:
+        leaf = leaves[place.path]
+        return leaf.size // (1 if place.row is None else leaf.shape[0]) * np.dtype(dtype).itemsize
+
+    def read(name: str) -> dict[str, np.ndarray]:
+        leaf = leaves[where[name].path]
+        one = leaf if where[name].row is None else leaf[where[name].row]
+        return bnb.leaf_tensors(name, one) if is_quantized(one) else {name: np.asarray(one.astype(dtype))}
+
+    save_shards(directory, {name: size(place) for name, place in where.items()}, read)
+
+
+def save_shards(directory: Path, sizes: dict[str, int], read: Callable[[str], dict[str, np.ndarray]]) -> None:
     """Writes model.safetensors, or shards of at most SHARD_BYTES with an index, into an existing directory.
 
-    One shard's tensors are on the host at a time, cast to dtype; quantised ones are written as bitsandbytes has them.
-    Raises OSError where the disk does.
+    sizes: bytes by name of what is to be written, in order; read(name): its tensors, one or more. One shard's tensors
+    are on the host at a time. Raises OSError where the disk does.
     """
-    leaves = dict(flatten(params))
-    shards: list[list[tuple[str, Place]]] = [[]]
+    shards: list[list[str]] = [[]]
     size = 0
-    for hf, place in places(names, params).items():
-        leaf = leaves[place.path]
-        tensor = leaf.size // (1 if place.row is None else leaf.shape[0]) * np.dtype(dtype).itemsize
-        if size + tensor > SHARD_BYTES and shards[-1]:
+    for name, own in sizes.items():
+        if size + own > SHARD_BYTES and shards[-1]:
             shards.append([])
             size = 0
-        shards[-1].append((hf, place))
-        size += tensor
+        shards[-1].append(name)
+        size += own
     total = 0
     weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, 1):
         one = len(shards) == 1
         file = "model.safetensors" if one else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         tensors: dict[str, np.ndarray] = {}
-        for hf, place in shard:
-            leaf = leaves[place.path]
-            one = leaf if place.row is None else leaf[place.row]
-            written = bnb.leaf_tensors(hf, one) if is_quantized(one) else {hf: np.asarray(one.astype(dtype))}
-            tensors |= written
-            weight_map |= dict.fromkeys(written, file)
-            total += sum(array.nbytes for array in written.values())
+        for name in shard:
+            tensors |= read(name)
+        weight_map |= dict.fromkeys(tensors, file)
+        total += sum(array.nbytes for array in tensors.values())
         write_tensors(directory / file, tensors)
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
@@ -258,7 +280,8 @@ def write_tensors(path: Path, tensors: dict[str, np.ndarray]) -> None:
 class whole_directory:
     """Context: a temporary directory beside `target`, renamed to it at the end, removed on any error.
 
-    Nothing half made is ever at `target`. An existing `target` directory receives the files instead, each moved whole.
+    Nothing half made is ever at `target`, which appears in one rename. An existing `target` directory receives the
+    files instead, each moved whole.
     """
 
     def __init__(self, target: Path):
@@ -271,8 +294,9 @@ class whole_directory:
         return self.temporary
 
     def __exit__(self, kind, value, traceback):
-        if kind is None:
-            self.target.mkdir(parents=True, exist_ok=True)
+        if kind is None and not self.target.exists():
+            self.temporary.replace(self.target)
+        elif kind is None:
             for file in self.temporary.iterdir():
                 file.replace(self.target / file.name)
         shutil.rmtree(self.temporary, ignore_errors=True)

@@ -12,9 +12,10 @@ from jaxft.convert.hf import chunks, open_weights, write_tensors
 from jaxft.convert.table import Name
 from jaxft.errors import InputError
 from jaxft.lora import branches, linear_places, lora_shapes
-from jaxft.lora_config import SAVABLE, LoraConfig, reaches
+from jaxft.lora_config import SAVABLE, LoraConfig, reaches, saved_modules
 from jaxft.models import Model
 from jaxft.trees import Tree, flatten, unflatten
+from jaxft.vocabulary import resized
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -179,6 +180,41 @@ def read_tensor(where: dict[str, Any], name: str, out: np.ndarray | None = None)
     for start, chunk in chunks(where[name], name):
         out[start : start + len(chunk)] = chunk.astype(np.float32)
     return out
+
+
+def saved_vocabulary(
+    directory: Path, where: dict[str, Any], model: Model, config: LoraConfig
+) -> tuple[Model, dict[str, str], set[str]]:
+    """What an adapter's file says about embedding and head beside what it trains.
+
+    Returns the model with as many rows as they have; tree path -> tensor of what takes the base's place without being
+    trained (PEFT writes so what was resized); and all tensors that are not looked for otherwise. Raises InputError
+    where the file holds one of the two and the other has another number of rows.
+    """
+    whole, tied = whole_tensors(where, model.family.names), model.config.tie_word_embeddings
+    saved = saved_modules(config, tied)
+    one_matrix = tied and (config.ensure_weight_tying or not saved)
+    if one_matrix and len(whole) == 2:  # written twice
+        embedding, head = whole.values()
+        if not np.array_equal(read_tensor(where, embedding), read_tensor(where, head)):
+            raise InputError(f"{directory}: {head} differs from {embedding}; this model has one matrix for both")
+        whole.pop("lm_head/weight")
+        beside = {head}
+    else:
+        beside = set()
+    rows = {path: shape_of(where, tensor)[0] for path, tensor in whole.items()}
+    if rows and set(rows.values()) != {model.config.vocab_size}:
+        needed = {"embed_tokens/weight"} | (set() if one_matrix else {"lm_head/weight"})
+        if set(rows) != needed or len(set(rows.values())) > 1:
+            held = " and ".join(f"{whole[path]} with {count} rows" for path, count in rows.items())
+            raise InputError(
+                f"{directory} holds {held}, the model has {model.config.vocab_size} tokens; an adapter for another "
+                "number of tokens holds both the embedding and the head"
+            )
+        model = resized(model, next(iter(rows.values())))
+    trained = {f"{name}/weight" for name in saved}
+    replaced = {path: tensor for path, tensor in whole.items() if path not in trained}
+    return model, replaced, beside | set(replaced.values())
 
 
 def check_tensors(directory: Path, where: dict[str, Any], model: Model, beside: set[str]) -> dict[str, Part]:

@@ -16,13 +16,11 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from jaxft.convert import bnb, hf, peft
 from jaxft.errors import InputError
 from jaxft.lora import LoraConfig, add_lora, first_layer, frozen_params, with_lora
-from jaxft.lora_config import saved_modules
 from jaxft.models import Model, describe_model, read_hf_config
 from jaxft.models.quantized import all_linears, linear_weights, with_quantized
 from jaxft.quant import is_quantized, kind_of
 from jaxft.sharding import shardings
 from jaxft.trees import Tree, flatten, like
-from jaxft.vocabulary import resized
 
 EMBEDDED = Path(__file__).parent / "embedded"
 MODEL_FILES = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
@@ -95,48 +93,13 @@ def load_adapter(
     """
     directory = find_directory(str(name))
     config, where = peft.read_adapter_config(directory), peft.open_adapter(directory)
-    model, replaced, beside = _saved_vocabulary(directory, where, model, config)
+    model, replaced, beside = peft.saved_vocabulary(directory, where, model, config)
     for path, tensor in replaced.items():
         array = peft.read_tensor(where, tensor).astype(params["embed_tokens"]["weight"].dtype)
         params = params | {path.split("/")[0]: {"weight": jnp.asarray(array)}}
     model = with_lora(model, config)
     trainable = peft.load_adapter(directory, where, model, beside)
     return model, *on_mesh(model, trainable, frozen_params(model, params), mesh), config
-
-
-def _saved_vocabulary(
-    directory: Path, where: dict[str, Any], model: Model, config: LoraConfig
-) -> tuple[Model, dict[str, str], set[str]]:
-    """What an adapter's file says about embedding and head beside what it trains.
-
-    Returns the model with as many rows as they have; tree path -> tensor of what takes the base's place without being
-    trained (PEFT writes so what was resized); and all tensors that are not looked for otherwise. Raises InputError
-    where the file holds one of the two and the other has another number of rows.
-    """
-    whole, tied = peft.whole_tensors(where, model.family.names), model.config.tie_word_embeddings
-    saved = saved_modules(config, tied)
-    one_matrix = tied and (config.ensure_weight_tying or not saved)
-    if one_matrix and len(whole) == 2:  # written twice
-        embedding, head = whole.values()
-        if not np.array_equal(peft.read_tensor(where, embedding), peft.read_tensor(where, head)):
-            raise InputError(f"{directory}: {head} differs from {embedding}; this model has one matrix for both")
-        whole.pop("lm_head/weight")
-        beside = {head}
-    else:
-        beside = set()
-    rows = {path: peft.shape_of(where, tensor)[0] for path, tensor in whole.items()}
-    if rows and set(rows.values()) != {model.config.vocab_size}:
-        needed = {"embed_tokens/weight"} | (set() if one_matrix else {"lm_head/weight"})
-        if set(rows) != needed or len(set(rows.values())) > 1:
-            held = " and ".join(f"{whole[path]} with {count} rows" for path, count in rows.items())
-            raise InputError(
-                f"{directory} holds {held}, the model has {model.config.vocab_size} tokens; an adapter for another "
-                "number of tokens holds both the embedding and the head"
-            )
-        model = resized(model, next(iter(rows.values())))
-    trained = {f"{name}/weight" for name in saved}
-    replaced = {path: tensor for path, tensor in whole.items() if path not in trained}
-    return model, replaced, beside | set(replaced.values())
 
 
 def new_adapter(

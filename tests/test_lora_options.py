@@ -1,6 +1,5 @@
 """Everything a LoRA adapter can be told, against PEFT: logits, gradients, steps of AdamW, and files both ways."""
 
-import json
 import re
 from dataclasses import replace
 from functools import cache
@@ -9,16 +8,14 @@ import jax
 import numpy as np
 import pytest
 
-torch = pytest.importorskip("torch", reason="the reference needs torch")
-import peft  # noqa: E402
-
-from jaxft import LoraConfig, add_lora, load_adapter, load_model, make_optimizer, make_train_step, sft_loss  # noqa: E402
-from jaxft import save_adapter as save  # noqa: E402
-from jaxft.convert.peft import adapter_parts, read_adapter_config  # noqa: E402
-from jaxft.errors import InputError  # noqa: E402
-from jaxft.lora import branches  # noqa: E402
-from jaxft.trees import flatten  # noqa: E402
-from scripts.compare_with_hf import (  # noqa: E402
+pytest.importorskip("torch", reason="the reference needs torch")
+from jaxft import LoraConfig, add_lora, load_adapter, load_model, make_optimizer, make_train_step, sft_loss
+from jaxft import save_adapter as save
+from jaxft.convert.peft import adapter_parts, read_adapter_config
+from jaxft.errors import InputError
+from jaxft.lora import branches
+from jaxft.trees import flatten
+from scripts.compare_with_hf import (
     GRADIENTS,
     LOGITS,
     LOSSES,
@@ -31,7 +28,8 @@ from scripts.compare_with_hf import (  # noqa: E402
     reference_logits,
     reference_model,
 )
-from tests.tiny_models import packed_batch, tiny_model  # noqa: E402
+from tests.tiny_adapters import BOTH, OPTIONS, make_adapter
+from tests.tiny_models import packed_batch, tiny_model
 
 pytestmark = [
     pytest.mark.usefixtures("quick_compile"),
@@ -40,35 +38,6 @@ pytestmark = [
 
 STEPS = 4
 TRAINING = Training(learning_rate=3e-3, weight_decay=0.5, embedding_learning_rate=7e-4)
-BOTH = ["embed_tokens", "lm_head"]
-# (base, PEFT's settings, tensors of the file)
-OPTIONS: dict[str, tuple[str, dict, int]] = {
-    "regular expression": ("llama2", {"target_modules": r".*\.[02]\.(self_attn\.(q|v)_proj|mlp\.down_proj)"}, 12),
-    "layers": ("qwen3", {"target_modules": ["q_proj", "mlp.up_proj"], "layers_to_transform": [1, 2]}, 8),
-    "whole names": (
-        "qwen3", {"target_modules": ["model.layers.0.mlp.gate_proj", "v_proj"], "layers_to_transform": 1}, 4
-    ),
-    "patterns": (
-        "llama3",
-        {"target_modules": "all-linear", "use_rslora": True,
-         "rank_pattern": {"q_proj": 2, r"1\.mlp\.(up|down)_proj": 7},
-         "alpha_pattern": {r"layers\.2\..*": 3, "q_proj": 16, "proj": 1}}, 42,
-    ),
-    "embedding and head": ("llama2", {"target_modules": ["q_proj"], "modules_to_save": BOTH}, 8),
-    "embedding of a tied model": ("qwen2_tied", {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]}, 7),
-    "head of a tied model": ("qwen2_tied", {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}, 7),
-    "tied model that stays tied": (
-        "qwen2_tied",
-        {"target_modules": ["q_proj", "down_proj"], "modules_to_save": ["lm_head"], "ensure_weight_tying": True}, 14,
-    ),
-    "everything": (
-        "llama_linear_tied",
-        {"target_modules": ["v_proj", "gate_proj", "lm_head"], "modules_to_save": BOTH, "layers_to_transform": [0, 2],
-         "rank_pattern": {"v_proj": 1}, "alpha_pattern": {"gate_proj": 2}, "use_rslora": True}, 10,
-    ),
-}  # fmt: skip
-
-
 UNTRAINED = ("regular expression", "whole names", "head of a tied model")  # their training is that of the others
 
 
@@ -87,26 +56,8 @@ def base(hf_model):
 
 @pytest.fixture(scope="module")
 def made(hf_model, tmp_path_factory):
-    """option -> (base, directory) of an adapter that PEFT made, with nothing in it that has no effect."""
-
-    @cache
-    def make(option):
-        torch.manual_seed(1)
-        name, settings, count = OPTIONS[option]
-        config = peft.LoraConfig(r=4, lora_alpha=8, task_type="CAUSAL_LM", **settings)
-        model = peft.get_peft_model(reference_model(hf_model(name)), config)
-        with torch.no_grad():
-            for path, parameter in model.named_parameters():
-                if "lora_" in path or "modules_to_save" in path:
-                    parameter.add_(torch.randn_like(parameter) * 0.2)
-        directory = tmp_path_factory.mktemp("made")
-        model.save_pretrained(directory)
-        with (directory / "adapter_model.safetensors").open("rb") as file:
-            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-        assert len(header.keys() - {"__metadata__"}) == count
-        return hf_model(name), directory
-
-    return make
+    """option -> (base, directory) of an adapter that PEFT made."""
+    return cache(lambda option: make_adapter(hf_model, tmp_path_factory.mktemp("made"), option))
 
 
 @pytest.mark.parametrize("option", OPTIONS)
