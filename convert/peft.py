@@ -214,7 +214,12 @@ def saved_vocabulary(
         model = resized(model, next(iter(rows.values())))
     trained = {f"{name}/weight" for name in saved}
     replaced = {path: tensor for path, tensor in whole.items() if path not in trained}
-    return model, replaced, beside | set(replaced.values())
+    again = {  # what PEFT writes once more where the vocabulary was resized
+        f"{PREFIX}{name.removesuffix('weight')}{part}.weight"
+        for name in savable_names(model.family.names).values()
+        for part in ("modules_to_save", "original_module")
+    }
+    return model, replaced, beside | again | set(replaced.values())
 
 
 def check_tensors(directory: Path, where: dict[str, Any], model: Model, beside: set[str]) -> dict[str, Part]:

@@ -284,6 +284,9 @@ def _check_lora(settings: TrainSettings, where: dict[str, str]) -> None:
             f"{where['layers_to_transform']} and the regular expression {settings.lora_target_modules!r} contradict "
             "each other; let the expression choose the layers"
         )
+    for name in ("add_tokens", "modules_to_save"):
+        if getattr(settings, name) == "":
+            raise InputError(f"{where[name]} names no {'token' if name == 'add_tokens' else 'module'}")
     for name, kinds, text in (("rank_pattern", int, "a whole number"), ("alpha_pattern", (int, float), "a number")):
         for key, value in getattr(settings, name).items():
             if not isinstance(value, kinds) or isinstance(value, bool) or value <= 0:
