@@ -35,7 +35,7 @@ def main(argv: list[str] | None = None) -> int:
     )  # fmt: skip
     own.add_argument("--debug", action="store_true", help="show the traceback of an error")
     options = parser.parse_args(argv)
-    out = options.out.expanduser()
+    out = options.out.expanduser().resolve()
 
     def say(text: str) -> None:
         print(text, file=sys.stderr, flush=True)

@@ -64,7 +64,8 @@ def adapter_parts(model: Model) -> dict[str, Part]:
 def savable_names(names: tuple[Name, ...]) -> dict[str, str]:
     """Tree path -> Hugging Face name of what modules_to_save may name."""
     by_path = {name.path: name.hf for name in names}
-    return {f"{module}/weight": by_path[f"{module}/weight"] for module in SAVABLE}
+    # a family whose head is always the embedding may have no name for it
+    return {f"{module}/weight": by_path.get(f"{module}/weight", f"{module}.weight") for module in SAVABLE}
 
 
 def save_adapter(directory: Path, model: Model, trained: Tree, config: LoraConfig, base_model: str) -> None:
@@ -196,7 +197,8 @@ def saved_vocabulary(
     one_matrix = tied and (config.ensure_weight_tying or not saved)
     if one_matrix and len(whole) == 2:  # written twice
         embedding, head = whole.values()
-        if not np.array_equal(read_tensor(where, embedding), read_tensor(where, head)):
+        pairs = zip(chunks(where[embedding], embedding), chunks(where[head], head), strict=True)
+        if not all(np.array_equal(one, other) for (_, one), (_, other) in pairs):
             raise InputError(f"{directory}: {head} differs from {embedding}; this model has one matrix for both")
         whole.pop("lm_head/weight")
         beside = {head}
