@@ -122,7 +122,7 @@ def reference_course(model: torch.nn.Module, batches: Iterable[Batch], steps: in
     own_rate = {name for name in named if training.embedding_learning_rate and re.search("embed_tokens|lm_head", name)}
     groups = [
         {"params": [p for name, p in named.items() if (name in own_rate, name in no_decay) == kind],
-         "lr": training.embedding_learning_rate if kind[0] else training.learning_rate,
+         "lr": (kind[0] and training.embedding_learning_rate) or training.learning_rate,
          "weight_decay": 0.0 if kind[1] else training.weight_decay}
         for kind in ((False, False), (False, True), (True, False))
     ]  # fmt: skip
