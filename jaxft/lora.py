@@ -110,6 +110,15 @@ def branches(model: Model) -> dict[str, Branch]:
     return found
 
 
+def padding(model: Model) -> int:
+    """How many numbers of the trained leaves only fill a stack of layers whose ranks differ."""
+    total = 0
+    for linear in linear_modules(model.bind(model.shapes)).values():
+        ranks = () if linear.lora is None else linear.lora.ranks
+        total += sum(max(ranks) - rank for rank in ranks) * (linear.in_features + linear.out_features)
+    return total
+
+
 def lora_shapes(model: Model) -> tuple[Tree, Tree]:
     """The trained leaves (A, B, what is trained whole) and the frozen scales of a model with LoRA, as shapes."""
     _, state = nnx.split(model.bind(model.shapes))

@@ -82,8 +82,13 @@ def prepare(settings: ModelArguments, model_name: str) -> Prepared:
         if isinstance(settings, TrainSettings):
             _check_adapter(settings, lora, described)
         tokenizer, new_tokens = adapter_tokenizer(settings.adapter, described, tokenizer)
+        if new_tokens:
+            print(f"tokenizer: that of {settings.adapter}, with {len(new_tokens)} more tokens", file=sys.stderr)
     elif isinstance(settings, TrainSettings) and not settings.full_finetuning:
-        lora = lora_settings(settings, described.config.tie_word_embeddings)
+        tied = described.config.tie_word_embeddings
+        lora = lora_settings(settings, tied)
+        if lora.modules_to_save and tied and not lora.ensure_weight_tying:
+            print("head: parts from the embedding, as in PEFT; --ensure_weight_tying keeps them one", file=sys.stderr)
     model, params = load_model(directory, dtype=param_dtype, mesh=mesh, quantization=settings.quantization, lora=lora)
     if isinstance(settings, TrainSettings) and settings.add_tokens:
         model, params, new_tokens = with_new_tokens(model, params, tokenizer, read_tokens(settings.add_tokens), mesh)

@@ -18,6 +18,7 @@ from jaxft.evaluate import held_out_split, read_from
 from jaxft.generate import generate, stop_token_ids
 from jaxft.load import EMBEDDED, parameter_count
 from jaxft.loop import Run, run_training
+from jaxft.lora import padding
 from jaxft.optim import make_optimizer, make_schedule, with_loss_scale
 from jaxft.output import choose_directory, is_finished, model_card, write_result
 from jaxft.packing import Batches, Sample, eval_batches, make_plan
@@ -134,7 +135,7 @@ def lay_out(samples: list[Sample], prepared: Prepared, settings: TrainSettings) 
 
 def say_model(prepared: Prepared) -> None:
     model, devices = prepared.model, prepared.mesh.devices
-    trained, frozen = parameter_count(prepared.trainable), parameter_count(prepared.frozen)
+    trained, frozen = parameter_count(prepared.trainable) - padding(model), parameter_count(prepared.frozen)
     say(
         f"model: {model.config.model_type}, {(trained + frozen) / 1e6:,.2f} M parameters, "
         f"{trained / 1e6:,.2f} M trained; computed in {prepared.compute_dtype.name} "

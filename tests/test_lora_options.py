@@ -13,7 +13,7 @@ from jaxft import LoraConfig, add_lora, load_adapter, load_model, make_optimizer
 from jaxft import save_adapter as save
 from jaxft.convert.peft import adapter_parts, read_adapter_config
 from jaxft.errors import InputError
-from jaxft.lora import branches
+from jaxft.lora import branches, padding
 from jaxft.trees import flatten
 from scripts.compare_with_hf import (
     GRADIENTS,
@@ -151,6 +151,7 @@ def test_what_pads_a_stack_stays_zero_and_is_not_written(optim, tmp_path):
         leaf = np.asarray(leaf)
         assert not leaf[~inside[path]].any(), path
         assert (leaf[inside[path]] != 0).mean() > 0.9, path
+    assert padding(model) == sum((~mask).sum() for mask in inside.values())
     assert sum(mask.sum() for mask in inside.values()) < 0.6 * sum(mask.size for mask in inside.values())
     assert {name: branch.rank for name, branch in branches(model).items()} == {
         "model.layers.0.self_attn.q_proj": 3, "model.layers.2.self_attn.q_proj": 3, "model.layers.0.mlp.up_proj": 3,
