@@ -83,9 +83,10 @@ def merged_tensor(source: Source, name: str, dtype: np.dtype) -> np.ndarray:
     def add(rows: np.ndarray, start: int) -> np.ndarray:
         if branch is None:
             return rows if rows.dtype == dtype else _cast(rows, dtype, name)
-        return _cast(
-            rows.astype(np.float32) + (b[start : start + len(rows)] @ a) * np.float32(branch.scale), dtype, name
-        )
+        total = b[start : start + len(rows)] @ a
+        total *= np.float32(branch.scale)  # in place: a chunk is large
+        total += rows.astype(np.float32)
+        return _cast(total, dtype, name)
 
     if own in source.stored:
         leaf = jax.tree.map(jnp.asarray, bnb.read_leaf(source.base, own, source.stored[own]))
@@ -107,7 +108,8 @@ def _cast(array: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
 def merge(model: str, adapter: str, out: Path, dtype: str | None, say: Callable[[str], None]) -> dict[str, Any]:
     """Writes the merged model to `out`, whole or not at all; returns what was merged.
 
-    dtype: of every tensor; None keeps each tensor's own. Host memory stays below one shard and two tensors. Raises
+    dtype: of every tensor; None keeps each tensor's own. Host memory stays below one shard and four chunks (of
+    `hf.SHARD_BYTES`, or one tensor if that is larger, and `hf.CHUNK_BYTES`); a quantised weight is one chunk. Raises
     InputError for input that does not fit and for an `out` that holds something.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
