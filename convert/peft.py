@@ -29,7 +29,6 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "lora_bias": (False, None),
     "trainable_token_indices": (None, []),
     "target_parameters": (None, []),
-    "exclude_modules": (None, []),
     "alora_invocation_tokens": (None, []),
     "layer_replication": (None, []),
     "use_qalora": (False, None),
@@ -93,6 +92,7 @@ def save_adapter(directory: Path, model: Model, trained: Tree, config: LoraConfi
         "layers_to_transform": None if config.layers_to_transform is None else list(config.layers_to_transform),
         "rank_pattern": config.rank_pattern,
         "alpha_pattern": config.alpha_pattern,
+        "exclude_modules": config.exclude_modules or None,
         "modules_to_save": list(config.modules_to_save) or None,
         "ensure_weight_tying": config.ensure_weight_tying,
         "bias": "none",
@@ -134,6 +134,7 @@ def read_adapter_config(directory: Path) -> LoraConfig:
         targets = tuple(sorted(targets))
     elif not isinstance(targets, str) or not targets:
         raise InputError(f"{path}: target_modules {targets!r} must be a regular expression or a list of module names")
+    excluded = written.get("exclude_modules") or ()
     layers = written.get("layers_to_transform")
     layers = [layers] if isinstance(layers, int) else layers
     try:
@@ -148,6 +149,7 @@ def read_adapter_config(directory: Path) -> LoraConfig:
             alpha_pattern={key: float(alpha) for key, alpha in (written.get("alpha_pattern") or {}).items()},
             modules_to_save=tuple(written.get("modules_to_save") or ()),
             ensure_weight_tying=bool(written.get("ensure_weight_tying", False)),
+            exclude_modules=excluded if isinstance(excluded, str) else tuple(excluded),
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise InputError(

@@ -14,10 +14,11 @@ class LoraConfig:
     """PEFT's LoraConfig, as far as it is supported; the fields have PEFT's meaning.
 
     target_modules: "all-linear" (all but the head), a regular expression that must match a module's whole name, or
-    endings of names. layers_to_transform: only these layers (not with a regular expression). rank_pattern,
-    alpha_pattern: r and alpha of modules whose name ends with a match of the key; the first key that does counts.
-    modules_to_save: embed_tokens, lm_head, trained whole. ensure_weight_tying: a head that is the embedding stays it;
-    otherwise, as in PEFT, a head and an embedding of which one is saved part ways.
+    endings of names; exclude_modules, a regular expression or endings, takes from them. layers_to_transform: only these
+    layers (not with a regular expression). rank_pattern, alpha_pattern: r and alpha of modules whose name ends with a
+    match of the key; the first key that does counts. modules_to_save: embed_tokens, lm_head, trained whole.
+    ensure_weight_tying: a head that is the embedding stays it; otherwise, as in PEFT, a head and an embedding of which
+    one is saved part ways.
     """
 
     r: int = 16
@@ -30,6 +31,7 @@ class LoraConfig:
     alpha_pattern: dict[str, float] = field(default_factory=dict)
     modules_to_save: tuple[str, ...] = ()
     ensure_weight_tying: bool = False
+    exclude_modules: str | tuple[str, ...] = ()
 
     @property
     def is_pattern(self) -> bool:
@@ -64,6 +66,11 @@ def reaches(config: LoraConfig, module: str) -> bool:
     """Whether a branch goes on the linear layer `module`, e.g. 'model.layers.0.self_attn.q_proj'."""
     if any(re.match(rf"(^|.*\.){name}($|\..*)", module) for name in config.modules_to_save):
         return False
+    if isinstance(config.exclude_modules, str):
+        if re.fullmatch(config.exclude_modules, module):
+            return False
+    elif any(f".{module}".endswith(f".{ending}") for ending in config.exclude_modules):
+        return False
     if config.is_pattern:
         return re.fullmatch(str(config.target_modules), module) is not None
     if isinstance(config.target_modules, tuple) and module in config.target_modules:
@@ -94,6 +101,8 @@ def check_targets(config: LoraConfig, modules: list[str], model_type: str) -> No
         for target in targets:
             if target not in modules and not any(module.endswith(f".{target}") for module in modules):
                 raise InputError(f"{flag}: {target!r} is no linear layer {there_are}, or use all-linear")
+    if isinstance(config.exclude_modules, str):
+        check_expression(config.exclude_modules, "exclude_modules")
     layers = {layer_of(module) for module in modules} - {None}
     for layer in config.layers_to_transform or ():
         if layer not in layers:

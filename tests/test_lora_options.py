@@ -9,11 +9,14 @@ import numpy as np
 import pytest
 
 pytest.importorskip("torch", reason="the reference needs torch")
+import peft
+
 from jaxft import LoraConfig, add_lora, load_adapter, load_model, make_optimizer, sft_loss
 from jaxft import save_adapter as save
 from jaxft.convert.peft import adapter_parts, read_adapter_config
 from jaxft.errors import InputError
 from jaxft.lora import branches, padding
+from jaxft.lora_config import pattern_key, reaches
 from jaxft.trees import flatten
 from scripts.compare_with_hf import (
     GRADIENTS,
@@ -82,6 +85,51 @@ def test_what_peft_made_computes_and_trains_here_as_there(option, made, base, tm
     assert max(errors.values()) <= GRADIENTS, max(errors, key=errors.get)
     assert curve_error(ours, torchs) <= LOSSES
     np.testing.assert_allclose(ours.grad_norms, torchs.grad_norms, rtol=1e-3)
+
+
+MODULES = [
+    f"model.layers.{i}.{name}"
+    for i in (0, 1, 11)
+    for name in ("self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.experts.1.up_proj")
+] + ["lm_head", "model.embed_tokens"]
+TARGETS: list = [
+    *(("q_proj",), ("proj",), ("self_attn.q_proj", "mlp.up_proj"), ("attn.q_proj",), ("lm_head", "q_proj")),
+    *(("model.layers.1.mlp.up_proj", "o_proj"), r".*q_proj", r"q_proj", r".*\.1\..*", r"lm_head|.*o_proj"),
+    r".*layers\.(0|11)\.mlp.*(up|down)_proj",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("targets", TARGETS, ids=str)
+def test_modules_are_chosen_as_peft_chooses_them(targets):
+    from peft.tuners.tuners_utils import _ExcludedModule, check_target_module_exists
+
+    for layers in (None, (1,), (0, 11)):
+        for saved in ((), ("lm_head",), ("mlp",)):
+            for excluded in ((), ("up_proj",), ("model.layers.0.self_attn.q_proj",), r".*\.1\..*"):
+                if isinstance(targets, str) and layers:
+                    continue  # PEFT refuses it, and so does `check_targets`
+                own = LoraConfig(
+                    target_modules=targets, layers_to_transform=layers, modules_to_save=saved, exclude_modules=excluded
+                )
+                theirs = peft.LoraConfig(
+                    target_modules=targets if isinstance(targets, str) else list(targets),
+                    layers_to_transform=layers and list(layers), modules_to_save=list(saved) or None,
+                    exclude_modules=excluded if isinstance(excluded, str) else list(excluded) or None,
+                )  # fmt: skip
+                for module in MODULES:
+                    found = check_target_module_exists(theirs, module)
+                    expected = bool(found) and not isinstance(found, _ExcludedModule)
+                    assert reaches(own, module) == expected, (module, own)
+
+
+def test_patterns_are_looked_up_as_peft_looks_them_up():
+    from peft.utils.other import get_pattern_key
+
+    keys = ["up_proj", "1.mlp.up_proj", r"layers\.0\..*", "proj", "q", r".*attn\.q_proj", "model.layers.11.mlp.up_proj"]
+    for order in (keys, keys[::-1], keys[2:], keys[3:5]):
+        for module in MODULES:
+            theirs = get_pattern_key(order, module)
+            assert pattern_key(dict.fromkeys(order, 1), module) == (theirs if theirs in order else "")
 
 
 BREAKS: dict[str, tuple[str, dict]] = {

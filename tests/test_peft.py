@@ -184,7 +184,6 @@ UNSUPPORTED = {
     "lora_bias": True,
     "fan_in_fan_out": True,
     "layers_pattern": "h",
-    "exclude_modules": ["q_proj"],
     "target_parameters": ["x"],
     "trainable_token_indices": [1],
     "layer_replication": [[0, 1]],
