@@ -15,8 +15,8 @@ OPTIONS: dict[str, tuple[str, dict, int]] = {
     "regular expression": ("llama2", {"target_modules": r".*\.[02]\.(self_attn\.(q|v)_proj|mlp\.down_proj)"}, 12),
     "layers": (
         "qwen3",
-        {"target_modules": ["q_proj", "mlp.up_proj"], "layers_to_transform": [1, 2], "exclude_modules": ["2.mlp.up_proj"]},
-        6,
+        {"target_modules": ["q_proj", "mlp.up_proj"], "layers_to_transform": [1, 2],
+         "exclude_modules": ["2.mlp.up_proj"]}, 6,
     ),
     "whole names": (
         "qwen3", {"target_modules": ["model.layers.0.mlp.gate_proj", "v_proj"], "layers_to_transform": 1}, 4
