@@ -120,6 +120,10 @@ def merge(model: str, adapter: str, out: Path, dtype: str | None, say: Callable[
         kinds = " and ".join(sorted({kind_of(leaf) for leaf in source.stored.values()}))
         say(f"{directory} is quantised ({kinds}): merging onto its dequantised weights; the weights that it was made "
             "from would lose less")  # fmt: skip
+    new_tokens: tuple[str, ...] = ()
+    if has_tokenizer(directory):
+        base = describe_model(read_hf_config(directory))
+        tokenizer, new_tokens = adapter_tokenizer(adapter_directory, base, load_tokenizer(directory))
     names = source.names()
     dtypes = {name: np.dtype(jnp.dtype(dtype)) if dtype else source.dtype(name) for name in names}
     sizes = {name: int(np.prod(shape)) * dtypes[name].itemsize for name, shape in names.items()}
@@ -128,7 +132,8 @@ def merge(model: str, adapter: str, out: Path, dtype: str | None, say: Callable[
         hf.save_shards(temporary, sizes, lambda name: {name: merged_tensor(source, name, dtypes[name])})
         write_config(directory, temporary, source.model, largest.name)
         copy_tokenizer(directory, temporary)
-        _write_tokenizer(directory, adapter_directory, source.model, temporary)
+        if new_tokens:
+            tokenizer.save_pretrained(temporary)
         (temporary / "README.md").write_text(_card(model, adapter), encoding="utf-8")
     return {
         "out": str(out),
@@ -144,19 +149,10 @@ def write_config(source: Path, target: Path, model: Model, dtype: str) -> None:
     written.pop("quantization_config", None)
     written.pop("torch_dtype", None)  # the older name
     changed = {"vocab_size": model.config.vocab_size, "tie_word_embeddings": model.config.tie_word_embeddings}
-    for part in (written, written.get("text_config", {})):
-        part |= {name: value for name, value in changed.items() if name in part or part is written}
-    (target / "config.json").write_text(json.dumps(written | {"dtype": dtype}, indent=2) + "\n", encoding="utf-8")
-
-
-def _write_tokenizer(directory: Path, adapter: Path, model: Model, target: Path) -> None:
-    """The adapter's tokenizer where it has tokens of its own."""
-    if not has_tokenizer(directory):
-        return
-    base = describe_model(read_hf_config(directory))
-    tokenizer, new = adapter_tokenizer(adapter, base, load_tokenizer(directory))
-    if new:
-        tokenizer.save_pretrained(target)
+    written |= {"dtype": dtype} | {name: value for name, value in changed.items() if name in written}
+    text = written.get("text_config", written)  # of a model that also sees
+    text |= changed
+    (target / "config.json").write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
 
 
 def has_tokenizer(directory: Path) -> bool:
