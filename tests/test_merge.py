@@ -221,7 +221,7 @@ def test_merged_model_is_that_of_peft_s_merge_and_unload(option, made, tmp_path,
     theirs = reference.merge_and_unload()
     ours = reference_model(tmp_path / "out")  # transformers loads it as it is
     assert ours.config.tie_word_embeddings == theirs.config.tie_word_embeddings
-    assert np.abs(reference_logits(ours, micro) - on_base).max() <= 2e-5
+    assert np.abs(reference_logits(ours, micro) - on_base).max() <= 1e-4
     peers = dict(theirs.named_parameters())
     assert peers.keys() == dict(ours.named_parameters()).keys()
     for name, parameter in ours.named_parameters():
