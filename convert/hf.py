@@ -4,7 +4,7 @@ import json
 import math
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -208,6 +208,25 @@ def expected_tensors(names: tuple[Name, ...], shapes: Tree) -> dict[str, tuple[i
     }
 
 
+def check_model(
+    directory: Path, where: dict[str, Any], names: tuple[Name, ...], shapes: Tree
+) -> tuple[dict[str, Quantized], dict[str, tuple[int, ...]]]:
+    """What is quantised among the tensors that `open_model` found, and the shape of every tensor of the model.
+
+    Raises InputError for tensors that are missing, left over, damaged or of another shape than `shapes` says.
+    """
+    stored = bnb.stored_leaves(where, directory)
+    expected = expected_tensors(names, shapes)
+    plain = dict(where)
+    for name, leaf in stored.items():
+        for tensor in (name, *bnb.companions(name, leaf)):
+            plain.pop(tensor, None)
+    if "lm_head.weight" not in expected:  # a tied head may have been written all the same; it is the embedding
+        plain.pop("lm_head.weight", None)
+    check_names({name: shape for name, shape in expected.items() if name not in stored}, plain, directory)
+    return stored, expected
+
+
 def load_params(
     directory: Path,
     names: tuple[Name, ...],
@@ -225,15 +244,7 @@ def load_params(
     or tensors that are missing, left over, damaged or of the wrong shape.
     """
     where = open_model(directory) if where is None else where
-    stored = bnb.stored_leaves(where, directory)
-    expected = expected_tensors(names, shapes)
-    plain = dict(where)
-    for name, leaf in stored.items():
-        for tensor in (name, *bnb.companions(name, leaf)):
-            plain.pop(tensor, None)
-    if "lm_head.weight" not in expected:  # a tied head may have been written all the same; it is the embedding
-        plain.pop("lm_head.weight", None)
-    check_names({name: shape for name, shape in expected.items() if name not in stored}, plain, directory)
+    stored, _ = check_model(directory, where, names, shapes)
     places_of = dict(flatten(shardings)) if shardings is not None else {}
     leaves = dict(flatten(shapes))
     arrays: dict[str, Any] = {}
@@ -258,35 +269,46 @@ def load_params(
 
 
 def save_params(directory: Path, names: tuple[Name, ...], params: Tree, dtype: Any) -> None:
+    """Writes the weights of a model by `save_shards`, cast to dtype; quantised ones as bitsandbytes has them."""
+    leaves = dict(flatten(params))
+    where = places(names, params)
+
+    def size(place: Place) -> int:
+        leaf = leaves[place.path]
+        return leaf.size // (1 if place.row is None else leaf.shape[0]) * np.dtype(dtype).itemsize
+
+    def read(name: str) -> dict[str, np.ndarray]:
+        leaf = leaves[where[name].path]
+        one = leaf if where[name].row is None else leaf[where[name].row]
+        return bnb.leaf_tensors(name, one) if is_quantized(one) else {name: np.asarray(one.astype(dtype))}
+
+    save_shards(directory, {name: size(place) for name, place in where.items()}, read)
+
+
+def save_shards(directory: Path, sizes: dict[str, int], read: Callable[[str], dict[str, np.ndarray]]) -> None:
     """Writes model.safetensors, or shards of at most SHARD_BYTES with an index, into an existing directory.
 
-    One shard's tensors are on the host at a time, cast to dtype; quantised ones are written as bitsandbytes has them.
-    Raises OSError where the disk does.
+    sizes: bytes by name of what is to be written, in order; read(name): its tensors, one or more. One shard's tensors
+    are on the host at a time. Raises OSError where the disk does.
     """
-    leaves = dict(flatten(params))
-    shards: list[list[tuple[str, Place]]] = [[]]
+    shards: list[list[str]] = [[]]
     size = 0
-    for hf, place in places(names, params).items():
-        leaf = leaves[place.path]
-        tensor = leaf.size // (1 if place.row is None else leaf.shape[0]) * np.dtype(dtype).itemsize
-        if size + tensor > SHARD_BYTES and shards[-1]:
+    for name, own in sizes.items():
+        if size + own > SHARD_BYTES and shards[-1]:
             shards.append([])
             size = 0
-        shards[-1].append((hf, place))
-        size += tensor
+        shards[-1].append(name)
+        size += own
     total = 0
     weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, 1):
         one = len(shards) == 1
         file = "model.safetensors" if one else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         tensors: dict[str, np.ndarray] = {}
-        for hf, place in shard:
-            leaf = leaves[place.path]
-            one = leaf if place.row is None else leaf[place.row]
-            written = bnb.leaf_tensors(hf, one) if is_quantized(one) else {hf: np.asarray(one.astype(dtype))}
-            tensors |= written
-            weight_map |= dict.fromkeys(written, file)
-            total += sum(array.nbytes for array in written.values())
+        for name in shard:
+            tensors |= read(name)
+        weight_map |= dict.fromkeys(tensors, file)
+        total += sum(array.nbytes for array in tensors.values())
         write_tensors(directory / file, tensors)
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
@@ -302,7 +324,8 @@ def write_tensors(path: Path, tensors: dict[str, np.ndarray]) -> None:
 class whole_directory:
     """Context: a temporary directory beside `target`, renamed to it at the end, removed on any error.
 
-    Nothing half made is ever at `target`. An existing `target` directory receives the files instead, each moved whole.
+    Nothing half made is ever at `target`, which appears in one rename. An existing `target` directory receives the
+    files instead, each moved whole.
     """
 
     def __init__(self, target: Path):
@@ -315,8 +338,9 @@ class whole_directory:
         return self.temporary
 
     def __exit__(self, kind, value, traceback):
-        if kind is None:
-            self.target.mkdir(parents=True, exist_ok=True)
+        if kind is None and not self.target.exists():
+            self.temporary.replace(self.target)
+        elif kind is None:
             for file in self.temporary.iterdir():
                 file.replace(self.target / file.name)
         shutil.rmtree(self.temporary, ignore_errors=True)

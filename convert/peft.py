@@ -2,34 +2,34 @@
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 
-from jaxft.convert.hf import chunks, open_weights, places, write_tensors
+from jaxft.convert.hf import chunks, open_weights, write_tensors
 from jaxft.convert.table import Name
 from jaxft.errors import InputError
-from jaxft.lora import LoraConfig
+from jaxft.lora import branches, linear_places, lora_shapes
+from jaxft.lora_config import SAVABLE, LoraConfig, reaches, saved_modules
+from jaxft.models import Model
 from jaxft.trees import Tree, flatten, unflatten
+from jaxft.vocabulary import resized
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-SUFFIXES = {"a": "lora_A.weight", "b": "lora_B.weight"}
+PREFIX = "base_model.model."
 
 # fields of PEFT's LoraConfig that change what is computed, and the values under which they change nothing
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "bias": ("none",),
     "use_dora": (False, None),
-    "layers_to_transform": (None, []),
-    "modules_to_save": (None, []),
-    "rank_pattern": ({}, None),
-    "alpha_pattern": ({}, None),
+    "layers_pattern": (None, [], "", "layers", ["layers"]),
     "fan_in_fan_out": (False, None),
     "lora_bias": (False, None),
     "trainable_token_indices": (None, []),
     "target_parameters": (None, []),
-    "exclude_modules": (None, []),
     "alora_invocation_tokens": (None, []),
     "layer_replication": (None, []),
     "use_qalora": (False, None),
@@ -37,15 +37,35 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 }
 
 
-def adapter_names(names: tuple[Name, ...], trained: Tree) -> dict[str, tuple[str, int | None]]:
-    """PEFT tensor name -> (path, row) of every A and B in a tree of LoRA leaves."""
-    weights = {path.rsplit("/lora/", 1)[0] + "/weight": leaf for path, leaf in flatten(trained)}
+class Part(NamedTuple):
+    """Which part of a trained leaf one tensor of a file is: the leaf's path and an index into it."""
+
+    path: str
+    slices: tuple[Any, ...]
+
+
+def adapter_parts(model: Model) -> dict[str, Part]:
+    """PEFT tensor name -> part of the trained leaf, for everything that a model with LoRA trains.
+
+    The rows of A and columns of B that only pad a stack of layers are no part of any tensor.
+    """
     found = {}
-    for hf, place in places(names, unflatten(weights)).items():
-        for leaf, suffix in SUFFIXES.items():
-            path = place.path.removesuffix("weight") + f"lora/{leaf}"
-            found[f"base_model.model.{hf.removesuffix('weight')}{suffix}"] = (path, place.row)
+    for module, (place, rank, _) in branches(model).items():
+        row = () if place.row is None else (place.row,)
+        found[f"{PREFIX}{module}.lora_A.weight"] = Part(f"{place.path}/lora/a", (*row, slice(rank)))
+        found[f"{PREFIX}{module}.lora_B.weight"] = Part(f"{place.path}/lora/b", (*row, slice(None), slice(rank)))
+    trained = dict(flatten(lora_shapes(model)[0]))
+    for path, name in savable_names(model.family.names).items():
+        if path in trained:
+            found[PREFIX + name] = Part(path, ())
     return found
+
+
+def savable_names(names: tuple[Name, ...]) -> dict[str, str]:
+    """Tree path -> Hugging Face name of what modules_to_save may name."""
+    by_path = {name.path: name.hf for name in names}
+    # a family whose head is always the embedding may have no name for it
+    return {f"{module}/weight": by_path.get(f"{module}/weight", f"{module}.weight") for module in SAVABLE}
 
 
 def excluded_modules(passed_over: tuple[str, ...]) -> str | None:
@@ -54,25 +74,18 @@ def excluded_modules(passed_over: tuple[str, ...]) -> str | None:
     return f".*({'|'.join(parts)}).*" if parts else None
 
 
-def save_adapter(
-    directory: Path,
-    names: tuple[Name, ...],
-    trained: Tree,
-    config: LoraConfig,
-    base_model: str,
-    passed_over: tuple[str, ...] = (),
-) -> None:
+def save_adapter(directory: Path, model: Model, trained: Tree, config: LoraConfig, base_model: str) -> None:
     """Writes an adapter that `PeftModel.from_pretrained(base, directory)` loads, into an existing directory.
 
-    trained: the tree of float32 A and B; base_model: what the adapter's config names as its base. passed_over: prefixes
-    of the base's tensors that were not loaded, and so have no branch.
+    trained: the tree of float32 A and B, and of what is trained whole; base_model: what the adapter's config names as
+    its base. Parts of the base that were not loaded have no branch, and are excluded by name.
     """
-    leaves = dict(flatten(trained))
-    tensors = {}
-    for name, (path, row) in adapter_names(names, trained).items():
-        tensors[name] = np.asarray(leaves[path] if row is None else leaves[path][row])
+    leaves = {path: np.asarray(leaf) for path, leaf in flatten(trained)}
+    tensors = {name: np.ascontiguousarray(leaves[path][index]) for name, (path, index) in adapter_parts(model).items()}
+    head = PREFIX + savable_names(model.family.names)["lm_head/weight"]
+    if config.ensure_weight_tying and model.config.tie_word_embeddings and "embed_tokens/weight" in leaves:
+        tensors[head] = leaves["embed_tokens/weight"]  # PEFT looks for it under both names
     write_tensors(directory / WEIGHTS, tensors)
-    modules = sorted({path.split("/lora/")[0].rsplit("/", 1)[-1] for path in leaves})
     written = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -81,22 +94,34 @@ def save_adapter(
         "lora_alpha": config.lora_alpha,
         "lora_dropout": config.lora_dropout,
         "use_rslora": config.use_rslora,
-        "target_modules": modules,
+        "target_modules": target_names(model, config),
+        "layers_to_transform": None if config.layers_to_transform is None else list(config.layers_to_transform),
+        "rank_pattern": config.rank_pattern,
+        "alpha_pattern": config.alpha_pattern,
+        "exclude_modules": config.exclude_modules or excluded_modules(model.family.passed_over),
+        "modules_to_save": list(config.modules_to_save) or None,
+        "ensure_weight_tying": config.ensure_weight_tying,
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
         "init_lora_weights": True,
     }
-    if passed_over:
-        written["exclude_modules"] = excluded_modules(passed_over)
     (directory / CONFIG).write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
 
 
-def read_adapter_config(directory: Path, passed_over: tuple[str, ...] = ()) -> LoraConfig:
-    """The LoRA settings of a PEFT adapter; passed_over: as in `save_adapter`.
+def target_names(model: Model, config: LoraConfig) -> list[str]:
+    """What PEFT's target_modules is to be: the endings of the names that have a branch, or else the names themselves.
 
-    Raises InputError where it is missing or of a method not supported.
+    Never a regular expression: PEFT would try it on modules that are not linear layers too, and refuse them.
     """
+    reached = branches(model).keys()
+    endings = tuple(sorted({module.rsplit(".", 1)[-1] for module in reached}))
+    short = replace(config, target_modules=endings)
+    return list(endings if {name for name in linear_places(model) if reaches(short, name)} == reached else reached)
+
+
+def read_adapter_config(directory: Path) -> LoraConfig:
+    """The LoRA settings of a PEFT adapter. Raises InputError where it is missing or of a method not supported."""
     path = directory / CONFIG
     if not path.is_file():
         raise InputError(f"{directory} has no {CONFIG}; a PEFT adapter directory is needed")
@@ -108,55 +133,141 @@ def read_adapter_config(directory: Path, passed_over: tuple[str, ...] = ()) -> L
     if kind != "LORA":
         raise InputError(f"{path}: peft_type {kind!r} is not supported; only LORA adapters are")
     for field, neutral in NEUTRAL.items():
-        if field == "exclude_modules" and passed_over and written.get(field) == excluded_modules(passed_over):
-            continue
         if field in written and written[field] not in neutral:
             raise InputError(f"{path}: {field} = {written[field]!r} is not supported yet")
     targets = written.get("target_modules")
     if isinstance(targets, list) and targets:
         targets = tuple(sorted(targets))
-    elif targets != "all-linear":
-        raise InputError(f"{path}: target_modules {targets!r} must be 'all-linear' or a list of module names")
+    elif not isinstance(targets, str) or not targets:
+        raise InputError(f"{path}: target_modules {targets!r} must be a regular expression or a list of module names")
+    excluded = written.get("exclude_modules") or ()
+    layers = written.get("layers_to_transform")
+    layers = [layers] if isinstance(layers, int) else layers
     try:
-        return LoraConfig(
+        config = LoraConfig(
             r=int(written["r"]),
             lora_alpha=float(written["lora_alpha"]),
             lora_dropout=float(written.get("lora_dropout") or 0.0),
             target_modules=targets,
             use_rslora=bool(written.get("use_rslora", False)),
+            layers_to_transform=tuple(int(layer) for layer in layers) if layers else None,
+            rank_pattern={key: int(rank) for key, rank in (written.get("rank_pattern") or {}).items()},
+            alpha_pattern={key: float(alpha) for key, alpha in (written.get("alpha_pattern") or {}).items()},
+            modules_to_save=tuple(written.get("modules_to_save") or ()),
+            ensure_weight_tying=bool(written.get("ensure_weight_tying", False)),
+            exclude_modules=excluded if isinstance(excluded, str) else tuple(excluded),
         )
-    except (KeyError, TypeError, ValueError) as error:
-        raise InputError(f"{path}: r and lora_alpha must be numbers: {error!r}") from error
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise InputError(
+            f"{path}: r, lora_alpha, their patterns and layers_to_transform must be numbers: {error!r}"
+        ) from error
+    if min([config.r, *config.rank_pattern.values()]) < 1:
+        raise InputError(f"{path}: a rank below 1 is none")
+    return config
 
 
-def load_adapter(directory: Path, names: tuple[Name, ...], shapes: Tree, passed_over: tuple[str, ...] = ()) -> Tree:
-    """The A and B of a PEFT adapter as a float32 tree like `shapes`; those of `passed_over` parts are counted aloud.
+def open_adapter(directory: Path, passed_over: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Tensor name -> the open file of an adapter, without what belongs to `passed_over` parts, which is counted aloud.
 
-    Raises InputError where the file is missing or damaged, or its tensors are not this model's.
+    Raises InputError where it is missing or damaged.
     """
     path = directory / WEIGHTS
     if not path.is_file():
         raise InputError(f"{directory} has no {WEIGHTS}")
     where = open_weights([path])
-    skipped = [name for name in where if name.removeprefix("base_model.model.").startswith(passed_over)]
+    skipped = [name for name in where if name.removeprefix(PREFIX).startswith(passed_over)]
     for name in skipped:
         del where[name]
     if skipped:
         print(f"{path}: passed over {len(skipped)} tensors of parts that are not loaded", file=sys.stderr)
-    wanted = adapter_names(names, shapes)
-    missing, extra = sorted(set(wanted) - set(where)), sorted(set(where) - set(wanted))
+    return where
+
+
+def whole_tensors(where: dict[str, Any], names: tuple[Name, ...]) -> dict[str, str]:
+    """Tree path -> tensor name of embedding and head, where an adapter's file holds them."""
+    return {path: PREFIX + name for path, name in savable_names(names).items() if PREFIX + name in where}
+
+
+def shape_of(where: dict[str, Any], name: str) -> tuple[int, ...]:
+    return tuple(where[name].get_slice(name).get_shape())
+
+
+def read_tensor(where: dict[str, Any], name: str, out: np.ndarray | None = None) -> np.ndarray:
+    """A tensor as float32, read a chunk at a time, into `out` where that is given."""
+    out = np.empty(shape_of(where, name), np.float32) if out is None else out
+    for start, chunk in chunks(where[name], name):
+        out[start : start + len(chunk)] = chunk.astype(np.float32)
+    return out
+
+
+def saved_vocabulary(
+    directory: Path, where: dict[str, Any], model: Model, config: LoraConfig
+) -> tuple[Model, dict[str, str], set[str]]:
+    """What an adapter's file says about embedding and head beside what it trains.
+
+    Returns the model with as many rows as they have; tree path -> tensor of what takes the base's place without being
+    trained (PEFT writes so what was resized); and all tensors that are not looked for otherwise. Raises InputError
+    where the file holds one of the two and the other has another number of rows.
+    """
+    whole, tied = whole_tensors(where, model.family.names), model.config.tie_word_embeddings
+    saved = saved_modules(config, tied)
+    one_matrix = tied and (config.ensure_weight_tying or not saved)
+    if one_matrix and len(whole) == 2:  # written twice
+        embedding, head = whole.values()
+        pairs = zip(chunks(where[embedding], embedding), chunks(where[head], head), strict=True)
+        if not all(np.array_equal(one, other) for (_, one), (_, other) in pairs):
+            raise InputError(f"{directory}: {head} differs from {embedding}; this model has one matrix for both")
+        whole.pop("lm_head/weight")
+        beside = {head}
+    else:
+        beside = set()
+    rows = {path: shape_of(where, tensor)[0] for path, tensor in whole.items()}
+    if rows and set(rows.values()) != {model.config.vocab_size}:
+        needed = {"embed_tokens/weight"} | (set() if one_matrix else {"lm_head/weight"})
+        if set(rows) != needed or len(set(rows.values())) > 1:
+            held = " and ".join(f"{whole[path]} with {count} rows" for path, count in rows.items())
+            raise InputError(
+                f"{directory} holds {held}, the model has {model.config.vocab_size} tokens; an adapter for another "
+                "number of tokens holds both the embedding and the head"
+            )
+        model = resized(model, next(iter(rows.values())))
+    trained = {f"{name}/weight" for name in saved}
+    replaced = {path: tensor for path, tensor in whole.items() if path not in trained}
+    again = {  # what PEFT writes once more where the vocabulary was resized
+        f"{PREFIX}{name.removesuffix('weight')}{part}.weight"
+        for name in savable_names(model.family.names).values()
+        for part in ("modules_to_save", "original_module")
+    }
+    return model, replaced, beside | again | set(replaced.values())
+
+
+def check_tensors(directory: Path, where: dict[str, Any], model: Model, beside: set[str]) -> dict[str, Part]:
+    """`adapter_parts`, each of which is in the file in its shape, and nothing else but the tensors `beside`.
+
+    Raises InputError where that is not so.
+    """
+    path, wanted = directory / WEIGHTS, adapter_parts(model)
+    missing, extra = sorted(set(wanted) - set(where)), sorted(set(where) - set(wanted) - beside)
     if missing or extra:
         what = f"{len(missing)} of its tensors are missing, e.g. {missing[0]}" if missing else (
             f"{len(extra)} tensors belong to no part of this model, e.g. {extra[0]}"
         )  # fmt: skip
         raise InputError(f"{path} is not an adapter for this model: {what}")
-    leaves = dict(flatten(shapes))
-    arrays = {p: np.zeros(leaf.shape, np.float32) for p, leaf in leaves.items()}
-    for name, (leaf_path, row) in wanted.items():
-        part = arrays[leaf_path] if row is None else arrays[leaf_path][row]
-        shape = tuple(where[name].get_slice(name).get_shape())
-        if shape != part.shape:
-            raise InputError(f"{path} is for another model: {name} has shape {shape}, this model needs {part.shape}")
-        for start, chunk in chunks(where[name], name):
-            part[start : start + len(chunk)] = chunk.astype(np.float32)
-    return unflatten({p: jnp.asarray(arrays[p]) for p in arrays})
+    leaves = dict(flatten(lora_shapes(model)[0]))
+    for name, (leaf, index) in wanted.items():
+        seen, needed = shape_of(where, name), np.broadcast_to(np.False_, leaves[leaf].shape)[index].shape
+        if seen != needed:
+            raise InputError(f"{path} is for another model: {name} has shape {seen}, this model needs {needed}")
+    return wanted
+
+
+def load_adapter(directory: Path, where: dict[str, Any], model: Model, beside: set[str]) -> Tree:
+    """The trained leaves of a PEFT adapter as a float32 tree, zero where a stack is padded.
+
+    beside: tensors of the file that are read elsewhere. Raises InputError where its tensors are not this model's.
+    """
+    parts = check_tensors(directory, where, model, beside)
+    arrays = {path: np.zeros(leaf.shape, np.float32) for path, leaf in flatten(lora_shapes(model)[0])}
+    for name, (path, index) in parts.items():
+        read_tensor(where, name, arrays[path][index])
+    return unflatten({path: jnp.asarray(array) for path, array in arrays.items()})

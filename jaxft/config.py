@@ -22,10 +22,13 @@ from jaxft.settings import (
     Settings,
     TrainSettings,
     check,
+    is_expression,
 )
 
 GIVEN_KEY = "settings_given"  # in a written config.yaml: which of its keys were chosen rather than left at defaults
 _UNSET: Any = object()
+# settings that are lists, and what separates their words: a token may hold a space
+LISTS = {"lora_target_modules": ", ", "layers_to_transform": ", ", "modules_to_save": ", ", "add_tokens": ","}
 
 
 @typing.overload
@@ -81,7 +84,7 @@ def _make_parser(command: str, where: str) -> ArgumentParser:
     """transformers' parser with this package's errors; `where` is what stands before a name in them."""
     from transformers.hf_argparser import HfArgumentParser  # imported here because it takes about a second
 
-    kinds: dict[Any, str] = {int: "a whole number", float: "a number", JsonObject: 'JSON such as {"min_lr": 1e-6}'}
+    kinds: dict[Any, str] = {int: "a whole number", float: "a number", JsonObject: 'JSON such as {"name": 1}'}
 
     class Parser(HfArgumentParser):
         def error(self, message: str) -> NoReturn:
@@ -176,8 +179,10 @@ def _token(key: str, value: Any, kind: Any, path: str) -> str:
     """A YAML value as it would be typed after the flag."""
     if isinstance(value, str):
         return value
-    if key == "lora_target_modules" and isinstance(value, list) and all(isinstance(name, str) for name in value):
-        return ",".join(value)
+    if key in LISTS and isinstance(value, list) and all(type(name) in (str, int) for name in value):
+        return ",".join(map(str, value))
+    if key == "layers_to_transform" and type(value) is int:
+        return str(value)
     if (kind is JsonObject and isinstance(value, dict)) or (key == "dataset" and isinstance(value, list)):
         return json.dumps(value, default=str, ensure_ascii=False)
     if key == "dataset_weights" and isinstance(value, list):
@@ -201,10 +206,20 @@ def _resolve(command: str, values: dict[str, Any]) -> Any:
         spellings = {"true": "full", "false": "none", "adamw_torch": "adamw"}
         for name in values.keys() & {"gradient_checkpointing", "optim"}:
             values[name] = spellings.get(values[name], values[name])
-        if "lora_target_modules" in values:
-            names = " ".join(values["lora_target_modules"]).replace(",", " ").split()
-            values["lora_target_modules"] = ",".join(dict.fromkeys(names))
+        for name in values.keys() & LISTS.keys():
+            values[name] = _join_words(name, values[name])
     return SETTINGS[command](**values)
+
+
+def _join_words(name: str, words: list[str]) -> str:
+    """A list of words as one text, separated by commas; a regular expression stays as it is typed."""
+    if name == "lora_target_modules" and any(map(is_expression, words)):
+        if len(words) > 1:
+            raise InputError(f"--{name} {' '.join(words)!r}: a regular expression stands alone")
+        return words[0]
+    if LISTS[name] != ",":
+        words = [part for word in words for part in word.split()]
+    return ",".join(dict.fromkeys(part for word in words for part in word.split(",") if part))
 
 
 def _is_choice(command: str, values: dict[str, Any], name: str) -> bool:

@@ -18,13 +18,13 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from jaxft.convert import bnb, hf, peft
 from jaxft.errors import InputError
-from jaxft.lora import LoraConfig, add_lora, lora_scales, lora_shapes, with_lora
+from jaxft.lora import LoraConfig, add_lora, first_layer, frozen_params, with_lora
 from jaxft.models import FAMILIES, Model, describe_model, read_hf_config
 from jaxft.models.extension import Changes, with_changes
 from jaxft.models.quantized import all_linears, linear_weights, with_quantized
 from jaxft.quant import is_quantized, kind_of
 from jaxft.sharding import shardings
-from jaxft.trees import Tree, flatten, join, like
+from jaxft.trees import Tree, flatten, like
 
 BASE_CONFIG = "base_config.json"  # beside an adapter: fields that its base's config.json must have otherwise
 EMBEDDED = Path(__file__).parent / "embedded"
@@ -66,13 +66,15 @@ def load_model(
     mesh: Mesh | None = None,
     quantization: str | None = None,
     changes: Changes | None = None,
+    lora: LoraConfig | None = None,
 ) -> tuple[Model, Tree]:
     """A Hugging Face model by directory or hub name: its description and its parameters, of `dtype`, on `mesh`.
 
     quantization: "nf4" (4 bits with double quantisation) or "int8" for all linear layers but the head; None: as the
     files have them, which may be quantised by bitsandbytes. changes: fields that config.json should have had otherwise,
-    such as `base_changes(adapter)`. Raises InputError for a model that is missing, damaged, of
-    an unknown type, or already quantised in another way.
+    such as `base_changes(adapter)`. lora: the adapter that will be put on; the layers below its first one then form
+    runs of their own, so that no backward pass enters them. Raises InputError for a model that is missing, damaged, of
+    an unknown type, or already quantised in another way, and where lora names what it has not.
     """
     directory = find_directory(str(name))
     model = describe_model(with_changes(read_hf_config(directory), changes or {}))
@@ -85,8 +87,9 @@ def load_model(
             f"{directory} is already quantised as {held}, {quantization} was asked for; leave the flag out"
         )
     leaves = stored or (all_linears(model, quantization, dtype) if quantization else {})
-    if leaves:
-        model = with_quantized(model, leaves)
+    start = 0 if lora is None else first_layer(model, lora)
+    if leaves or start:
+        model = with_quantized(model, leaves, (start,))
     places = None if mesh is None else shardings(model.axes, model.shapes, mesh)
     return model, hf.load_params(directory, model.family.names, model.shapes, dtype, places, where)
 
@@ -99,17 +102,21 @@ def load_adapter(
     Raises InputError for an adapter that is missing, damaged, of an unsupported method or for another model.
     """
     directory = find_directory(str(name))
-    config = peft.read_adapter_config(directory, model.family.passed_over)
+    config = peft.read_adapter_config(directory)
+    where = peft.open_adapter(directory, model.family.passed_over)
     changes, text = base_changes(directory), model.hf_config.get_text_config()
     if any(getattr(text, field, None) != value for field, value in changes.items()):
         raise InputError(
             f"{directory} was trained on a base whose configuration has {json.dumps(changes)}, as its {BASE_CONFIG} "
             "says; load the base with changes=base_changes(adapter)"
         )
+    model, replaced, beside = peft.saved_vocabulary(directory, where, model, config)
+    for path, tensor in replaced.items():
+        array = peft.read_tensor(where, tensor).astype(params["embed_tokens"]["weight"].dtype)
+        params = params | {path.split("/")[0]: {"weight": jnp.asarray(array)}}
     model = with_lora(model, config)
-    trained, scales = lora_shapes(model)
-    trainable = peft.load_adapter(directory, model.family.names, trained, model.family.passed_over)
-    return model, *on_mesh(model, trainable, join(params, lora_scales(scales, config)), mesh), config
+    trainable = peft.load_adapter(directory, where, model, beside)
+    return model, *on_mesh(model, trainable, frozen_params(model, params), mesh), config
 
 
 def base_changes(adapter: str | Path) -> Changes:
@@ -159,10 +166,36 @@ def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
         raise InputError(f"{said}; copy the model's tokenizer files there again") from error
 
 
+def adapter_tokenizer(
+    name: str | Path, model: Model, tokenizer: PreTrainedTokenizerBase
+) -> tuple[PreTrainedTokenizerBase, tuple[str, ...]]:
+    """The tokenizer to use with an adapter, and the tokens that it has beside those of the model's own `tokenizer`.
+
+    It is the adapter's own where the adapter holds an embedding and its tokenizer more tokens than the model's. Raises
+    InputError where the adapter has an embedding for other tokens and no tokenizer.
+    """
+    directory = find_directory(str(name))
+    where = peft.open_adapter(directory, model.family.passed_over)
+    whole = peft.whole_tensors(where, model.family.names)
+    rows = {peft.shape_of(where, tensor)[0] for tensor in whole.values()}
+    if not whole:
+        return tokenizer, ()
+    if (directory / "tokenizer_config.json").is_file() or (directory / "tokenizer.json").is_file():
+        own = load_tokenizer(directory)
+        if new := sorted(own.get_vocab().keys() - tokenizer.get_vocab().keys()):
+            return own, tuple(new)
+    elif rows != {model.config.vocab_size}:
+        raise InputError(
+            f"{directory} holds {max(rows)} tokens, the model {model.config.vocab_size}, and the tokenizer that knows "
+            "them is not there; copy the one that it was trained with"
+        )
+    return tokenizer, ()
+
+
 def save_adapter(directory: str | Path, model: Model, trainable: Tree, config: LoraConfig, base_model: str) -> None:
     """Writes a PEFT adapter: `PeftModel.from_pretrained(base, directory)` loads it. Nothing half made is left."""
     with hf.whole_directory(Path(directory)) as temporary:
-        peft.save_adapter(temporary, model.family.names, trainable, config, base_model, model.family.passed_over)
+        peft.save_adapter(temporary, model, trainable, config, base_model)
 
 
 def save_model(directory: str | Path, model: Model, params: Tree, *, dtype: Any = None) -> None:

@@ -1,37 +1,35 @@
-"""LoRA as parameter trees: which linear layers get a low-rank branch, its shapes, its first values.
+"""LoRA as parameter trees: the low-rank branches of a model, their shapes, their first values.
 
 y = x Wᵀ + s · dropout(x) Aᵀ Bᵀ with A (R, I), B (O, R), s = alpha / r, or alpha / √r with rank stabilisation
 (Hu et al. 2021, https://arxiv.org/abs/2106.09685; Kalajdzievski 2023, https://arxiv.org/abs/2312.03732).
 """
 
 import math
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
+from jaxft.convert.hf import Place, places
 from jaxft.errors import InputError
+from jaxft.lora_config import LoraConfig, check_patterns, check_targets, layer_of, reaches, saved_modules
 from jaxft.models import Model, model_of
 from jaxft.models.decoder import Decoder
-from jaxft.models.layers import Linear, Lora, LoRAParam, LoRAScale, stack
+from jaxft.models.layers import Linear, Lora, LoRAParam, LoRAScale, SavedParam, stack
 from jaxft.trees import Tree, flatten, join, unflatten
+from jaxft.vocabulary import part_head
+
+__all__ = ["LoraConfig", "add_lora", "branches", "frozen_params", "lora_shapes", "with_lora"]
 
 
-@dataclass(frozen=True)
-class LoraConfig:
-    """PEFT's LoraConfig, as far as it is supported. targets: "all-linear" (all but the head) or module names."""
+class Branch(NamedTuple):
+    """The branch on one linear layer: where the layer stands in the tree, and the branch's rank and scale."""
 
-    r: int = 16
-    lora_alpha: float = 16
-    lora_dropout: float = 0.0
-    target_modules: str | tuple[str, ...] = "all-linear"
-    use_rslora: bool = False
-
-    @property
-    def scale(self) -> float:
-        """s, the factor of the low-rank branch."""
-        return self.lora_alpha / (math.sqrt(self.r) if self.use_rslora else self.r)
+    place: Place
+    rank: int
+    scale: float
 
 
 def linear_modules(decoder: Decoder) -> dict[str, Linear]:
@@ -39,67 +37,143 @@ def linear_modules(decoder: Decoder) -> dict[str, Linear]:
     return {"/".join(map(str, path)): m for path, m in nnx.iter_graph(decoder) if isinstance(m, Linear)}
 
 
-def targeted(path: str, target_modules: str | tuple[str, ...]) -> bool:
-    """Whether PEFT's rule puts a branch on the linear layer at `path`: its name ends with a target's parts."""
-    if target_modules == "all-linear":
-        return not path.startswith("lm_head")
-    targets = (target_modules,) if isinstance(target_modules, str) else target_modules
-    return any(f"/{path}".endswith("/" + target.replace(".", "/")) for target in targets)
+def linear_places(model: Model) -> dict[str, Place]:
+    """Transformers' name of every linear layer, e.g. 'model.layers.0.self_attn.q_proj' -> its path and row."""
+    paths = {f"{path}/weight" for path in linear_modules(model.bind(model.shapes))}
+    weights = unflatten({path: leaf for path, leaf in flatten(model.shapes) if path in paths})
+    return {
+        name.removesuffix(".weight"): Place(place.path.removesuffix("/weight"), place.row)
+        for name, place in places(model.family.names, weights).items()
+    }
+
+
+def wanted_branches(model: Model, config: LoraConfig) -> dict[str, Branch]:
+    """Module name -> branch of every linear layer that the settings reach.
+
+    Raises InputError where they name what the model has not, or the head.
+    """
+    modules = linear_places(model)
+    check_targets(config, list(modules), model.config.model_type)
+    reached = {name: place for name, place in modules.items() if reaches(config, name)}
+    if any(place.path == "lm_head" for place in reached.values()):
+        # the loss reads the head as one matrix, without a branch
+        raise InputError("lora_target_modules: a branch on lm_head is not supported yet; leave lm_head out")
+    return {name: Branch(place, config.rank(name), config.scale(name)) for name, place in reached.items()}
+
+
+def first_layer(model: Model, config: LoraConfig) -> int:
+    """The first layer that trains anything: no backward pass goes below it."""
+    found = wanted_branches(model, config)
+    if "embed_tokens" in saved_modules(config, model.config.tie_word_embeddings):
+        return 0
+    return min((layer for name in found if (layer := layer_of(name)) is not None), default=0)
 
 
 def with_lora(model: Model, config: LoraConfig) -> Model:
-    """The model described with LoRA branches. Raises InputError for a target that is no linear layer, or the head."""
+    """The model described with LoRA branches and with what it trains whole.
+
+    A layer without a branch in a stack where others have one gets one of rank 0. A head that is the embedding becomes
+    one of its own where one of the two is saved alone. Raises InputError as `wanted_branches`, and for a module to save
+    that is unknown.
+    """
+    tied = model.config.tie_word_embeddings
+    saved = saved_modules(config, tied)
+    if saved and tied and not config.ensure_weight_tying:
+        model = part_head(model)
+    by_path: dict[str, dict[int, Branch]] = {}
+    for branch in wanted_branches(model, config).values():
+        by_path.setdefault(branch.place.path, {})[branch.place.row or 0] = branch
     decoder = model.bind(model.shapes)
     linears = linear_modules(decoder)
-    names = sorted({path.rsplit("/", 1)[-1] for path in linears if path != "lm_head"})
-    if config.target_modules != "all-linear":
-        targets = (config.target_modules,) if isinstance(config.target_modules, str) else config.target_modules
-        for target in targets:
-            if not any(targeted(path, (target,)) for path in linears):
-                raise InputError(
-                    f"lora_target_modules: {target!r} is no linear layer of this {model.config.model_type} model; "
-                    f"its linear layers are {', '.join(names)}, or use all-linear"
-                )
-    if "lm_head" in linears and targeted("lm_head", config.target_modules):
-        # the loss reads the head as one matrix, without a branch
-        raise InputError("lora_target_modules: a branch on lm_head is not supported yet; leave lm_head out")
-    for path, linear in linears.items():
-        if targeted(path, config.target_modules):
-            lora = Lora(linear.in_features, linear.out_features, config.r, linear.axes, config.lora_dropout)
-            linear.lora = nnx.data(stack(lora, linear.weight.shape[0]) if linear.weight.ndim == 3 else lora)
+    for path, rows in by_path.items():
+        linear = linears[path]
+        stacked = linear.weight.ndim == 3
+        count = linear.weight.shape[0] if stacked else 1
+        ranks = tuple(rows[i].rank if i in rows else 0 for i in range(count))
+        scales = tuple(rows[i].scale if i in rows else 0.0 for i in range(count))
+        lora = Lora(linear.in_features, linear.out_features, ranks, scales, linear.axes, config.lora_dropout)
+        linear.lora = nnx.data(stack(lora, count) if stacked else lora)
+    for name in saved:
+        module = getattr(decoder, name)
+        module.weight = SavedParam(module.weight.get_value(), axes=module.weight.get_metadata()["axes"])
     return model_of(decoder, model.family, model.hf_config)
 
 
+def branches(model: Model) -> dict[str, Branch]:
+    """Module name -> branch of every linear layer of a model `with_lora` that has one."""
+    linears = linear_modules(model.bind(model.shapes))
+    found = {}
+    for name, place in linear_places(model).items():
+        lora, row = linears[place.path].lora, place.row or 0
+        if lora is not None and lora.ranks[row]:
+            found[name] = Branch(place, lora.ranks[row], lora.scales[row])
+    return found
+
+
+def padding(model: Model) -> int:
+    """How many numbers of the trained leaves only fill a stack of layers whose ranks differ."""
+    total = 0
+    for linear in linear_modules(model.bind(model.shapes)).values():
+        ranks = () if linear.lora is None else linear.lora.ranks
+        total += sum(max(ranks) - rank for rank in ranks) * (linear.in_features + linear.out_features)
+    return total
+
+
 def lora_shapes(model: Model) -> tuple[Tree, Tree]:
-    """The trained leaves (A and B) and the frozen scales of a model with LoRA, as trees of shapes."""
+    """The trained leaves (A, B, what is trained whole) and the frozen scales of a model with LoRA, as shapes."""
     _, state = nnx.split(model.bind(model.shapes))
-    trained, scales, _ = nnx.split_state(state, LoRAParam, LoRAScale, ...)
+    trained, scales, _ = nnx.split_state(state, nnx.Any(LoRAParam, SavedParam), LoRAScale, ...)
     return nnx.to_pure_dict(trained), nnx.to_pure_dict(scales)
 
 
 def add_lora(model: Model, params: Tree, config: LoraConfig, key: jax.Array) -> tuple[Model, Tree, Tree]:
     """Puts LoRA on a loaded model: returns (model, trainable, frozen).
 
-    trainable: float32 A, uniform in ±1/√I (PEFT's default, Kaiming with a = √5), and B, zero. frozen: params and the
-    scales. Raises InputError for a target that names no linear layer.
+    trainable: float32 A, uniform in ±1/√I (PEFT's default, Kaiming with a = √5), B, zero, and float32 copies of
+    the modules to save (activations are then float32 unless a dtype is given to the step). frozen: the other params and
+    the scales. Raises InputError for settings that name what the model has not.
     """
     model = with_lora(model, config)
-    trained, scales = lora_shapes(model)
+    check_patterns(config, list(branches(model)))
+    frozen = frozen_params(model, params)
+    trained, _ = lora_shapes(model)
     leaves = dict(flatten(trained))
-    keys = jax.random.split(key, len(leaves))
+    base = whole_params(model, params)
+    ranks = {f"{path}/lora/a": m.lora.ranks for path, m in linear_modules(model.bind(model.shapes)).items() if m.lora}
+    low_rank = [path for path in leaves if "/lora/" in path]
+    keys = dict(zip(low_rank, jax.random.split(key, len(low_rank)), strict=True))
 
-    def first(path: str, shape: tuple[int, ...], leaf_key: jax.Array) -> jax.Array:
+    def first(path: str, shape: tuple[int, ...]) -> jax.Array:
+        if path not in keys:
+            return jnp.array(base[path], jnp.float32, copy=True)  # its own: the step donates it
         if path.endswith("/b"):
             return jnp.zeros(shape, jnp.float32)
         bound = 1 / math.sqrt(shape[-1])
-        return jax.random.uniform(leaf_key, shape, jnp.float32, -bound, bound)
+        a = jax.random.uniform(keys[path], shape, jnp.float32, -bound, bound)
+        inside = np.arange(shape[-2])[None] < np.array(ranks[path])[:, None]  # (L, R)
+        return jnp.where(inside.reshape(*shape[:-1], 1), a, 0.0)
 
-    trainable = unflatten(
-        {path: first(path, leaf.shape, k) for (path, leaf), k in zip(leaves.items(), keys, strict=True)}
-    )
-    return model, trainable, join(params, lora_scales(scales, config))
+    return model, unflatten({path: first(path, leaf.shape) for path, leaf in leaves.items()}), frozen
 
 
-def lora_scales(scales: Tree, config: LoraConfig) -> Tree:
-    """The frozen scale leaves: one s a layer."""
-    return jax.tree.map(lambda leaf: jnp.full(leaf.shape, config.scale, jnp.float32), scales)
+def whole_params(model: Model, params: Tree) -> dict[str, jax.Array]:
+    """The leaves of a loaded model by path; a head that was parted from the embedding starts as it."""
+    leaves = dict(flatten(params))
+    if not model.config.tie_word_embeddings and "lm_head/weight" not in leaves:
+        leaves["lm_head/weight"] = leaves["embed_tokens/weight"]
+    return leaves
+
+
+def frozen_params(model: Model, params: Tree) -> Tree:
+    """What a model with LoRA does not train: params without the modules to save, and one scale s a layer."""
+    trained, scales = lora_shapes(model)
+    taken = dict(flatten(trained))
+    kept = {path: leaf for path, leaf in whole_params(model, params).items() if path not in taken}
+    linears = linear_modules(model.bind(model.shapes))
+
+    def scale(path: str, shape: tuple[int, ...]) -> jax.Array:
+        lora = linears[path.removesuffix("/lora/scale")].lora
+        assert lora is not None
+        return jnp.array(lora.scales, jnp.float32).reshape(shape)
+
+    return join(unflatten(kept), unflatten({path: scale(path, leaf.shape) for path, leaf in flatten(scales)}))

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxft.errors import InputError
+from jaxft.lora_config import SAVABLE
 from jaxft.optim_8bit import scale_by_adam_8bit
 from jaxft.trees import Tree
 
@@ -115,12 +116,28 @@ def make_optimizer(
     weight_decay: float = 0.0,
     max_grad_norm: float = 1.0,
     optim: str = "adamw",
+    embedding_factor: float = 1.0,
 ) -> optax.GradientTransformation:
     """AdamW (Loshchilov and Hutter 2019, https://arxiv.org/abs/1711.05101) after clipping by the global norm.
 
     Moments are float32 whatever the parameters' dtype; with optim "adamw_8bit" they are held in 8 bits
-    (`jaxft.optim_8bit`). max_grad_norm 0 does not clip. Raises InputError for an unknown optim.
+    (`jaxft.optim_8bit`). max_grad_norm 0 does not clip. embedding_factor: how many times the schedule's learning rate
+    embedding and head have. Raises InputError for an unknown optim.
     """
+    adam = _make_adam(schedule, adam_beta1, adam_beta2, adam_epsilon, weight_decay, max_grad_norm, optim)
+    return adam if embedding_factor == 1 else optax.chain(adam, _scale_embeddings(embedding_factor))
+
+
+def _scale_embeddings(factor: float) -> optax.GradientTransformation:
+    def update(updates, params=None):
+        del params
+        own = {name: jax.tree.map(lambda leaf: leaf * factor, updates[name]) for name in SAVABLE if name in updates}
+        return updates | own
+
+    return optax.stateless(update)
+
+
+def _make_adam(schedule, adam_beta1, adam_beta2, adam_epsilon, weight_decay, max_grad_norm, optim):
     clip = optax.clip_by_global_norm(max_grad_norm) if max_grad_norm else optax.identity()
     if optim == "adamw_8bit":
         decay = optax.chain(optax.add_decayed_weights(weight_decay, decays), optax.scale_by_learning_rate(schedule))

@@ -82,13 +82,14 @@ def write_result(directory: Path, prepared: Prepared, trainable: Tree, settings:
         temporary.mkdir(parents=True)
         if prepared.lora is not None:
             base = settings.model_name_or_path or str(prepared.directory)
-            passed_over = model.family.passed_over
-            peft.save_adapter(temporary, model.family.names, trainable, prepared.lora, base, passed_over)
+            peft.save_adapter(temporary, model, trainable, prepared.lora, base)
             write_changes(temporary, prepared.changes)
         else:
             # float32 masters are written as they are: what was trained is what is shipped
             write_model(temporary, model, trainable, jnp.dtype(jax.tree.leaves(trainable)[0].dtype))
         copy_tokenizer(prepared.directory, temporary)
+        if prepared.new_tokens:
+            prepared.tokenizer.save_pretrained(temporary)
         (temporary / "README.md").write_text(card, encoding="utf-8")
         for file in temporary.iterdir():
             if (directory / file.name).is_dir():  # a rename replaces a file, but not a directory
@@ -125,7 +126,12 @@ def model_card(prepared: Prepared, settings: TrainSettings, facts: dict[str, Any
                 f"config.get_text_config().update({prepared.changes!r})  # as it was trained",
                 f"base = AutoModelForCausalLM.from_pretrained({base!r}, config=config)",
             ]
+        if prepared.new_tokens:
+            lines.append("base.resize_token_embeddings(len(tokenizer))")
         lines.append('model = PeftModel.from_pretrained(base, "THIS_DIRECTORY")')
+    if prepared.new_tokens:
+        imports += ", AutoTokenizer"
+        lines.insert(0, 'tokenizer = AutoTokenizer.from_pretrained("THIS_DIRECTORY")')
     imports = f"from transformers import {imports}" + ("" if prepared.lora is None else "\nfrom peft import PeftModel")
     load = "\n".join(lines)
     return (

@@ -5,34 +5,43 @@ import os
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerBase
 
+from jaxft.convert.peft import read_adapter_config
 from jaxft.errors import InputError
 from jaxft.load import (
     BASE_CONFIG,
+    adapter_tokenizer,
     base_changes,
     find_directory,
     load_adapter,
     load_model,
     load_tokenizer,
     new_adapter,
+    on_mesh,
 )
-from jaxft.lora import LoraConfig
-from jaxft.models import Model, read_hf_config
+from jaxft.lora import LoraConfig, wanted_branches
+from jaxft.lora_config import SAVABLE, saved_modules
+from jaxft.models import Model, describe_model, read_hf_config
 from jaxft.models.extension import Changes, describe_changes, extend_positions, with_changes
 from jaxft.quant import is_quantized
 from jaxft.settings import GenerateSettings, Settings, TrainSettings
 from jaxft.sharding import make_mesh, mesh_sizes
 from jaxft.trees import Tree, flatten
+from jaxft.vocabulary import add_tokens, read_tokens, resized, resized_params
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A model ready to run. trainable is {} where nothing is trained; lora is None without an adapter."""
+    """A model ready to run. trainable is {} where nothing is trained; lora is None without an adapter.
+
+    new_tokens: what the tokenizer has that the model directory's own has not.
+    """
 
     directory: Path
     model: Model
@@ -43,6 +52,7 @@ class Prepared:
     mesh: Mesh
     compute_dtype: jnp.dtype
     changes: Changes  # of the base's configuration, {} where it is as its config.json says
+    new_tokens: tuple[str, ...] = ()
 
 
 def use_compile_cache() -> None:
@@ -61,28 +71,45 @@ def prepare(settings: Settings, model_name: str) -> Prepared:
     mesh = make_mesh(mesh_sizes(settings.mesh_axes, jax.device_count()))
     directory = find_directory(model_name)
     changes = config_changes(settings, directory)
+    described = describe_model(with_changes(read_hf_config(directory), changes))
     tokenizer = load_tokenizer(directory)
-    model, params = load_model(
-        directory, dtype=param_dtype, mesh=mesh, quantization=settings.quantization, changes=changes
-    )
+    new_tokens: tuple[str, ...] = ()
     lora: LoraConfig | None = None
-    trainable: Tree
     if settings.adapter is not None:
         if isinstance(settings, TrainSettings) and settings.full_finetuning:
             raise InputError("--adapter and --full_finetuning contradict each other; merge the adapter first")
-        model, trainable, frozen, lora = load_adapter(settings.adapter, model, params, mesh=mesh)
+        lora = read_adapter_config(find_directory(settings.adapter))
         if isinstance(settings, TrainSettings):
-            _check_adapter(settings, lora)
+            _check_adapter(settings, lora, described)
+        tokenizer, new_tokens = adapter_tokenizer(settings.adapter, described, tokenizer)
+        if new_tokens:
+            print(f"tokenizer: that of {settings.adapter}, with {len(new_tokens)} more tokens", file=sys.stderr)
+    elif isinstance(settings, TrainSettings) and not settings.full_finetuning:
+        tied = described.config.tie_word_embeddings
+        lora = lora_settings(settings, tied)
+        if lora.modules_to_save and tied and not lora.ensure_weight_tying:
+            print("head: parts from the embedding, as in PEFT; --ensure_weight_tying keeps them one", file=sys.stderr)
+    model, params = load_model(
+        directory, dtype=param_dtype, mesh=mesh, quantization=settings.quantization, changes=changes, lora=lora
+    )
+    if isinstance(settings, TrainSettings) and settings.add_tokens:
+        model, params, new_tokens = with_new_tokens(model, params, tokenizer, read_tokens(settings.add_tokens), mesh)
+    trainable: Tree
+    if settings.adapter is not None:
+        model, trainable, frozen, lora = load_adapter(settings.adapter, model, params, mesh=mesh)
     elif isinstance(settings, TrainSettings) and settings.full_finetuning:
         if any(is_quantized(leaf) for _, leaf in flatten(params)):
             raise InputError(f"{directory} is quantised: its weights cannot be trained; leave --full_finetuning out")
         trainable, frozen = params, {}
     elif isinstance(settings, TrainSettings):
-        lora = lora_settings(settings)
+        assert lora is not None
         model, trainable, frozen = new_adapter(model, params, lora, jax.random.key(settings.seed), mesh=mesh)
     else:
         trainable, frozen = {}, params
-    return Prepared(directory, model, trainable, frozen, lora, tokenizer, mesh, compute_dtype, changes)
+    own_rate = isinstance(settings, TrainSettings) and settings.embedding_learning_rate is not None
+    if own_rate and not trainable.keys() & SAVABLE:
+        raise InputError(f"--embedding_learning_rate: --adapter {settings.adapter} trains neither embedding nor head")
+    return Prepared(directory, model, trainable, frozen, lora, tokenizer, mesh, compute_dtype, changes, new_tokens)
 
 
 def config_changes(settings: Settings, directory: Path) -> Changes:
@@ -117,27 +144,73 @@ def config_changes(settings: Settings, directory: Path) -> Changes:
     return changes
 
 
-def lora_settings(settings: TrainSettings) -> LoraConfig:
-    """The adapter that the flags ask for."""
+def with_new_tokens(
+    model: Model, params: Tree, tokenizer: PreTrainedTokenizerBase, tokens: list[str], mesh: Mesh
+) -> tuple[Model, Tree, tuple[str, ...]]:
+    """Adds tokens to the tokenizer, which is changed, and gives the model as many rows as that then has tokens.
+
+    A new token's rows are the mean of those of the tokens that were there. Returns (model, params, what was new).
+    """
+    known, rows = len(tokenizer), model.config.vocab_size
+    new = add_tokens(tokenizer, tokens)
+    there = f"; {len(tokens) - len(new)} of {len(tokens)} were there already" if len(new) < len(tokens) else ""
+    print(f"tokens: {len(new)} added{there}", file=sys.stderr)
+    if not new:
+        return model, params, ()
+    model = resized(model, len(tokenizer))
+    params, _ = on_mesh(model, resized_params(params, len(tokenizer), min(known, rows)), {}, mesh)
+    print(f"embedding: {len(tokenizer)} rows, {rows} before; the tokenizer had {known} tokens", file=sys.stderr)
+    return model, params, tuple(new)
+
+
+def lora_settings(settings: TrainSettings, tied: bool) -> LoraConfig:
+    """The adapter that the flags ask for; tied: whether the model's head is its embedding.
+
+    New tokens need both trained; a head that is the embedding then stays it, unless a flag says otherwise.
+    """
+    saved, tying = settings.saved_modules, bool(settings.ensure_weight_tying)
+    if settings.add_tokens:
+        saved = tuple(dict.fromkeys((*saved, *SAVABLE)))
+        tying = tied if settings.ensure_weight_tying is None else tying
+    if tying and not tied:
+        raise InputError("--ensure_weight_tying: the head of this model is not its embedding; leave it out")
     return LoraConfig(
         r=settings.lora_r,
         lora_alpha=settings.lora_alpha,
         lora_dropout=settings.lora_dropout,
         target_modules=settings.lora_targets,
         use_rslora=settings.use_rslora,
+        layers_to_transform=settings.lora_layers,
+        rank_pattern=dict(settings.rank_pattern),
+        alpha_pattern=dict(settings.alpha_pattern),
+        modules_to_save=("embed_tokens",) if tying and saved else saved,
+        ensure_weight_tying=tying,
     )
 
 
-def _check_adapter(settings: TrainSettings, adapter: LoraConfig) -> None:
+def _check_adapter(settings: TrainSettings, adapter: LoraConfig, model: Model) -> None:
     """Raises InputError where a given flag says something else than the adapter that training starts from."""
-    flags = lora_settings(settings)
-    targets = "all-linear" if flags.target_modules == "all-linear" else tuple(sorted(flags.target_modules))
-    flags = replace(flags, target_modules=targets)
-    names = {
-        "lora_r": "r", "lora_alpha": "lora_alpha", "lora_dropout": "lora_dropout",
-        "lora_target_modules": "target_modules", "use_rslora": "use_rslora",
+    tied = model.config.tie_word_embeddings
+    given, flags = settings.settings_given, lora_settings(settings, tied)
+
+    def contradiction(flag: str, asked: Any, found: Any) -> InputError:
+        return InputError(f"--{flag} {asked} contradicts --adapter {settings.adapter}, whose {found}")
+
+    fields = {
+        "lora_r": "r", "lora_alpha": "lora_alpha", "lora_dropout": "lora_dropout", "use_rslora": "use_rslora",
+        "rank_pattern": "rank_pattern", "alpha_pattern": "alpha_pattern", "ensure_weight_tying": "ensure_weight_tying",
     }  # fmt: skip
-    for flag, field in names.items():
+    for flag, field in fields.items():
         asked, found = getattr(flags, field), getattr(adapter, field)
-        if flag in settings.settings_given and asked != found:
-            raise InputError(f"--{flag} {asked} contradicts --adapter {settings.adapter}, whose {field} is {found}")
+        if flag in given and asked != found:
+            raise contradiction(flag, asked, f"{field} is {found}")
+    if "modules_to_save" in given and set(saved_modules(flags, tied)) != set(saved_modules(adapter, tied)):
+        raise contradiction(
+            "modules_to_save", settings.modules_to_save, f"modules_to_save is {adapter.modules_to_save}"
+        )
+    for flag, field in (("lora_target_modules", "target_modules"), ("layers_to_transform", "layers_to_transform")):
+        asked = getattr(flags, field)
+        if flag in given and (
+            wanted_branches(model, replace(adapter, **{field: asked})).keys() != wanted_branches(model, adapter).keys()
+        ):
+            raise contradiction(flag, getattr(settings, flag), f"{field} is {getattr(adapter, field)}")

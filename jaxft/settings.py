@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -31,6 +32,11 @@ class JsonObject(dict[str, Any]):
 def _flag(default: Any, help: str, **options: Any) -> Any:
     """A field that becomes a flag; `options` go to argparse's add_argument."""
     return dataclasses.field(default=default, metadata={"help": help, **options})
+
+
+def is_expression(text: str) -> bool:
+    """Whether a target is a regular expression, and no name such as q_proj or mlp.up_proj."""
+    return re.search(r"[][\\^$*+?{}()|]", text) is not None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,14 +90,49 @@ class LoraArguments:
     lora_r: int = _flag(16, "rank")
     lora_alpha: int = _flag(16, "the branch is scaled by alpha / r")
     lora_dropout: float = _flag(0.0, "dropout on the input of the branch")
-    lora_target_modules: str = _flag("all-linear", "all-linear, or names (q_proj,v_proj)", nargs="+")
+    lora_target_modules: str = _flag(
+        "all-linear", "all-linear, names (q_proj,v_proj), or one regular expression that matches whole names", nargs="+"
+    )
     use_rslora: bool = _flag(False, "scale by alpha / sqrt(r)")
+    layers_to_transform: str | None = _flag(None, "put LoRA on these layers only (0,1,5)", nargs="+")
+    rank_pattern: JsonObject = dataclasses.field(
+        default_factory=JsonObject,
+        metadata={"help": 'r of modules whose name ends with a match, such as {"q_proj": 8}'},
+    )
+    alpha_pattern: JsonObject = dataclasses.field(
+        default_factory=JsonObject,
+        metadata={"help": 'alpha of modules whose name ends with a match, such as {"q_proj": 32}'},
+    )
+    modules_to_save: str | None = _flag(None, "train these whole beside LoRA: embed_tokens, lm_head or both", nargs="+")
+    ensure_weight_tying: bool | None = _flag(
+        None,
+        "a head that is the embedding stays it when modules_to_save trains one of them; without it they part, as in "
+        "PEFT, but not with --add_tokens",
+        nargs="?",
+        const=True,
+    )
     full_finetuning: bool = _flag(False, "train every weight, without LoRA")
 
     @property
-    def lora_targets(self) -> Literal["all-linear"] | tuple[str, ...]:
-        """`lora_target_modules` taken apart: 'all-linear' or the module names."""
-        return "all-linear" if self.lora_target_modules == "all-linear" else tuple(self.lora_target_modules.split(","))
+    def lora_targets(self) -> str | tuple[str, ...]:
+        """`lora_target_modules` as PEFT takes it: 'all-linear', a regular expression, or the module names."""
+        names = self.lora_target_modules
+        return names if names == "all-linear" or is_expression(names) else tuple(names.split(","))
+
+    @property
+    def lora_layers(self) -> tuple[int, ...] | None:
+        """`layers_to_transform` taken apart. Raises InputError where it is no list of whole numbers."""
+        if self.layers_to_transform is None:
+            return None
+        words = self.layers_to_transform.split(",")
+        if not all(word.isdecimal() for word in words):
+            raise InputError(f"--layers_to_transform {self.layers_to_transform!r}: expected numbers such as 0,1,5")
+        return tuple(sorted({int(word) for word in words}))
+
+    @property
+    def saved_modules(self) -> tuple[str, ...]:
+        """`modules_to_save` taken apart."""
+        return tuple(self.modules_to_save.split(",")) if self.modules_to_save else ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,6 +173,7 @@ class TrainArguments:
     _argument_group_name: ClassVar[str] = "training"
     output_dir: str | None = _flag(None, "where everything is written; without it a new runs/MODEL-N")
     learning_rate: float | None = _flag(None, "without it 2e-4, or 2e-5 for --full_finetuning")
+    embedding_learning_rate: float | None = _flag(None, "of embedding and head, where they are trained; same schedule")
     lr_scheduler_type: str = _flag("linear", "schedule of the learning rate", choices=SCHEDULES)
     lr_scheduler_kwargs: JsonObject = dataclasses.field(
         default_factory=JsonObject, metadata={"help": 'its further settings as JSON, such as {"min_lr": 1e-6}'}
@@ -166,6 +208,12 @@ class TrainArguments:
     buffer_size: int = _flag(10_000, "rows that --streaming reads ahead, to shuffle and pack them together")
     eval_steps: int = _flag(0, "steps an evaluation; 0 evaluates at the end only")
     seed: int = _flag(0, "seed of everything random")
+    add_tokens: str | None = _flag(
+        None,
+        'new tokens, "<a>,<b>" or a text file with one a line: embedding and head get a row for each (the mean of the '
+        "others) and are trained",
+        nargs="+",
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -235,7 +283,7 @@ GROUPS: dict[str, tuple[Any, ...]] = {
 SETTINGS: dict[str, type] = {"train": TrainSettings, "evaluate": EvaluateSettings, "generate": GenerateSettings}
 
 RANGES: list[tuple[str, str, Callable[[float], bool]]] = [
-    ("learning_rate weight_decay max_grad_norm temperature", "at least 0", lambda x: x >= 0),
+    ("learning_rate embedding_learning_rate weight_decay max_grad_norm temperature", "at least 0", lambda x: x >= 0),
     ("warmup_steps save_steps eval_steps sample_prompts", "at least 0", lambda x: x >= 0),
     ("lora_r lora_alpha logging_steps save_total_limit gradient_accumulation_steps", "at least 1", lambda x: x >= 1),
     ("buffer_size", "at least 1", lambda x: x >= 1),
@@ -291,11 +339,46 @@ def check(settings: Any, where: dict[str, str]) -> None:
             raise InputError("--streaming does not know how long an epoch is; set --max_steps")
         if settings.streaming and len(settings.sources) > 1:
             raise InputError("--streaming reads one data set; mix several ones without it")
-        targets = settings.lora_target_modules.split(",")
-        if targets == [""] or ("all-linear" in targets and len(targets) > 1):
-            raise InputError(f"--lora_target_modules {settings.lora_target_modules!r}: expected all-linear or names")
-        lora = [name for name in where if name.startswith(("lora_", "use_rslora")) and where[name].startswith("--")]
-        if settings.full_finetuning and lora:
-            raise InputError(
-                f"{where[lora[0]]} has no meaning with --full_finetuning, which trains without LoRA; leave it out"
-            )
+        _check_lora(settings, where)
+
+
+def _check_lora(settings: TrainSettings, where: dict[str, str]) -> None:
+    """The part of `check` about what is trained."""
+    targets = settings.lora_target_modules.split(",")
+    if targets == [""] or ("all-linear" in targets and len(targets) > 1):
+        raise InputError(f"--lora_target_modules {settings.lora_target_modules!r}: expected all-linear or names")
+    if settings.lora_layers is not None and is_expression(settings.lora_target_modules):
+        raise InputError(
+            f"{where['layers_to_transform']} and the regular expression {settings.lora_target_modules!r} contradict "
+            "each other; let the expression choose the layers"
+        )
+    for name in ("add_tokens", "modules_to_save"):
+        if getattr(settings, name) == "":
+            raise InputError(f"{where[name]} names no {'token' if name == 'add_tokens' else 'module'}")
+    for name, kinds, text in (("rank_pattern", int, "a whole number"), ("alpha_pattern", (int, float), "a number")):
+        for key, value in getattr(settings, name).items():
+            if not isinstance(value, kinds) or isinstance(value, bool) or value <= 0:
+                raise InputError(f"{where[name]}: {key!r} is {value!r}; it must be {text} above 0")
+    own = [field.name for field in dataclasses.fields(LoraArguments) if field.name != "full_finetuning"]
+    given = [name for name in own if where.get(name, "").startswith("--")]
+    if settings.full_finetuning and given:
+        raise InputError(
+            f"{where[given[0]]} has no meaning with --full_finetuning, which trains without LoRA; leave it out"
+        )
+    if settings.add_tokens and settings.adapter:
+        raise InputError(
+            f"{where['add_tokens']} and {where['adapter']} contradict each other; merge the adapter first, or train a "
+            "new one"
+        )
+    embedding = settings.full_finetuning or settings.saved_modules or settings.add_tokens or settings.adapter
+    if settings.embedding_learning_rate is not None and not embedding:
+        raise InputError(
+            f"{where['embedding_learning_rate']} needs a trained embedding: --modules_to_save embed_tokens, "
+            "--add_tokens or --full_finetuning"
+        )
+    if settings.embedding_learning_rate is not None and settings.learning_rate == 0:
+        raise InputError(f"{where['embedding_learning_rate']} follows the schedule of learning_rate, which is 0")
+    if settings.ensure_weight_tying and not (settings.saved_modules or settings.add_tokens or settings.adapter):
+        raise InputError(
+            f"{where['ensure_weight_tying']} needs --modules_to_save or --add_tokens: nothing is to be tied"
+        )

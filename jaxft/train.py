@@ -1,5 +1,6 @@
 """`python -m jaxft.train`: fine-tunes a model on a data set; without arguments the embedded ones."""
 
+import json
 import math
 import sys
 from collections.abc import Sequence
@@ -19,6 +20,7 @@ from jaxft.files import find_files, load_rows, open_stream
 from jaxft.generate import stop_token_ids
 from jaxft.load import EMBEDDED, parameter_count
 from jaxft.loop import Run, run_training
+from jaxft.lora import padding
 from jaxft.mixture import Source, mix
 from jaxft.optim import make_optimizer, make_schedule, with_loss_scale
 from jaxft.output import choose_directory, is_finished, model_card, write_result
@@ -199,7 +201,7 @@ def stream(
 
 def say_model(prepared: Prepared) -> None:
     model, devices = prepared.model, prepared.mesh.devices
-    trained, frozen = parameter_count(prepared.trainable), parameter_count(prepared.frozen)
+    trained, frozen = parameter_count(prepared.trainable) - padding(model), parameter_count(prepared.frozen)
     say(
         f"model: {model.config.model_type}, {(trained + frozen) / 1e6:,.2f} M parameters, "
         f"{trained / 1e6:,.2f} M trained; computed in {prepared.compute_dtype.name} "
@@ -219,10 +221,11 @@ def make_run(
     schedule = make_schedule(
         settings.lr_scheduler_type, settings.learning_rate, warmup, total, settings.lr_scheduler_kwargs
     )
+    own_rate = settings.embedding_learning_rate
     optimizer = make_optimizer(
         schedule, adam_beta1=settings.adam_beta1, adam_beta2=settings.adam_beta2, adam_epsilon=settings.adam_epsilon,
         weight_decay=settings.weight_decay, max_grad_norm=settings.max_grad_norm,
-        optim=settings.optim,
+        optim=settings.optim, embedding_factor=1.0 if own_rate is None else own_rate / settings.learning_rate,
     )  # fmt: skip
     if prepared.compute_dtype == np.dtype("float16"):
         optimizer = with_loss_scale(optimizer)
@@ -248,17 +251,16 @@ def fingerprint(
     names = (
         "full_finetuning", "max_length", "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps",
         "warmup_ratio", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "seed",
-        "shuffle_dataset", "packing", "optim", "load_in_4bit", "load_in_8bit",
+        "shuffle_dataset", "packing", "optim", "load_in_4bit", "load_in_8bit", "embedding_learning_rate", "add_tokens",
     )  # fmt: skip
     found: dict[str, Any] = {name: getattr(settings, name) for name in names}
     if prepared.lora is not None:
-        adapter = asdict(prepared.lora)
-        targets = adapter.pop("target_modules")
-        found |= {f"lora_{name.removeprefix('lora_')}": value for name, value in adapter.items()}
-        found["lora_target_modules"] = targets if isinstance(targets, str) else list(targets)
+        own = {"r": "lora_r", "target_modules": "lora_target_modules"}
+        found |= {own.get(name, name): value for name, value in asdict(prepared.lora).items()}
     held = {leaf.dtype.name for leaf in jax.tree.leaves((prepared.trainable, prepared.frozen))}
     found["dtype"] = f"{' and '.join(sorted(held))} weights, computed in {prepared.compute_dtype.name}"
-    return found | {"rows_per_step": batches.rows_per_step, **data}
+    found |= {"rows_per_step": batches.rows_per_step, **data}
+    return json.loads(json.dumps(found))  # as it comes back from a checkpoint: lists, and no tuples
 
 
 def sample_prompts(heldout: Sequence[Sample], count: int) -> list[list[int]]:

@@ -8,12 +8,12 @@ side and a verdict; exit 1 where a difference is outside its tolerance.
 """
 
 import argparse
+import re
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -60,6 +60,7 @@ class Training:
     warmup_steps: int = 3
     weight_decay: float = 0.1
     max_grad_norm: float = 0.5
+    embedding_learning_rate: float | None = None
 
 
 @dataclass(frozen=True)
@@ -153,10 +154,13 @@ def reference_course(model: torch.nn.Module, batches: Iterable[Batch], steps: in
     """Trains with transformers' loss and schedule and torch's AdamW; norms and biases do not decay."""
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
     no_decay = {name for name in named if "norm" in name or name.endswith("bias")}
+    own_rate = {name for name in named if training.embedding_learning_rate and re.search("embed_tokens|lm_head", name)}
     groups = [
-        {"params": [p for name, p in named.items() if name not in no_decay], "weight_decay": training.weight_decay},
-        {"params": [p for name, p in named.items() if name in no_decay], "weight_decay": 0.0},
-    ]
+        {"params": [p for name, p in named.items() if (name in own_rate, name in no_decay) == kind],
+         "lr": (kind[0] and training.embedding_learning_rate) or training.learning_rate,
+         "weight_decay": 0.0 if kind[1] else training.weight_decay}
+        for kind in ((False, False), (False, True), (True, False))
+    ]  # fmt: skip
     adam = torch.optim.AdamW(groups, lr=training.learning_rate, betas=(0.9, 0.999), eps=1e-8)
     schedule = get_scheduler(training.lr_scheduler_type, adam, training.warmup_steps, steps)
     losses, norms, gradients = [], [], {}
@@ -169,7 +173,9 @@ def reference_course(model: torch.nn.Module, batches: Iterable[Batch], steps: in
             total += loss.item()
         losses.append(total)
         gradients = gradients or {
-            name.replace(".default.", "."): p.grad.numpy().copy() for name, p in named.items() if p.grad is not None
+            name.replace(".modules_to_save", "").replace(".default.", "."): p.grad.numpy().copy()
+            for name, p in named.items()
+            if p.grad is not None
         }
         limit = training.max_grad_norm or float("inf")
         norms.append(torch.nn.utils.clip_grad_norm_(list(named.values()), limit).item())
@@ -203,9 +209,10 @@ def last_gradients() -> optax.GradientTransformation:
 
 def by_reference_names(model: Model, tree: Tree, *, lora: bool) -> dict[str, np.ndarray]:
     """A tree like the trained one as transformers and PEFT name its tensors."""
-    names = model.family.names
     leaves = dict(flatten(tree))
-    where: dict[str, Any] = peft.adapter_names(names, tree) if lora else hf.places(names, tree)
+    if lora:
+        return {name: np.asarray(leaves[path])[index] for name, (path, index) in peft.adapter_parts(model).items()}
+    where = hf.places(model.family.names, tree)
     return {name: np.asarray(leaves[path] if row is None else leaves[path][row]) for name, (path, row) in where.items()}
 
 
@@ -221,7 +228,10 @@ def our_course(
 ) -> Course:
     """Trains with jaxft's own step, schedule and optimizer."""
     schedule = make_schedule(training.lr_scheduler_type, training.learning_rate, training.warmup_steps, steps)
-    adam = optimizer(schedule, weight_decay=training.weight_decay, max_grad_norm=training.max_grad_norm)
+    factor = (training.embedding_learning_rate or training.learning_rate) / training.learning_rate
+    adam = optimizer(
+        schedule, weight_decay=training.weight_decay, max_grad_norm=training.max_grad_norm, embedding_factor=factor
+    )
     tx = optax.chain(last_gradients(), adam)
     step = jax.jit(make_train_step(model, optimizer=tx, gradient_checkpointing="none"))
     state = tx.init(trainable)

@@ -18,6 +18,10 @@ from jaxft.trees import flatten
 from tests.tiny_models import nonzero_adapter, packed_batch
 
 STEPS = 5
+# two runs of layers, one of them without branches; ranks that differ in a stack; the head trained whole
+CONFIG = LoraConfig(
+    r=4, lora_alpha=8, layers_to_transform=(1, 2), rank_pattern={"2.self_attn.q_proj": 8}, modules_to_save=("lm_head",)
+)
 # name -> mesh axes, micro-batches, LoRA or full fine-tuning
 RUNS = {
     "one device": (None, 1, "full"),
@@ -37,12 +41,10 @@ def batch(number: int, accumulation: int) -> dict[str, np.ndarray]:
 def run(directory: str, axes: dict[str, int] | None, accumulation: int, mode: str) -> dict:
     devices = jax.devices() if axes else jax.devices()[:1]
     mesh = make_mesh(mesh_sizes(axes, len(devices)), devices)
-    model, params = load_model(directory, mesh=mesh)
+    model, params = load_model(directory, mesh=mesh, lora=CONFIG if mode == "lora" else None)
     trainable, frozen = params, {}
     if mode == "lora":
-        model, trainable, frozen = new_adapter(
-            model, params, LoraConfig(r=4, lora_alpha=8), jax.random.key(0), mesh=mesh
-        )
+        model, trainable, frozen = new_adapter(model, params, CONFIG, jax.random.key(0), mesh=mesh)
         trainable, _ = on_mesh(model, nonzero_adapter(trainable), {}, mesh)
     gradients = optax.GradientTransformation(
         lambda params: jax.tree.map(jnp.zeros_like, params), lambda updates, state, params: (updates, updates)

@@ -20,6 +20,24 @@ def write(tmp_path, text: str) -> str:
     return str(path)
 
 
+def test_options_of_lora_survive_a_written_config(tmp_path):
+    argv = [
+        r"--lora_target_modules=.*\.(q|v)_proj{1,2}", '--rank_pattern={"q_proj": 2}', '--alpha_pattern={"v": 0.5}',
+        "--modules_to_save", "embed_tokens", "lm_head", "--embedding_learning_rate=1e-5", "--add_tokens=<a>,b c",
+        "--ensure_weight_tying",
+    ]  # fmt: skip
+    settings, _ = parse("train", argv)
+    assert settings.lora_targets == r".*\.(q|v)_proj{1,2}"
+    assert settings.saved_modules == ("embed_tokens", "lm_head") and settings.add_tokens == "<a>,b c"
+    again, _ = parse("train", ["--config", write(tmp_path, to_yaml(settings))])
+    assert again == settings
+    assert parse("train", ["--layers_to_transform", "3", "1,2"])[0].lora_layers == (1, 2, 3)
+    lists = "layers_to_transform: [1, 0]\nrank_pattern: {q_proj: 4}\nlora_target_modules: [k_proj, v_proj]\n"
+    settings, _ = parse("train", ["--config", write(tmp_path, lists)])
+    assert (settings.lora_layers, settings.rank_pattern) == ((0, 1), {"q_proj": 4})
+    assert settings.lora_targets == ("k_proj", "v_proj")
+
+
 def test_defaults_are_those_of_the_design():
     settings, provenance = parse("train", [])
     expected = dict(

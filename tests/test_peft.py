@@ -11,7 +11,8 @@ from safetensors.numpy import load_file, save_file
 
 from jaxft import LoraConfig, add_lora, load_adapter, load_model, save_adapter
 from jaxft.errors import InputError
-from jaxft.lora import linear_modules, targeted
+from jaxft.lora import linear_modules
+from jaxft.lora_config import reaches
 from jaxft.trees import flatten
 from tests.tiny_models import micro_logits, nonzero_adapter, tiny_model
 
@@ -60,14 +61,20 @@ def test_new_adapter_starts_as_peft_s_does():
 
 
 def test_targets_are_matched_as_peft_matches_them():
-    path = "layers/0/self_attn/q_proj"
-    assert targeted(path, ("q_proj",))
-    assert targeted(path, ("v_proj", "self_attn.q_proj"))
-    assert targeted(path, "all-linear")
-    assert not targeted(path, ("proj",))
-    assert not targeted(path, ("_attn.q_proj",))
-    assert not targeted("lm_head", "all-linear")
-    assert targeted("lm_head", ("lm_head",))
+    module = "model.layers.0.self_attn.q_proj"
+
+    def reached(*targets, module=module, **fields):
+        return reaches(
+            LoraConfig(target_modules=targets[0] if targets[0] == "all-linear" else targets, **fields), module
+        )
+
+    assert reached("q_proj")
+    assert reached("v_proj", "self_attn.q_proj")
+    assert reached(module)
+    assert reached("all-linear")
+    assert not reached("proj")
+    assert not reached("_attn.q_proj")
+    assert not reached("all-linear", module="lm_head")
 
 
 def test_unknown_target_is_refused_with_the_names_there_are():
@@ -174,14 +181,10 @@ def edit_tensors(directory, change):
 A = "base_model.model.model.layers.1.self_attn.q_proj.lora_A.weight"
 UNSUPPORTED = {
     "use_dora": True,
-    "modules_to_save": ["lm_head"],
     "bias": "all",
     "lora_bias": True,
     "fan_in_fan_out": True,
-    "rank_pattern": {"q_proj": 2},
-    "alpha_pattern": {"q_proj": 2},
-    "layers_to_transform": [0],
-    "exclude_modules": ["q_proj"],
+    "layers_pattern": "h",
     "target_parameters": ["x"],
     "trainable_token_indices": [1],
     "layer_replication": [[0, 1]],
@@ -193,10 +196,23 @@ BAD = {
     "garbage": (lambda d: (d / WEIGHTS).write_bytes(b"\xff" * 999), "is not a whole safetensors file"),
     "cut": (lambda d: (d / WEIGHTS).write_bytes((d / WEIGHTS).read_bytes()[:-7]), "is not a whole safetensors file"),
     "another method": (lambda d: edit(d, peft_type="IA3"), "peft_type 'IA3' is not supported; only LORA adapters are"),
-    "no r": (lambda d: edit(d, r=...), "r and lora_alpha must be numbers"),
-    "r is a word": (lambda d: edit(d, r="many"), "r and lora_alpha must be numbers"),
-    "no targets": (lambda d: edit(d, target_modules=[]), "must be 'all-linear' or a list of module names"),
-    "targets are a pattern": (lambda d: edit(d, target_modules=".*proj"), "must be 'all-linear' or a list"),
+    "no r": (lambda d: edit(d, r=...), "r, lora_alpha, their patterns and layers_to_transform must be numbers"),
+    "r is a word": (lambda d: edit(d, r="many"), "r, lora_alpha, .* must be numbers"),
+    "r is 0": (lambda d: edit(d, r=0), "a rank below 1 is none"),
+    "a pattern's rank is a word": (lambda d: edit(d, rank_pattern={"q_proj": "x"}), "patterns .* must be numbers"),
+    "a pattern is a list": (lambda d: edit(d, alpha_pattern=["q_proj"]), "patterns .* must be numbers"),
+    "no targets": (lambda d: edit(d, target_modules=[]), "must be a regular expression or a list of module names"),
+    "a pattern that matches nothing": (
+        lambda d: edit(d, target_modules="proj"), "'proj' matches the whole name of no linear layer of this llama model"
+    ),
+    "no regular expression": (lambda d: edit(d, target_modules="("), r"'\(' is no regular expression"),
+    "a layer that is not there": (lambda d: edit(d, layers_to_transform=[3]), "no layer 3; this model has layers 0"),
+    "an unknown module to save": (
+        lambda d: edit(d, modules_to_save=["norm"]), "'norm' is not supported; expected embed_tokens or lm_head"
+    ),
+    "a saved module without its tensor": (
+        lambda d: edit(d, modules_to_save=["lm_head"]), "1 of its tensors are missing, e.g. base_model.model.lm_head"
+    ),
     "targets of another model": (lambda d: edit(d, target_modules=["c_attn"]), "'c_attn' is no linear layer of this"),
     "a branch on the head": (
         lambda d: edit(d, target_modules=["q_proj", "lm_head"]), "a branch on lm_head is not supported yet"

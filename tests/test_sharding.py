@@ -52,8 +52,9 @@ def test_mesh_gives_the_losses_and_gradients_of_one_device(runs):
     assert placed["layers/0/mlp/down_proj/weight"] == str(PartitionSpec(None, "fsdp", "tensor"))
     assert placed["embed_tokens/weight"] == str(PartitionSpec("tensor", "fsdp"))
     placed = runs["lora, data=2,fsdp=2,tensor=2"]["placed"]
-    assert placed["layers/0/self_attn/q_proj/lora/a"] == str(PartitionSpec(None, None, "fsdp"))
-    assert placed["layers/0/self_attn/q_proj/lora/b"] == str(PartitionSpec(None, "tensor", None))
+    assert placed["layers/1/self_attn/q_proj/lora/a"] == str(PartitionSpec(None, None, "fsdp"))
+    assert placed["layers/1/self_attn/q_proj/lora/b"] == str(PartitionSpec(None, "tensor", None))
+    assert placed["lm_head/weight"] == str(PartitionSpec("tensor", "fsdp"))
 
 
 def test_dimension_that_the_mesh_does_not_divide_is_not_split():

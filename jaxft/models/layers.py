@@ -28,6 +28,10 @@ class LoRAParam(nnx.Param):
     """A trained matrix of an adapter."""
 
 
+class SavedParam(nnx.Param):
+    """A whole weight that an adapter trains and is saved with: the embedding, the head (PEFT's modules_to_save)."""
+
+
 class LoRAScale(nnx.Variable):
     """An adapter's factor s = alpha / r (or alpha / √r): one a layer, not trained."""
 
@@ -40,13 +44,20 @@ def describe(
 
 
 class Lora(nnx.Module):
-    """A (R, I), B (O, R) and scale of one linear layer."""
+    """A (R, I), B (O, R) and scale of one linear layer, or of a stack of them.
 
-    def __init__(self, in_features: int, out_features: int, rank: int, axes: tuple[str, str], dropout: float):
-        self.a = describe((rank, in_features), ("rank", axes[1]), LoRAParam)
-        self.b = describe((out_features, rank), (axes[0], "rank"), LoRAParam)
+    ranks, scales: of each layer of the stack. R is the largest rank: the rows of A and columns of B beyond a layer's
+    own rank are zero, so that they add nothing, have no gradient and stay zero. A layer without a branch has rank 0.
+    """
+
+    def __init__(
+        self, in_features: int, out_features: int, ranks: tuple[int, ...], scales: tuple[float, ...],
+        axes: tuple[str, str], dropout: float,
+    ):  # fmt: skip
+        self.a = describe((max(ranks), in_features), ("rank", axes[1]), LoRAParam)
+        self.b = describe((out_features, max(ranks)), (axes[0], "rank"), LoRAParam)
         self.scale = describe((), (), LoRAScale)
-        self.dropout = dropout
+        self.ranks, self.scales, self.dropout = ranks, scales, dropout
 
 
 class Linear(nnx.Module):

@@ -30,11 +30,11 @@ def all_linears(model: Model, kind: str, dtype: Any) -> dict[str, Quantized]:
     return {name: describe_leaf(kind, shape, None, jnp.dtype(dtype)) for name, shape in linear_weights(model).items()}
 
 
-def with_quantized(model: Model, leaves: dict[str, Quantized]) -> Model:
+def with_quantized(model: Model, leaves: dict[str, Quantized], starts: tuple[int, ...] = ()) -> Model:
     """The model described with these weights quantised; leaves: Hugging Face name of a weight -> its leaf of shapes.
 
-    Layers that differ in what is quantised how start a new run. Raises InputError for a weight that is not one of
-    `linear_weights`, or of another shape.
+    Layers that differ in what is quantised how start a new run, and so do the layers `starts`. Raises InputError for a
+    weight that is not one of `linear_weights`, or of another shape.
     """
     shapes = linear_weights(model)
     for name, leaf in leaves.items():
@@ -42,7 +42,7 @@ def with_quantized(model: Model, leaves: dict[str, Quantized]) -> Model:
             raise InputError(f"{name} is quantised; only linear layers other than the head may be")
         if leaf.shape != shapes[name]:
             raise InputError(f"{name} is quantised as {leaf.shape}, this model needs {shapes[name]}")
-    runs = _runs(model, leaves)
+    runs = tuple(sorted({*_runs(model, leaves), *starts}))
     config = model.config
     decoder = model.family.decoder(config, model.family.block, runs)
     unquantized = model_of(decoder, model.family, model.hf_config)
