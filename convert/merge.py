@@ -69,9 +69,10 @@ def open_source(model_directory: Path, adapter_directory: Path) -> Source:
     config, adapter = peft.read_adapter_config(adapter_directory), peft.open_adapter(adapter_directory)
     model = describe_model(with_changes(read_hf_config(model_directory), base_changes(adapter_directory)))
     if model.family.passed_over:
+        parts = ", ".join(model.family.passed_over)
         raise InputError(
-            f"{model_directory} has parts that are not loaded here ({', '.join(model.family.passed_over)}), and without "
-            "them a merged model would be another one; merge with PEFT's merge_and_unload"
+            f"{model_directory} has parts that are not loaded here ({parts}), and without them a merged model would be "
+            "another one; merge with PEFT's merge_and_unload"
         )
     base = hf.open_model(model_directory, model.family.older)
     stored, _ = hf.check_model(model_directory, base, model.family.names, model.shapes)
