@@ -38,7 +38,8 @@ def test_every_flag_and_command_of_the_readme_exists():
     named = set(re.findall(r"--([a-z][a-z_0-9]+)", README))
     assert {"lora_r", "resume_from_checkpoint", "train_on"} <= named <= known
     for command in re.findall(r"python -m (jaxft\.\w+)", README):
-        assert (ROOT / f"{command.replace('.', '/')}.py").is_file()
+        module = ROOT / command.replace(".", "/")
+        assert module.with_suffix(".py").is_file() or (module / "__main__.py").is_file(), command
     for path in re.findall(r"`((?:jaxft|scripts|docs|tests)/[\w/.]+)`", README):
         assert (ROOT / path).exists(), path
 
