@@ -1,5 +1,7 @@
 """Residuals summed into products, what the MLP keeps under a policy, and what the Triton kernels of blocks refuse."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -110,11 +112,14 @@ def card(monkeypatch):
     return monkeypatch
 
 
+once = functools.cache(mlp_case)  # its arrays cannot be made under a mesh without devices
+
+
 def mlp_way(dtype=jnp.bfloat16, *, rank=8, bias=False, implementation=None, patch, **how):
     """The card that `mlp` hands to its kernels, None where it takes plain XLA."""
     seen = []
     patch.setattr(mlp_module.fused, "mlp", lambda x, *rest: (seen.append(rest[-1]), x)[1])
-    case = mlp_case(dtype, rank=rank, bias=bias)
+    case = once(dtype, rank=rank, bias=bias)
     jax.eval_shape(lambda *a: mlp(*a, **{"activation": "silu", "implementation": implementation} | how), *case)
     return seen[0]
 
