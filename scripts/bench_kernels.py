@@ -1,12 +1,15 @@
 """Measures each op's ways on the GPU at named shapes: right against a float32 reference, then fast.
 
-    python scripts/bench_kernels.py attention --shapes A1 A9 --json kernels.jsonl
-    python scripts/bench_kernels.py attention --shapes A1 --sweep        # tile sizes of the Triton kernels
+    python scripts/bench_kernels.py all --shapes A1 --json kernels.jsonl
+    python scripts/bench_kernels.py attention --shapes A1 A9
+    python scripts/bench_kernels.py mlp --shapes A1 --rank 64 --sweep    # tile sizes of the Triton kernels
 
-Each way is checked (output and gradients, relative L2 distance to the reference on the same rounded inputs) and then
-timed, forward and forward + backward: wall clock over --repeats calls that rotate over --inputs sets of arrays, ended
-by `jax.block_until_ready`. A way that fails is printed with its error and the next one runs. TFLOP/s count the pairs
-of query and key that exist, 2 products forward and 5 backward; the bound is the card's best known causal attention.
+Each way is checked (output and gradients, relative L2 distance to the definition in float32 on the same rounded
+inputs) and then timed, forward and forward + backward: wall clock over --repeats calls that rotate over --inputs sets
+of arrays, ended by `jax.block_until_ready`; what takes less than some 20 µs measures the call instead. A way that
+refuses the case says so, one that fails is printed with its error, and the next one runs. Attention's TFLOP/s count the
+pairs of query and key that exist. The bounds are a card's best known: causal attention, large products, and copies.
+"overhead" compares linears and the MLP with the large products of their frozen weights alone.
 """
 
 import argparse
@@ -16,112 +19,22 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from importlib.util import find_spec
 
 import jax
 import jax.numpy as jnp
-import numpy as np
+from kernel_cases import BASELINE, OPS, SHAPES, Case
+from kernel_sweeps import SWEEPS
 
-from jaxft.kernels.attention import attention, chunked, documents, key_range, triton
-from jaxft.kernels.attention.triton import Tile, Tiles
-
-BOUNDS = {"H200": {"forward": 561.0, "forward+backward": 555.0}}  # TFLOP/s, cuDNN causal, 16k tokens, 32/8 heads, 128
+BOUNDS = {"H200": {"TFLOP/s": 745.0, "TB/s": 4.0}}  # large bfloat16 products; a copy, bytes read and written
+# cuDNN causal, 16k tokens, 32/8 heads of 128
+ATTENTION_BOUNDS = {"H200": {"forward": 561.0, "forward+backward": 555.0}}
 TOLERANCE = {"bfloat16": 1e-2, "float16": 2e-3, "float32": 1e-5}
 
 
-@dataclass(frozen=True)
-class Shape:
-    """B rows of T tokens, N query heads on K kv heads of size H; mean_document None is one document a row."""
-
-    B: int
-    T: int
-    N: int
-    K: int
-    H: int
-    mean_document: int | None = None
-    window: int | None = None
-    softcap: float | None = None
-
-
-SHAPES = {
-    "A1": Shape(8, 2048, 32, 8, 128),
-    "A9": Shape(8, 2048, 32, 8, 128, mean_document=200),
-    "A7": Shape(1, 32768, 32, 8, 128),
-    "llama-8b": Shape(4, 4096, 32, 8, 128),
-    "llama-1b": Shape(8, 2048, 32, 8, 64),
-    "gemma": Shape(4, 4096, 16, 8, 256, window=1024, softcap=50.0),
-    "docs-1024": Shape(8, 2048, 32, 8, 128, mean_document=1024),
-    "odd": Shape(2, 1537, 16, 4, 96, mean_document=150),
-}
-
-
-def segments(shape: Shape, seed: int = 0) -> np.ndarray:
-    """Segment ids (B, T): documents of exponential length around the mean, the last one cut off by the row's end."""
-    rng = np.random.default_rng(seed)
-    ids = np.ones((shape.B, shape.T), np.int32)
-    for row in ids if shape.mean_document else ():
-        start = number = 0
-        while start < shape.T:
-            number += 1
-            end = start + max(8, int(rng.exponential(shape.mean_document)))
-            row[start:end] = number
-            start = end
-    return ids
-
-
-def attention_ways(shape: Shape, first_key: jax.Array) -> dict[str, Callable]:
-    """Every way as a function of q, k, v."""
-    fixed = dict(first_key=first_key, window=shape.window, scale=shape.H**-0.5, softcap=shape.softcap)
-    most = int(np.max(np.sum(np.asarray(first_key) == np.arange(shape.T), axis=1)))
-
-    def way(name: str, **more) -> Callable:
-        return lambda q, k, v: attention(q, k, v, implementation=name, **fixed, **more)
-
-    ways = {"triton": way("triton"), f"cudnn(M={most})": way("cudnn", documents=documents(first_key, most))}
-    if most == 1 and shape.softcap is None and shape.window is None:
-        ways["jax.nn cudnn causal"] = lambda q, k, v: jax.nn.dot_product_attention(
-            q, k, v, is_causal=True, implementation="cudnn"
-        )
-    elif most > 1:
-        ways[f"cudnn(M={2 * most})"] = way("cudnn", documents=documents(first_key, 2 * most))
-    ways["chunked"] = way("chunked")
-    return ways
-
-
-def folded(shape: Shape, first_key: jax.Array) -> jax.Array:
-    """first_key with the window in it, as the kernels take it."""
-    t = jnp.arange(shape.T, dtype=jnp.int32)[None, :]
-    return first_key if shape.window is None else jnp.maximum(first_key, t - shape.window + 1)
-
-
-def attention_reference(shape: Shape, first_key: jax.Array, q, k, v, dout) -> tuple[jax.Array, ...]:
-    """out, dq, dk, dv in float32, row by row so that it fits (`chunked` is held to reference.py by the tests)."""
-    block = max(1, 2**28 // (shape.N * shape.T))
-    last = jnp.arange(shape.T, dtype=jnp.int32)[None, :]
-
-    def row(inputs):
-        first, q, k, v, dout = (x[None] for x in inputs)
-        out, vjp = jax.vjp(
-            lambda q, k, v: chunked.attention(
-                q, k, v, first, last, scale=shape.H**-0.5, softcap=shape.softcap, block=block
-            ),
-            *(x.astype(jnp.float32) for x in (q, k, v)),
-        )
-        return out[0], *(x[0] for x in vjp(dout.astype(jnp.float32)))
-
-    return jax.jit(lambda *inputs: jax.lax.map(row, inputs))(folded(shape, first_key), q, k, v, dout)
-
-
-def inputs(shape: Shape, dtype: jnp.dtype, seed: int) -> tuple[jax.Array, ...]:
-    """q, k, v, dout, normal."""
-    q, kv = (shape.B, shape.T, shape.N, shape.H), (shape.B, shape.T, shape.K, shape.H)
-    keys = jax.random.split(jax.random.key(seed), 4)
-    return tuple(jax.random.normal(key, s, dtype) for key, s in zip(keys, (q, kv, kv, q), strict=True))
-
-
 def failures() -> tuple[type[Exception], ...]:
-    """What a way may fail with: refused, wrong shapes, not compiled by XLA or Triton, out of memory."""
+    """What a way may fail with: wrong shapes, not compiled by XLA or Triton, out of memory."""
     if find_spec("triton") is None:
         return RuntimeError, ValueError, TypeError
     from triton.errors import TritonError
@@ -129,10 +42,15 @@ def failures() -> tuple[type[Exception], ...]:
     return RuntimeError, ValueError, TypeError, TritonError
 
 
-def distance(got: jax.Array, want: jax.Array) -> float:
-    """‖got − want‖ / ‖want‖."""
-    got = got.astype(jnp.float32)
-    return float(jnp.linalg.norm((got - want).ravel()) / jnp.linalg.norm(want.ravel()))
+@jax.jit  # one program for all leaves
+def distances(got, want) -> list[jax.Array]:
+    """‖got − want‖ / ‖want‖ of each leaf."""
+
+    def one(got, want):
+        got, want = got.astype(jnp.float32).ravel(), want.astype(jnp.float32).ravel()
+        return jnp.linalg.norm(got - want) / jnp.linalg.norm(want)
+
+    return [one(*pair) for pair in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True)]
 
 
 def seconds(function: Callable, sets: list[tuple], repeats: int) -> tuple[float, float]:
@@ -150,131 +68,171 @@ def seconds(function: Callable, sets: list[tuple], repeats: int) -> tuple[float,
     return sorted(rounds)[1], first
 
 
-def bench_attention(name: str, shape: Shape, arguments: argparse.Namespace) -> Iterator[dict]:
-    """One record a way: distances to the reference, milliseconds and TFLOP/s."""
-    dtype = jnp.dtype(arguments.dtype)
-    first_key = key_range(jnp.asarray(segments(shape)))
-    pairs = float(np.sum(np.arange(shape.T) - np.asarray(folded(shape, first_key)) + 1, dtype=np.float64))
-    flops = 4 * pairs * shape.N * shape.H
-    sets = [inputs(shape, dtype, seed) for seed in range(arguments.inputs)]
-    want = attention_reference(shape, first_key, *sets[0])
-    for way, function in attention_ways(shape, first_key).items():
-        if arguments.ways and not any(way.startswith(asked) for asked in arguments.ways):
+def with_gradients(function: Callable, of: tuple[int, ...]) -> Callable:
+    """(arguments, upstream) to the function's output and the gradients of the arguments `of`."""
+
+    def both(arguments, upstream):
+        def some(*chosen):
+            every = list(arguments)
+            for index, value in zip(of, chosen, strict=True):
+                every[index] = value
+            return function(*every)
+
+        out, pull = jax.vjp(some, *(arguments[index] for index in of))
+        return out, pull(upstream)
+
+    return both
+
+
+def upstream(function: Callable, arguments: tuple, key: jax.Array):
+    """Random arrays of the shapes and dtypes that a function returns."""
+    leaves, structure = jax.tree.flatten(jax.eval_shape(function, *arguments))
+    keys = jax.random.split(key, len(leaves))
+    drawn = [jax.random.normal(k, leaf.shape, leaf.dtype) for k, leaf in zip(keys, leaves, strict=True)]
+    return jax.tree.unflatten(structure, drawn)
+
+
+def raised(tree):
+    """16-bit floats as float32, the same numbers."""
+    return jax.tree.map(lambda a: a.astype(jnp.float32) if a.dtype in (jnp.bfloat16, jnp.float16) else a, tree)
+
+
+def wanted(case: Case, arguments: tuple, dy):
+    """What the definition gives in float32: the output, with the gradients where there are any."""
+    if case.own_gradients:
+        return jax.jit(case.definition)(arguments, dy)
+    if not case.of:
+        return jax.jit(lambda arguments: case.definition(*raised(arguments)))(arguments)
+    both = with_gradients(case.definition, case.of)
+    return jax.jit(lambda arguments, dy: both(raised(arguments), raised(dy)))(arguments, dy)
+
+
+def bound_of(case: Case, label: str) -> float | None:
+    """The card's best known rate, None where it is not known."""
+    for card, known in BOUNDS.items():
+        if card in jax.devices()[0].device_kind:
+            return ATTENTION_BOUNDS[card][label] if case.name == "attention" else known[case.unit]
+    return None
+
+
+def bench(name: str, case: Case, options: argparse.Namespace, known: dict[str, dict]) -> Iterator[dict]:
+    """One record a way: distances to the definition, milliseconds and rates. known: earlier records, by way."""
+    keys = jax.random.split(jax.random.key(0, impl="unsafe_rbg"), options.inputs)  # quick to compile
+    sets = list(map(jax.jit(case.arguments), keys))
+    like = case.ways["chunked"] if case.own_gradients else case.definition
+    draw = jax.jit(lambda arguments, key: upstream(like, arguments, key) if case.of else None)
+    dys = list(map(draw, sets, keys))
+    want = wanted(case, sets[0], dys[0])
+    for way, function in case.ways.items():
+        if options.ways and not way.endswith(BASELINE) and not any(map(way.startswith, options.ways)):
             continue
-        record = {"op": "attention", "way": way, "shape": name, **asdict(shape), "dtype": arguments.dtype}
-
-        def both(q, k, v, dout, function=function):
-            out, vjp = jax.vjp(function, q, k, v)
-            return out, *vjp(dout)
-
-        forward, both = jax.jit(lambda q, k, v, _, function=function: function(q, k, v)), jax.jit(both)
+        record = {"op": case.name, "way": way, "shape": name, **asdict(SHAPES[name]), "dtype": options.dtype}
+        forward = jax.jit(function)
+        both = jax.jit(with_gradients(function, case.of))
         try:
-            got = both(*sets[0])
-            record["distance"] = {
-                label: distance(a, b) for label, a, b in zip(("out", "dq", "dk", "dv"), got, want, strict=True)
-            }
-            record["right"] = all(x < TOLERANCE[arguments.dtype] for x in record["distance"].values())
-            for label, timed, work in (("forward", forward, flops), ("forward+backward", both, 3.5 * flops)):
-                spent, first = seconds(timed, sets, arguments.repeats)
-                rate = work / spent / 1e12
-                record[label] = {"ms": 1e3 * spent, "TFLOP/s": rate, "first call s": first}
-                bound = next((x[label] for card, x in BOUNDS.items() if card in jax.devices()[0].device_kind), None)
+            got = both(sets[0], dys[0]) if case.of else case.view(forward(*sets[0]))
+            labels = [jax.tree_util.keystr(path) for path, _ in jax.tree.leaves_with_path(got)]
+            record["distance"] = dict(zip(labels, map(float, distances(got, want)), strict=True))
+            record["right"] = all(
+                x <= next((most for part, most in case.tolerance.items() if part in label), TOLERANCE[options.dtype])
+                for label, x in record["distance"].items()
+            )
+            timed = [("forward", forward, sets, case.work[0])]
+            if case.of:
+                timed.append(("forward+backward", both, list(zip(sets, dys, strict=True)), case.work[1]))
+            for label, run, inputs, work in timed:
+                spent, first = seconds(run, inputs, options.repeats)
+                record[label] = {"ms": 1e3 * spent, case.unit: work / spent, "first call s": first}
+                bound = bound_of(case, label)
                 if bound is not None:
-                    record[label]["share of bound"] = rate / bound
+                    record[label]["share of bound"] = work / spent / bound
+                base = known.get(case.baseline or "", {}).get(label)
+                if base is not None:
+                    record[label]["overhead"] = 1e3 * spent / base["ms"] - 1
+        except NotImplementedError as refusal:
+            record["refused"] = str(refusal)
         except failures() as error:
             record["error"] = f"{type(error).__name__}: {error}"
-            if arguments.debug:
+            if options.debug:
                 traceback.print_exc()
+        known[way] = record
         yield record
 
 
-CANDIDATES = {
-    "forward": [
-        Tile(q, k, w, s)
-        for q, k, w in ((128, 128, 8), (128, 64, 8), (128, 64, 4), (64, 128, 4), (64, 64, 4), (128, 32, 4))
-        for s in (2, 3, 4)
-    ],
-    "queries_backward": [
-        Tile(q, k, w, s)
-        for q, k, w in ((128, 64, 8), (128, 128, 8), (64, 64, 4), (64, 128, 8), (64, 128, 4), (128, 32, 8))
-        for s in (1, 2, 3)
-    ],
-    "keys_backward": [
-        Tile(q, k, w, s)
-        for q, k, w in ((64, 128, 8), (128, 128, 8), (128, 64, 8), (64, 64, 4), (32, 128, 8), (32, 128, 4), (32, 64, 4))
-        for s in (1, 2, 3)
-    ],
-}
-
-
-def sweep_attention(name: str, shape: Shape, arguments: argparse.Namespace) -> Iterator[dict]:
+def sweep(op: str, name: str, options: argparse.Namespace) -> Iterator[dict]:
     """One record a kernel and tile: milliseconds of that kernel alone."""
-    dtype = jnp.dtype(arguments.dtype)
-    first_key = folded(shape, key_range(jnp.asarray(segments(shape))))
-    fixed = dict(scale=shape.H**-0.5, softcap=shape.softcap, capability=triton.device_capability())
-    table = triton.tiles(fixed["capability"], shape.H, dtype)
-    q, k, v, dout = inputs(shape, dtype, 0)
-    out, lse = jax.jit(lambda *x: triton.run_forward(*x, sizes=table, **fixed))(q, k, v, first_key)
-    run_queries = jax.jit(lambda *x: triton.run_queries_backward(*x, sizes=table, **fixed))
-    _, delta = run_queries(q, k, v, first_key, out, lse, dout)
-    launches = {
-        "forward": (triton.run_forward, (q, k, v, first_key)),
-        "queries_backward": (triton.run_queries_backward, (q, k, v, first_key, out, lse, dout)),
-        "keys_backward": (triton.run_keys_backward, (q, k, v, first_key, lse, dout, delta)),
-    }
-    for kernel, (launch, arrays) in launches.items():
-        if arguments.kernels and kernel not in arguments.kernels:
+    for kernel, tile, function, arrays in SWEEPS[op](SHAPES[name], jnp.dtype(options.dtype), options.rank):
+        if options.kernels and kernel not in options.kernels:
             continue
-        for tile in CANDIDATES[kernel]:
-            sizes = Tiles(**{**{field: getattr(table, field) for field in launches}, kernel: tile})
-            record = {"op": "attention", "shape": name, "kernel": kernel, "tile": [*asdict(tile).values()]}
-            run = jax.jit(lambda *x, launch=launch, sizes=sizes: launch(*x, sizes=sizes, **fixed))
-            try:
-                spent, first = seconds(run, [arrays], arguments.repeats)
-                record |= {"ms": 1e3 * spent, "first call s": first}
-            except failures() as error:
-                record["error"] = f"{type(error).__name__}: {error}"
-            yield record
+        record = {"op": op, "shape": name, "kernel": kernel, "tile": list(tile)}
+        try:
+            spent, first = seconds(jax.jit(function), [arrays], options.repeats)
+            record |= {"ms": 1e3 * spent, "first call s": first}
+        except failures() as error:
+            record["error"] = f"{type(error).__name__}: {error}"
+        yield record
 
 
 def line(record: dict) -> str:
     """A record as one line of the table."""
-    head = f"{record['shape']:10} {record.get('way', record.get('kernel')):24} {record.get('tile', '')!s:20}"
-    if "error" in record:
-        return f"{head} {' '.join(record['error'].split())[:200]}"
+    head = f"{record['shape']:9} {record['op']:20} {record.get('way', record.get('kernel')):30}"
+    if "tile" in record:
+        head = f"{head} {record['tile']!s:20}"
+    for kind in ("refused", "error"):
+        if kind in record:
+            return f"{head} {kind}: {' '.join(record[kind].split())[:200]}"
     if "ms" in record:
         return f"{head} {record['ms']:8.3f} ms   (first call {record['first call s']:.1f} s)"
-    worst = max(record["distance"].values())
-    parts = [f"{head} {'right' if record['right'] else 'WRONG'} {worst:.1e}"]
+    parts = [f"{head} {'right' if record['right'] else 'WRONG'} {max(record['distance'].values()):.1e}"]
     for label in ("forward", "forward+backward"):
-        x = record[label]
-        share = f" {x['share of bound']:4.0%}" if "share of bound" in x else ""
-        parts.append(f"{label} {x['ms']:8.3f} ms {x['TFLOP/s']:6.1f} TFLOP/s{share}")
+        x = record.get(label)
+        if x:
+            unit = next(key for key in x if key.endswith("/s"))
+            share = f" {x['share of bound']:4.0%}" if "share of bound" in x else ""
+            over = f" overhead {x['overhead']:+.1%}" if "overhead" in x else ""
+            parts.append(f"{label} {x['ms']:8.3f} ms {x[unit]:6.2f} {unit}{share}{over}")
     return "   ".join(parts)
+
+
+def measured(op: str, name: str, options: argparse.Namespace) -> Iterator[dict]:
+    known: dict[str, dict] = {}
+    for case in OPS[op](SHAPES[name], jnp.dtype(options.dtype), options.rank):
+        yield from bench(name, case, options, known)
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("op", choices=["attention"])
-    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
-    parser.add_argument("--ways", nargs="+", help="only ways that begin with one of these")
+    parser.add_argument("op", choices=[*OPS, "all"])
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["A1"])
+    parser.add_argument(
+        "--tiny", action="store_true", help="one tiny shape, one call: does it run at all, on any device"
+    )
+    parser.add_argument("--ways", nargs="+", help="only ways that begin with one of these, and baselines")
     parser.add_argument("--dtype", choices=TOLERANCE, default="bfloat16")
+    parser.add_argument("--rank", type=int, default=16, help="of LoRA")
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--inputs", type=int, default=3)
     parser.add_argument("--sweep", action="store_true", help="time the Triton kernels alone over tile sizes")
-    parser.add_argument("--kernels", nargs="+", choices=CANDIDATES, help="with --sweep: only these")
+    parser.add_argument("--kernels", nargs="+", help="with --sweep: only these")
     parser.add_argument("--json", help="append each record to this file")
     parser.add_argument("--debug", action="store_true", help="a way's whole traceback, not its first line")
-    arguments = parser.parse_args(argv)
-    print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}, {arguments.dtype}", flush=True)
+    options = parser.parse_args(argv)
+    if options.tiny:
+        options.shapes, options.repeats, options.inputs = ["tiny"], 1, 1
+    chosen = OPS if options.op == "all" else [options.op]
+    if options.sweep:
+        chosen = [op for op in chosen if op in SWEEPS]
+        if not chosen:
+            parser.error(f"--sweep: {options.op} has no tiles to try; {', '.join(SWEEPS)} have")
+    print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}, {options.dtype}", flush=True)
     wrong = 0
-    for name in arguments.shapes:
+    for op, name in ((op, name) for op in chosen for name in options.shapes):
         best: dict[str, dict] = {}
-        for record in (sweep_attention if arguments.sweep else bench_attention)(name, SHAPES[name], arguments):
+        for record in (sweep if options.sweep else measured)(op, name, options):
             wrong += "error" in record or not record.get("right", True)
             print(line(record), flush=True)
-            if arguments.json:
-                with open(arguments.json, "a") as file:
+            if options.json:
+                with open(options.json, "a") as file:
                     file.write(json.dumps(record) + "\n")
             if record.get("ms", math.inf) < best.get(record.get("kernel", ""), {}).get("ms", math.inf):
                 best[record["kernel"]] = record

@@ -1,96 +1,19 @@
 """Runs the Triton attention kernels by Triton's interpreter on the CPU and compares them with the reference.
 
-Its own process, because TRITON_INTERPRET has to be set before triton is imported: `python tests/interpret_attention.py`
-prints one line a case and fails on the first one that is off.
+Its own process, because of `tests/interpreted.py`: `python tests/interpret_attention.py` prints one line a case and
+fails on the first one that is off.
 """
 
 import functools
-import os
 
-os.environ["TRITON_INTERPRET"] = "1"
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
+from tests import interpreted  # before triton  # isort: skip
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from triton.runtime import interpreter
 
-from jaxft.kernels.attention import key_range, reference, triton, triton_kernels
-from jaxft.kernels.attention.triton import Tile
-
-_patch_tensor = interpreter._patch_lang_tensor
-
-
-def _patch_tensor_and_index(tensor, scope):
-    """numpy 2.5 makes no int of an array of one element; the interpreter of triton 3.6 still asks it to."""
-    _patch_tensor(tensor, scope)
-    scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
-
-
-interpreter._patch_lang_tensor = _patch_tensor_and_index
-
-
-class HostArray:
-    """What the interpreter asks of a torch tensor, over a numpy array that stays where it is."""
-
-    def __init__(self, array: np.ndarray):
-        self.array = np.ascontiguousarray(array)
-        self.dtype = str(array.dtype)
-
-    def data_ptr(self):
-        return self.array.ctypes.data
-
-    def untyped_storage(self):
-        return self
-
-    cpu = untyped_storage
-
-    def new_empty(self, *_, **__):
-        return self
-
-    def set_(self, *_):
-        return self
-
-    def storage_offset(self):
-        return 0
-
-    size = stride = storage_offset
-
-    def copy_(self, other):
-        assert other is self
-
-
-def run(kernel, grid, arrays, outputs, tile, scale, softcap, q, k):
-    """Launches `kernel` as `triton._launch` does; outputs are (shape, dtype) pairs, filled with NaN before."""
-    results = [HostArray(np.full(shape, np.nan, dtype)) for shape, dtype in outputs]
-    T, N, H = q.shape[1:]
-    kernel[grid](
-        *[HostArray(np.asarray(x)) for x in arrays], *results, scale, softcap, T, N, k.shape[2], H,
-        max(16, 1 << (H - 1).bit_length()), tile.queries, tile.keys, T % max(tile.queries, tile.keys) != 0, "ieee",
-    )  # fmt: skip
-    return [x.array for x in results]
-
-
-def kernels(q, k, v, first_key, dout, scale, softcap, tiles):
-    """out, lse, dq, dk, dv by the three kernels."""
-    B, T, N, _ = q.shape
-    K = k.shape[2]
-    forward, queries, keys = tiles
-    out, lse = run(
-        triton_kernels.forward, (N, -(-T // forward.queries), B), (q, k, v, first_key),
-        [(q.shape, q.dtype), ((B, N, T), np.float32)], forward, scale, softcap, q, k,
-    )  # fmt: skip
-    dq, delta = run(
-        triton_kernels.queries_backward, (N, -(-T // queries.queries), B), (q, k, v, first_key, out, lse, dout),
-        [(q.shape, q.dtype), ((B, N, T), np.float32)], queries, scale, softcap, q, k,
-    )  # fmt: skip
-    full_end, last_end = jax.jit(triton.reach, static_argnums=1)(first_key, keys.keys)
-    dk, dv = run(
-        triton_kernels.keys_backward, (K, -(-T // keys.keys), B),
-        (q, k, v, first_key, lse, dout, delta, full_end, last_end),
-        [(k.shape, k.dtype), (v.shape, v.dtype)], keys, scale, softcap, q, k,
-    )  # fmt: skip
-    return out, lse, dq, dk, dv
+from jaxft.kernels.attention import key_range, reference, triton
+from jaxft.kernels.attention.triton import Tile, Tiles
 
 
 def compare(name, lengths, *, T, N, K, H, window=0, softcap=None, dtype=np.float32, tiles, tolerance):
@@ -102,23 +25,28 @@ def compare(name, lengths, *, T, N, K, H, window=0, softcap=None, dtype=np.float
             segments[row, start:end] = number
     shapes = (B, T, N, H), (B, T, K, H), (B, T, K, H), (B, T, N, H)
     q, k, v, dout = (rng.standard_normal(shape).astype(dtype) for shape in shapes)
+    t = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T))
+    first = key_range(segments)
+    if window:
+        first = jnp.maximum(first, t - window + 1)
 
-    @jax.jit  # one compile, where each step on its own would take longer than the interpreter
-    def expected(q, k, v, dout):
-        t = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T))
-        first = key_range(segments)
-        if window:
-            first = jnp.maximum(first, t - window + 1)
-        op = functools.partial(reference.attention, scale=H**-0.5, softcap=softcap)
-        out, vjp = jax.vjp(lambda q, k, v: op(q, k, v, first, t), q, k, v)
-        return first, (out, *vjp(dout))
+    @functools.partial(jax.jit, static_argnums=0)  # one compile, where each step on its own would take longer
+    def with_gradients(op, *arrays):
+        q, k, v, dout = arrays
+        out, vjp = jax.vjp(op, q, k, v)
+        return dict(zip(("out", "dq", "dk", "dv"), (out, *vjp(dout)), strict=True))
 
-    first, wanted = expected(*(x.astype(np.float32) for x in (q, k, v, dout)))
-    got = kernels(q, k, v, first, dout, H**-0.5, softcap, tiles)
-    for label, x, want in zip(("out", "dq", "dk", "dv"), (got[0], *got[2:]), wanted, strict=True):
-        error = np.linalg.norm(np.float32(x) - want) / max(np.linalg.norm(want), 1.0)  # dq may be all zeros
-        assert error < tolerance, f"{name}: {label} is off by {error:.2e} (tolerance {tolerance:.0e})"
-    print(f"{name}: ok")
+    wanted = with_gradients(
+        lambda q, k, v: reference.attention(q, k, v, first, t, scale=H**-0.5, softcap=softcap),
+        *(x.astype(np.float32) for x in (q, k, v, dout)),
+    )
+    got = with_gradients(
+        lambda q, k, v: triton.attention(
+            q, k, v, first, scale=H**-0.5, softcap=softcap, capability=90, sizes=Tiles(*tiles)
+        ),
+        q, k, v, dout,
+    )  # fmt: skip
+    interpreted.compare(name, got, wanted, tolerance)
 
 
 if __name__ == "__main__":

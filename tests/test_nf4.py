@@ -5,7 +5,6 @@ import json
 import os
 import subprocess
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 
 import jax
@@ -16,6 +15,7 @@ import pytest
 from jaxft.kernels.dequantize import dequantize_nf4, triton
 from jaxft.quant import _divide, dense, quantize, quantize_nf4
 from tests.nf4_cases import CASES, DTYPES, PARTS, bell, digest
+from tests.ptx import CAPABILITIES, MISSING, NEEDED, compiled
 
 ROOT = Path(__file__).resolve().parents[1]
 GOLDEN = json.loads((ROOT / "tests" / "data" / "nf4_golden.json").read_text(encoding="utf-8"))["cases"]
@@ -100,33 +100,18 @@ def test_a_stack_and_a_wrong_shape_are_refused_with_the_shapes():
 
 # the kernel
 
-MISSING = [name for name in ("triton", "jax_triton", "jax_cuda13_plugin") if find_spec(name) is None]
-needs_triton = pytest.mark.skipif(bool(MISSING), reason=f"needs {', '.join(MISSING)}, which [cuda] installs on Linux")
+needs_triton = pytest.mark.skipif(bool(MISSING), reason=NEEDED)
 
 
 @needs_triton
-@pytest.mark.parametrize("capability", [80, 86, 89, 90, 100, 120])
+@pytest.mark.parametrize("capability", CAPABILITIES)
 def test_the_kernel_compiles_for_every_card_with_wide_stores_and_no_shared_memory(capability):
-    from jax_triton import triton_lib
-
-    found, compile_ptx = [], triton_lib.compile_ttir_to_ptx_inplace
-
-    def record(*arguments):
-        found.append(compile_ptx(*arguments))
-        return found[-1]
-
     n, S = 4096 * 1024, jax.ShapeDtypeStruct
     arrays = S((n // 2,), jnp.uint8), S((n // 64,), jnp.uint8), S((n // 64 // 256,), jnp.float32), S((), jnp.float32)
-    triton_lib._COMPILED_KERNEL_CACHE.clear()
-    triton_lib.compile_ttir_to_ptx_inplace = record
-    try:
-        function = jax.jit(lambda *x: triton.dequantize_nf4(*x, (4096, 1024), 64, jnp.bfloat16, capability))
-        function.trace(*arrays).lower(lowering_platforms=("cuda",))
-    finally:
-        triton_lib.compile_ttir_to_ptx_inplace = compile_ptx
-    (kernel,) = found
-    assert kernel.shared_mem_bytes == 0
-    assert "st.global.v4.b32" in kernel.binary and "fma.rn.f32" not in kernel.binary
+    function = lambda *x: triton.dequantize_nf4(*x, (4096, 1024), 64, jnp.bfloat16, capability)  # noqa: E731
+    ((shared, ptx),) = compiled(function, *arrays).values()
+    assert shared == 0
+    assert "st.global.v4.b32" in ptx and "fma.rn.f32" not in ptx
 
 
 @needs_triton

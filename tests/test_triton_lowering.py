@@ -1,13 +1,12 @@
 """Triton kernels compiled to PTX for every card without a GPU, what they ask of it, and what they compute, interpreted.
 
 Needs triton, jax-triton and the small jax-cuda13-plugin wheel beside a CPU jaxlib. Compiling takes seconds a kernel, so
-only one head size goes through every architecture; `-m "long or not long"` takes all sizes and dtypes.
+only one size goes through every architecture; `-m "long or not long"` takes all sizes and dtypes.
 """
 
 import re
 import subprocess
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 
 import jax
@@ -15,13 +14,25 @@ import jax.numpy as jnp
 import pytest
 
 from jaxft.kernels.attention import triton
+from jaxft.kernels.mlp import triton as mlp
+from jaxft.kernels.norm_rope import triton as norm_rope
+from jaxft.kernels.rms_norm import triton as rms_norm
+from tests.ptx import CAPABILITIES, MISSING, NEEDED, SHARED, assemble, compiled
 
-MISSING = [name for name in ("triton", "jax_triton", "jax_cuda13_plugin") if find_spec(name) is None]
-pytestmark = pytest.mark.skipif(bool(MISSING), reason=f"needs {', '.join(MISSING)}, which [cuda] installs on Linux")
-
-CAPABILITIES = (80, 86, 89, 90, 100, 120)
-SHARED = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # KB a block may take
+pytestmark = pytest.mark.skipif(bool(MISSING), reason=NEEDED)
+S = jax.ShapeDtypeStruct
 KERNELS = ["forward", "keys_backward", "queries_backward"]
+
+
+def with_pull(op, arrays: int):
+    """Outputs of op and the gradients of its first arguments; the upstream gradients are the last arguments."""
+
+    def run(*arguments):
+        out, pull = jax.vjp(lambda *some: op(*some), *arguments[:arrays])
+        upstream = arguments[arrays:]
+        return out, pull(upstream if len(upstream) > 1 else upstream[0])
+
+    return run
 
 
 def attention(q, k, v, first_key, dout, *, capability, softcap):
@@ -35,55 +46,22 @@ def attention(q, k, v, first_key, dout, *, capability, softcap):
 
 def arrays(H: int, dtype, T: int = 2048):
     """q, k, v, first_key, dout as shapes."""
-    q, k = (jax.ShapeDtypeStruct((2, T, heads, H), dtype) for heads in (8, 2))
-    return q, k, k, jax.ShapeDtypeStruct((2, T), jnp.int32), q
+    q, k = (S((2, T, heads, H), dtype) for heads in (8, 2))
+    return q, k, k, S((2, T), jnp.int32), q
 
 
-def compiled(capability: int, H: int, dtype, *, T: int = 2048, softcap=None) -> dict[str, tuple[int, str]]:
-    """Shared memory in bytes and PTX of each kernel by name."""
-    from jax_triton import triton_lib
-
-    found, compile_ptx = {}, triton_lib.compile_ttir_to_ptx_inplace
-
-    def record(*arguments):
-        result = compile_ptx(*arguments)
-        found[result.name] = result.shared_mem_bytes, result.binary
-        return result
-
-    triton_lib._COMPILED_KERNEL_CACHE.clear()
-    triton_lib.compile_ttir_to_ptx_inplace = record
-    try:
-        function = jax.jit(lambda *x: attention(*x, capability=capability, softcap=softcap))
-        function.trace(*arrays(H, dtype, T)).lower(lowering_platforms=("cuda",))
-    finally:
-        triton_lib.compile_ttir_to_ptx_inplace = compile_ptx
-    return found
-
-
-def assemble(ptx: str, capability: int, folder: Path) -> tuple[int, int]:
-    """Registers a thread and bytes spilled, from the ptxas that comes with triton."""
-    from triton.backends.nvidia import compiler
-
-    target = re.search(r"^\.target (sm_\w+)", ptx, re.MULTILINE)
-    assert target is not None
-    file = folder / "kernel.ptx"
-    file.write_text(ptx)
-    tool = compiler.get_ptxas(capability).path
-    command = [tool, "-v", f"--gpu-name={target[1]}", str(file), "-o", str(folder / "kernel.cubin")]
-    report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-    registers, spilled = (re.search(p, report) for p in (r"Used (\d+) registers", r"(\d+) bytes spill stores"))
-    assert registers is not None and spilled is not None, report
-    return int(registers[1]), int(spilled[1])
-
-
-def check(capability, H, dtype, folder, spill, **more):
+def fits(kernels, names, capability, folder, spill):
     """Every kernel is there, fits the card's shared memory, and spills at most `spill` bytes a thread."""
-    kernels = compiled(capability, H, dtype, **more)
-    assert sorted(kernels) == KERNELS
+    assert sorted(kernels) == sorted(names)
     for name, (shared, ptx) in kernels.items():
         assert shared <= SHARED[capability] * 1024, name
         registers, spilled = assemble(ptx, capability, folder)
         assert registers <= 255 and spilled <= spill, (name, registers, spilled)
+
+
+def check(capability, H, dtype, folder, spill, T=2048, softcap=None):
+    function = lambda *x: attention(*x, capability=capability, softcap=softcap)  # noqa: E731
+    fits(compiled(function, *arrays(H, dtype, T)), KERNELS, capability, folder, spill)
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
@@ -109,6 +87,70 @@ def test_attention_in_float32_fits(capability, H, tmp_path):
     check(capability, H, jnp.float32, tmp_path, spill=4096)  # exact, not fast
 
 
+def check_mlp(capability, rank, folder, *, T=4096, F=9728, dtype=jnp.bfloat16, activation="silu"):
+    """Both kernels of the MLP with all ranks equal."""
+    e, u, b, a = S((T, F), dtype), S((T, rank), dtype), S((F, rank), dtype), S((rank, F), dtype)
+
+    def both(e, u, b, a):
+        forward = mlp.forward(e, e, (u, u), (b, b), a, activation, capability)
+        return forward, mlp.backward(e, e, e, (u, u, u), (b, b), a, activation, capability)
+
+    fits(compiled(both, e, u, b, a), ["forward", "backward"], capability, folder, spill=128)
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_the_mlp_kernels_compile_for_every_card_and_fit_it(capability, tmp_path):
+    check_mlp(capability, 16, tmp_path)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("rank", [8, 32, 40, 128])
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_the_mlp_kernels_fit_every_card_at_every_rank(capability, rank, tmp_path):
+    check_mlp(capability, rank, tmp_path)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("capability", [89, 90])
+def test_the_mlp_kernels_fit_at_odd_sizes_in_float16(capability, tmp_path):
+    check_mlp(capability, 24, tmp_path, T=1537, F=2720, dtype=jnp.float16, activation="gelu_pytorch_tanh")
+
+
+def check_norms(capability, folder, *, H=128, D=2560, dtype=jnp.bfloat16, spill=0):
+    """Forward and backward of both norms, each with the gradient of its weight."""
+    x, w, angle = S((2, 512, 8, H), dtype), S((H,), jnp.float32), S((2, 512, H // 2), jnp.float32)
+
+    def rotated(x, w, cos, dy):
+        return with_pull(lambda x, w: norm_rope.norm_rope(x, w, cos, cos, 1e-6, capability), 2)(x, w, dy)
+
+    def normed(x, w, more, dy):
+        return with_pull(lambda x, w: rms_norm.residual_rms_norm(x, w, 1e-6, capability), 2)(x, w, more, dy)
+
+    fits(compiled(rotated, x, w, angle, x), ["forward", "backward"], capability, folder, spill)
+    x, w = S((2, 512, D), dtype), S((D,), jnp.float32)
+    fits(compiled(normed, x, w, x, x), ["forward", "backward"], capability, folder, spill)
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_the_norms_compile_for_every_card_and_fit_it(capability, tmp_path):
+    check_norms(capability, tmp_path)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize(
+    "H, D, dtype, spill",
+    [
+        (32, 128, jnp.float16, 0),
+        (256, 5376, jnp.bfloat16, 0),
+        (512, 8192, jnp.float32, 0),
+        (64, 2**14, jnp.bfloat16, 256),
+    ],
+)
+def test_the_norms_fit_every_card_at_every_size(capability, H, D, dtype, spill, tmp_path):
+    check_norms(capability, tmp_path, H=H, D=D, dtype=dtype, spill=spill)
+
+
 def test_named_residuals_keep_the_backward_from_running_the_forward_kernel_again():
     q, k, v, first_key, _ = arrays(64, jnp.bfloat16)
 
@@ -127,11 +169,12 @@ def test_named_residuals_keep_the_backward_from_running_the_forward_kernel_again
     assert kernels(jax.checkpoint_policies.nothing_saveable) == ["forward", *KERNELS]
 
 
-def test_interpreted_attention_kernels_equal_the_reference_with_gradients():
-    script = Path(__file__).with_name("interpret_attention.py")
-    root = script.parents[1]
+@pytest.mark.parametrize("script, cases", [("interpret_attention.py", 8), ("interpret_blocks.py", 11)])
+def test_interpreted_kernels_equal_the_reference_with_gradients(script, cases):
+    path = Path(__file__).with_name(script)
+    root = path.parents[1]
     done = subprocess.run(
-        [sys.executable, str(script)], capture_output=True, text=True, cwd=root, env={"PYTHONPATH": str(root)}
+        [sys.executable, str(path)], capture_output=True, text=True, cwd=root, env={"PYTHONPATH": str(root)}
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count(": ok") == 8
+    assert done.stdout.count(": ok") == cases

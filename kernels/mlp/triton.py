@@ -10,6 +10,7 @@ from importlib.util import find_spec
 import jax
 import jax.numpy as jnp
 
+from jaxft.kernels.attention.triton import CARDS
 from jaxft.kernels.linear.weights import Weights
 
 
@@ -23,8 +24,19 @@ class Tile:
     stages: int
 
 
-FORWARD = Tile(64, 128, 4, 3)
-BACKWARD = Tile(64, 64, 4, 1)
+# (forward, backward) by card and the largest rank, padded to a power of two: what fits shared memory (99 KB on consumer
+# cards, A10, L4 and L40S, 163 KB on an A100, 227 KB on Hopper and data-centre Blackwell) and spills no more than a few
+# registers. Hopper's of rank 16 are the fastest of a sweep on a card; the others are so far only compiled.
+TILES = {
+    ("large", 16): (Tile(64, 128, 4, 3), Tile(64, 64, 4, 1)),
+    ("large", 32): (Tile(64, 64, 4, 3), Tile(64, 64, 4, 1)),
+    ("large", 64): (Tile(64, 64, 4, 2), Tile(32, 64, 4, 1)),
+    ("large", 128): (Tile(64, 32, 8, 2), Tile(32, 64, 8, 1)),
+    ("small", 16): (Tile(64, 128, 4, 3), Tile(64, 64, 4, 1)),
+    ("small", 32): (Tile(64, 64, 4, 2), Tile(32, 64, 4, 1)),
+    ("small", 64): (Tile(64, 32, 4, 2), Tile(32, 64, 4, 1)),
+    ("small", 128): (Tile(64, 32, 8, 2), Tile(32, 64, 8, 1)),
+}
 CHUNKS = 8  # parts of the tokens whose gradients of the low-rank matrices are summed apart
 ACTIVATIONS = ("silu", "gelu_pytorch_tanh")
 LARGEST_RANK = 128
@@ -51,19 +63,28 @@ def check(dtype: jnp.dtype, layers: tuple[Weights, ...], activation: str, droppe
             raise NotImplementedError(f"{module} is not installed: pip install 'jaxft[cuda]'")
 
 
+def tiles(capability: int, ranks: tuple[int, int, int]) -> tuple[Tile, Tile]:
+    """The tile sizes of forward and backward for a compute capability such as 89; an unknown one takes small ones."""
+    size = "large" if CARDS.get(capability) in ("hopper", "blackwell") else "small"
+    return TILES[size, max(map(_padded, ranks))]
+
+
+def _padded(rank: int) -> int:
+    return max(16, 1 << (rank - 1).bit_length())
+
+
 def constants(e: jax.Array, ranks: tuple[int, int, int], activation: str, tile: Tile) -> dict[str, int | str]:
     """The compile-time arguments that both kernels take, in their order."""
     T, F = e.shape
-    padded = [max(16, 1 << (rank - 1).bit_length()) for rank in ranks]
     return dict(
-        zip(("T", "F", "RE", "RV", "RD", "REP", "RVP", "RDP"), (T, F, *ranks, *padded), strict=True),
+        zip(("T", "F", "RE", "RV", "RD", "REP", "RVP", "RDP"), (T, F, *ranks, *map(_padded, ranks)), strict=True),
         KIND=activation, BT=tile.tokens, BF=tile.features,
     )  # fmt: skip
 
 
 def forward(
     e: jax.Array, v: jax.Array, lows: tuple[jax.Array, jax.Array], scaled: tuple[jax.Array, jax.Array], a: jax.Array,
-    activation: str, capability: int, tile: Tile = FORWARD,
+    activation: str, capability: int, tile: Tile | None = None,
 ) -> tuple[jax.Array, jax.Array]:  # fmt: skip
     """h (..., F) and down's low-rank input (..., R) in e's dtype.
 
@@ -75,6 +96,7 @@ def forward(
     lead = e.shape[:-1]
     e, v, ue, uv = (x.reshape(-1, x.shape[-1]) for x in (e, v, *lows))
     ranks = (ue.shape[1], uv.shape[1], a.shape[0])
+    tile = tile or tiles(capability, ranks)[0]
     T = e.shape[0]
     h, low = _launch(
         triton_kernels.forward, (e, v, ue, uv, *scaled, a),
@@ -86,7 +108,7 @@ def forward(
 
 def backward(
     e: jax.Array, v: jax.Array, dh: jax.Array, lows: tuple[jax.Array, jax.Array, jax.Array],
-    scaled: tuple[jax.Array, jax.Array], a: jax.Array, activation: str, capability: int, tile: Tile = BACKWARD,
+    scaled: tuple[jax.Array, jax.Array], a: jax.Array, activation: str, capability: int, tile: Tile | None = None,
     chunks: int = CHUNKS,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]:  # fmt: skip
     """de, dv (..., F) in e's dtype, and in float32 deᵀ u_e, dvᵀ u_v (F, R) and g_dᵀ h (R, F).
@@ -100,6 +122,7 @@ def backward(
     e, v, dh, ue, uv, gd = (x.reshape(-1, x.shape[-1]) for x in (e, v, dh, *lows))
     T, F = e.shape
     ranks = (ue.shape[1], uv.shape[1], gd.shape[1])
+    tile = tile or tiles(capability, ranks)[1]
     chunk = -(-T // (chunks * tile.tokens)) * tile.tokens
     count = -(-T // chunk)
     full, sums = jax.ShapeDtypeStruct(e.shape, e.dtype), [(F, rank) for rank in ranks]

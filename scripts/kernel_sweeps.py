@@ -1,0 +1,105 @@
+"""The tile sizes that `bench_kernels.py --sweep` tries: for each kernel and tile a function and its arrays."""
+
+import functools
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+
+import jax
+import jax.numpy as jnp
+from kernel_cases import Shape, first_keys, folded, normal, qkv
+
+from jaxft.kernels.attention import triton
+from jaxft.kernels.attention.triton import Tile, Tiles
+from jaxft.kernels.dequantize import triton as dequantize_triton
+from jaxft.kernels.mlp import triton as mlp_triton
+from jaxft.quant import dense, quantize_nf4
+
+Try = tuple[str, tuple, Callable, tuple]  # kernel, tile, function, arrays
+
+ATTENTION = {
+    "forward": [
+        Tile(q, k, w, s)
+        for q, k, w in ((128, 128, 8), (128, 64, 8), (128, 64, 4), (64, 128, 4), (64, 64, 4), (128, 32, 4))
+        for s in (2, 3, 4)
+    ],
+    "queries_backward": [
+        Tile(q, k, w, s)
+        for q, k, w in ((128, 64, 8), (128, 128, 8), (64, 64, 4), (64, 128, 8), (64, 128, 4), (128, 32, 8))
+        for s in (1, 2, 3)
+    ],
+    "keys_backward": [
+        Tile(q, k, w, s)
+        for q, k, w in ((64, 128, 8), (128, 128, 8), (128, 64, 8), (64, 64, 4), (32, 128, 8), (32, 128, 4), (32, 64, 4))
+        for s in (1, 2, 3)
+    ],
+}
+MLP = {
+    "forward": [
+        mlp_triton.Tile(t, f, w, s)
+        for t, f, w in ((64, 128, 4), (64, 128, 8), (64, 64, 4), (64, 64, 8), (64, 32, 4), (128, 64, 8))
+        for s in (2, 3)
+    ],
+    "backward": [
+        mlp_triton.Tile(t, f, w, s)
+        for t, f, w in ((64, 64, 4), (64, 64, 8), (32, 64, 4), (32, 64, 8), (64, 128, 8), (32, 128, 8))
+        for s in (1, 2)
+    ],
+}
+
+
+def attention(shape: Shape, dtype: jnp.dtype, rank: int) -> Iterator[Try]:
+    key = jax.random.key(0)
+    fixed = dict(scale=shape.H**-0.5, softcap=shape.softcap, capability=triton.device_capability())
+    table = triton.tiles(fixed["capability"], shape.H, dtype)
+    q, k, v = qkv(shape, key, dtype)
+    (dout,), first_key = normal(key, (q.shape,), dtype), folded(shape, jnp.asarray(first_keys(shape)))
+    out, lse = jax.jit(lambda *x: triton.run_forward(*x, sizes=table, **fixed))(q, k, v, first_key)
+    run_queries = jax.jit(lambda *x: triton.run_queries_backward(*x, sizes=table, **fixed))
+    _, delta = run_queries(q, k, v, first_key, out, lse, dout)
+    launches = {
+        "forward": (triton.run_forward, (q, k, v, first_key)),
+        "queries_backward": (triton.run_queries_backward, (q, k, v, first_key, out, lse, dout)),
+        "keys_backward": (triton.run_keys_backward, (q, k, v, first_key, lse, dout, delta)),
+    }
+    for kernel, (launch, arrays) in launches.items():
+        for tile in ATTENTION[kernel]:
+            sizes = Tiles(**{**{field: getattr(table, field) for field in launches}, kernel: tile})
+            yield kernel, tuple(asdict(tile).values()), functools.partial(launch, sizes=sizes, **fixed), arrays
+
+
+def mlp(shape: Shape, dtype: jnp.dtype, rank: int) -> Iterator[Try]:
+    capability = triton.device_capability()
+    T, F = shape.B * shape.T, shape.F
+    sizes = (T, F), (T, F), (T, F), (T, rank), (T, rank), (T, rank), (F, rank), (F, rank), (rank, F)
+    arrays = normal(jax.random.key(0), sizes, dtype)
+
+    def forward(e, v, dh, ue, uv, gd, be, bv, a, tile):
+        return mlp_triton.forward(e, v, (ue, uv), (be, bv), a, "silu", capability, tile)
+
+    def backward(e, v, dh, ue, uv, gd, be, bv, a, tile):
+        return mlp_triton.backward(e, v, dh, (ue, uv, gd), (be, bv), a, "silu", capability, tile)
+
+    for kernel, launch in (("forward", forward), ("backward", backward)):
+        for tile in MLP[kernel]:
+            yield kernel, tuple(asdict(tile).values()), functools.partial(launch, tile=tile), tuple(arrays)
+
+
+def dequantize(shape: Shape, dtype: jnp.dtype, rank: int) -> Iterator[Try]:
+    leaf = jax.jit(quantize_nf4)(jax.random.normal(jax.random.key(0), (shape.F, shape.D), dtype))
+    for threads, rows in itertools.product((64, 128, 256), (1, 2, 4, 8)):
+
+        def run(leaf, threads=threads, rows=rows):
+            kept = dequantize_triton.THREADS, dequantize_triton.UNROLL
+            dequantize_triton.THREADS, dequantize_triton.UNROLL = threads, rows  # read while it is traced
+            try:
+                return dense(leaf, dtype, implementation="triton")
+            finally:
+                dequantize_triton.THREADS, dequantize_triton.UNROLL = kept
+
+        yield "nf4", (threads, rows), run, (leaf,)
+
+
+SWEEPS: dict[str, Callable[[Shape, jnp.dtype, int], Iterator[Try]]] = {
+    "attention": attention, "mlp": mlp, "dequantize": dequantize,
+}  # fmt: skip

@@ -1,0 +1,121 @@
+"""Runs the Triton kernels of the MLP and of both norms by Triton's interpreter and compares them with the references.
+
+Its own process, because of `tests/interpreted.py`: `python tests/interpret_blocks.py` prints one line a case and fails
+on the first one that is off. float32 shows the formulas exactly; float16 what is rounded before a product (bfloat16 is
+cut off by the interpreter where a card rounds).
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from tests import interpreted  # before triton  # isort: skip
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxft.kernels.linear import Weights
+from jaxft.kernels.mlp import fused, reference
+from jaxft.kernels.norm_rope import reference as norm_rope_reference
+from jaxft.kernels.norm_rope import triton as norm_rope_triton
+from jaxft.kernels.rms_norm import reference as rms_norm_reference
+from jaxft.kernels.rms_norm import triton as rms_norm_triton
+
+CARD = 90
+EXACT, HALF = 5e-6, 5e-3
+
+
+def with_gradients(op: Callable, arguments: tuple, *, of: tuple[int, ...], seed: int = 1) -> dict[str, Any]:
+    """Output and the gradients of some arguments, for random upstream gradients, in one compiled program."""
+
+    @jax.jit
+    def run(arguments):
+        def some(*chosen):
+            every = list(arguments)
+            for index, value in zip(of, chosen, strict=True):
+                every[index] = value
+            return op(*every)
+
+        out, pull = jax.vjp(some, *(arguments[index] for index in of))
+        leaves, structure = jax.tree.flatten(out)
+        random = np.random.default_rng(seed)
+        upstream = [jnp.asarray(random.standard_normal(leaf.shape), leaf.dtype) for leaf in leaves]
+        return {"out": out, "gradients": pull(jax.tree.unflatten(structure, upstream))}
+
+    return run(arguments)
+
+
+def raised(tree: Any) -> Any:
+    return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), tree)
+
+
+def mlp(name, *, T, F, ranks, D=24, activation="silu", dtype=jnp.float32, added=True, tiles=1, tolerance=EXACT):
+    random = np.random.default_rng(T)
+
+    def draw(*shape, scale=0.3):
+        return jnp.asarray(random.normal(0, scale, shape), dtype)
+
+    layers = tuple(
+        Weights(draw(rows, columns), None, (draw(rank, columns), draw(rows, rank), jnp.asarray(1.7, dtype)))
+        for rows, columns, rank in zip((F, F, D), (D, D, F), ranks, strict=True)
+    )
+    loras = tuple(layer.lora for layer in layers)
+    weights = tuple(layer.weight for layer in layers)
+    x, add = draw(1, T, D, scale=1.0), draw(1, T, D, scale=1.0) if added else None
+
+    def put(loras, weights):
+        return tuple(Weights(weight, None, lora) for weight, lora in zip(weights, loras, strict=True))
+
+    def kernels(x, loras, add, weights):
+        keys = (None,) * 3
+        if tiles > 1:
+            return fused.tiled_mlp(x, put(loras, weights), activation, 0.0, keys, add, CARD, tiles)
+        return fused.mlp(x, put(loras, weights), activation, 0.0, keys, add, CARD)
+
+    def wanted(x, loras, add, weights):
+        y = reference.mlp(x, *put(loras, weights), activation, 0.0, (None,) * 3)
+        return y if add is None else y + add
+
+    arguments = (x, loras, add, weights)
+    of = (0, 1, 2) if added else (0, 1)
+    interpreted.compare(
+        name, with_gradients(kernels, arguments, of=of), with_gradients(wanted, raised(arguments), of=of), tolerance
+    )
+
+
+def norm_rope(name, *, B, T, N, H, dtype=jnp.float32, of=(0, 1), tolerance=EXACT):
+    random = np.random.default_rng(T)
+    x, w = jnp.asarray(random.standard_normal((B, T, N, H)), dtype), jnp.asarray(random.standard_normal(H), jnp.float32)
+    angle = random.uniform(0, 6, (B, T, H // 2)).astype(np.float32)
+    arguments = x, w, jnp.cos(angle), jnp.sin(angle)
+    got = with_gradients(lambda *a: norm_rope_triton.norm_rope(*a, 1e-6, CARD), arguments, of=of)
+    wanted = with_gradients(lambda *a: norm_rope_reference.norm_rope(*a, 1e-6), raised(arguments), of=of)
+    interpreted.compare(name, got, wanted, tolerance)
+
+
+def rms_norm(name, *, shape, dtype=jnp.float32, of=(0, 1), tolerance=EXACT):
+    random = np.random.default_rng(shape[-1])
+    x, w = (
+        jnp.asarray(random.standard_normal(shape), dtype),
+        jnp.asarray(random.standard_normal(shape[-1]), jnp.float32),
+    )
+    got = with_gradients(lambda x, w: rms_norm_triton.residual_rms_norm(x, w, 1e-6, CARD), (x, w), of=of)
+
+    def both(x, w):
+        return x, rms_norm_reference.rms_norm(x, jnp.expand_dims(w, tuple(range(x.ndim - 1))), 1e-6)
+
+    interpreted.compare(name, got, with_gradients(both, raised((x, w)), of=of), tolerance)
+
+
+if __name__ == "__main__":
+    mlp("mlp, odd T and F, rank 16", T=75, F=137, ranks=(16, 16, 16))
+    mlp("mlp, ranks 8, 40, 16, gelu", T=64, F=192, ranks=(8, 40, 16), activation="gelu_pytorch_tanh")
+    mlp("mlp, rank 40, chunks of two tiles and a short last one", T=9 * 64 + 5, F=72, ranks=(40, 8, 40), added=False)
+    mlp("mlp, two tiles of tokens", T=131, F=64, ranks=(8, 8, 8), tiles=2)
+    mlp("mlp, float16", T=70, F=130, ranks=(16, 8, 40), dtype=jnp.float16, tolerance=HALF)
+    norm_rope("norm_rope", B=2, T=7, N=5, H=32)
+    norm_rope("norm_rope, weight frozen", B=1, T=9, N=3, H=64, of=(0,))
+    norm_rope("norm_rope, several programs, float16", B=2, T=13, N=3, H=128, dtype=jnp.float16, tolerance=HALF)
+    rms_norm("rms_norm", shape=(3, 7, 200))
+    rms_norm("rms_norm, weight frozen", shape=(1, 5, 129), of=(0,))
+    rms_norm("rms_norm, one program, float16", shape=(1, 8, 256), dtype=jnp.float16, tolerance=HALF)

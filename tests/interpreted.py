@@ -1,0 +1,83 @@
+"""Makes this process run Triton kernels by Triton's interpreter, on the CPU: import it before anything that has triton.
+
+The interpreter stands in for `jax_triton.triton_call`, so that an op's own launch (grid, constants, order of arrays)
+and its own derivative are run as on a GPU. Outputs are filled with NaN before: what a kernel does not write shows.
+"""
+
+import os
+
+os.environ["TRITON_INTERPRET"] = "1"
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+import jax_triton
+import numpy as np
+from triton.runtime import interpreter
+
+_patch_tensor = interpreter._patch_lang_tensor
+
+
+def _patch_tensor_and_index(tensor, scope):
+    """numpy 2.5 makes no int of an array of one element; the interpreter of triton 3.6 still asks it to."""
+    _patch_tensor(tensor, scope)
+    scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+
+interpreter._patch_lang_tensor = _patch_tensor_and_index
+
+
+class HostArray:
+    """What the interpreter asks of a torch tensor, over a numpy array that stays where it is."""
+
+    def __init__(self, array: np.ndarray):
+        self.array = np.ascontiguousarray(array).reshape(array.shape)
+        self.dtype = str(array.dtype)
+
+    def data_ptr(self):
+        return self.array.ctypes.data
+
+    def untyped_storage(self):
+        return self
+
+    cpu = untyped_storage
+
+    def new_empty(self, *_, **__):
+        return self
+
+    def set_(self, *_):
+        return self
+
+    def storage_offset(self):
+        return 0
+
+    size = stride = storage_offset
+
+    def copy_(self, other):
+        assert other is self
+
+
+def triton_call(
+    *arrays, kernel, out_shape, grid, num_warps=None, num_stages=None, compute_capability=None, name=None,
+    enable_fp_fusion=None, **constants,
+):  # fmt: skip
+    """As `jax_triton.triton_call`; what concerns only the compiler is not read."""
+
+    def run(*inputs):
+        results = [HostArray(np.full(like.shape, np.nan, like.dtype)) for like in jax.tree.leaves(out_shape)]
+        kernel[grid](*[HostArray(np.asarray(x)) for x in inputs], *results, **constants)
+        return jax.tree.unflatten(jax.tree.structure(out_shape), [x.array for x in results])
+
+    return jax.pure_callback(run, out_shape, *arrays)
+
+
+jax_triton.triton_call = triton_call
+
+
+def compare(name: str, got, wanted, tolerance: float) -> None:
+    """Prints one line; fails where a leaf's ‖got − wanted‖ exceeds tolerance · ‖wanted‖ (1 where that is smaller)."""
+    assert jax.tree.structure(got) == jax.tree.structure(wanted), name
+    pairs = jax.tree.leaves_with_path(got), jax.tree.leaves(wanted)
+    for (path, x), want in zip(*pairs, strict=True):
+        error = np.linalg.norm(np.float32(x) - np.float32(want)) / max(np.linalg.norm(np.float32(want)), 1.0)
+        assert error < tolerance, f"{name}: {jax.tree_util.keystr(path)} is off by {error:.2e} ({tolerance:.0e})"
+    print(f"{name}: ok", flush=True)

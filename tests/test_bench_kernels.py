@@ -1,0 +1,70 @@
+"""scripts/bench_kernels.py runs every op at a tiny shape, finds each way right, and finds a wrong one."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.usefixtures("quick_compile")
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture
+def bench(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    import bench_kernels
+
+    return bench_kernels
+
+
+def records(bench, tmp_path, *arguments) -> tuple[int, list[dict]]:
+    file = tmp_path / "records.jsonl"
+    code = bench.main([*arguments, "--tiny", "--json", str(file)])
+    return code, [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def test_every_op_runs_at_a_tiny_shape_and_is_right(bench, tmp_path, capsys):
+    code, found = records(bench, tmp_path, "all")
+    assert code == 0, capsys.readouterr().out
+    measured = {(r["op"], r["way"]) for r in found if "refused" not in r}
+    assert measured == {
+        ("attention", "chunked"), ("linears", "linears: frozen products alone"), ("linears", "fused"),
+        ("mlp", "mlp: frozen products alone"), ("mlp", "fused"),
+        ("qkv_mlp", "qkv_mlp: frozen products alone"), ("qkv_mlp", "fused"),
+        ("norm_rope", "reference"), ("rms_norm", "reference"), ("linear_cross_entropy", "tiled"),
+        ("dequantize q", "reference"), ("dequantize k", "reference"), ("dequantize gate", "reference"),
+        ("adamw_8bit", "xla"),
+    }  # fmt: skip
+    refused = {r["way"].split("(")[0] for r in found if "refused" in r}
+    assert refused == {"triton", "cudnn"}  # no GPU here
+    by_way = {(r["op"], r["way"]): r for r in found}
+    fused = by_way["qkv_mlp", "fused"]
+    base = by_way["qkv_mlp", "qkv_mlp: frozen products alone"]
+    for label in ("forward", "forward+backward"):
+        assert fused[label]["overhead"] == pytest.approx(fused[label]["ms"] / base[label]["ms"] - 1)
+    # x; q, k, v and y; A and B of six layers
+    assert fused["right"] and len(fused["distance"]) == 4 + 1 + 12
+    assert len(by_way["mlp", "fused"]["distance"]) == 1 + 1 + 6
+
+
+def test_a_wrong_gradient_is_found_and_named(bench, tmp_path, capsys, monkeypatch):
+    import jax
+    from kernel_cases import residual_rms_norm
+
+    def wrong(x, w, *, eps, implementation):
+        y, normed = residual_rms_norm(x, w, eps=eps, implementation="reference")
+        if implementation == "triton":
+            normed = 1.5 * normed - jax.lax.stop_gradient(0.5 * normed)
+        return y, normed
+
+    monkeypatch.setattr("kernel_cases.residual_rms_norm", wrong)
+    code, found = records(bench, tmp_path, "rms_norm")
+    assert code == 1 and "WRONG" in capsys.readouterr().out
+    assert [r["right"] for r in found] == [False, True]
+    assert max(found[0]["distance"].values()) == found[0]["distance"]["[1][0]"]
+
+
+def test_what_cannot_be_swept_is_said(bench, capsys):
+    with pytest.raises(SystemExit):
+        bench.main(["rms_norm", "--sweep"])
+    assert "rms_norm has no tiles to try; attention, mlp, dequantize have" in capsys.readouterr().err

@@ -1,0 +1,207 @@
+"""Residuals summed into products, what the MLP keeps under a policy, and what the Triton kernels of blocks refuse."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxft.kernels import mlp as mlp_module
+from jaxft.kernels import norm_rope as norm_rope_module
+from jaxft.kernels import rms_norm as rms_norm_module
+from jaxft.kernels.linear import linears
+from jaxft.kernels.mlp import mlp
+from jaxft.kernels.norm_rope import norm_rope
+from jaxft.kernels.rms_norm import residual_rms_norm
+from jaxft.models.layers import REMAT
+from jaxft.quant import dense, quantize
+from tests.test_linear_kernels import KEY, distance, group, layer, mlp_case, products, with_gradients
+
+
+def held(layers, kind):
+    """The layers with quantised weights and, second, with the dense arrays of those; both as they are for None."""
+    if kind is None:
+        return layers, layers
+    weights = jax.jit(lambda weights: [quantize(w, kind) for w in weights])([one.weight for one in layers])
+    changed = [one._replace(weight=w) for one, w in zip(layers, weights, strict=True)]
+    return changed, [one._replace(weight=dense(one.weight, jnp.float32)) for one in changed]
+
+
+def residual(shape):
+    return jnp.asarray(np.random.default_rng(9).normal(0, 2, shape), jnp.float32)
+
+
+@pytest.mark.parametrize(
+    "name, kind, dropout", [("qkv_bias", None, 0.3), ("some_lora", "nf4", 0.0), ("no_lora", None, 0)]
+)
+def test_a_residual_is_added_to_the_first_linear_with_its_gradient(name, kind, dropout):
+    x, layers = group(name, jnp.float32)
+    fast, plain = held(layers, kind)
+    add = residual((2, 7, 16))
+    loras = [one.lora for one in layers]
+
+    def run(x, add, loras, weights, implementation, summed):
+        weights = tuple(one._replace(lora=lora) for one, lora in zip(weights, loras, strict=True))
+        first, *rest = linears(
+            x, weights, dropout=dropout, key=KEY, add=None if summed else add, implementation=implementation
+        )
+        return first + add if summed else first, *rest
+
+    wanted = with_gradients(lambda *a: run(*a, plain, "reference", True), x, add, loras)
+    for way, weights in (("fused", fast), ("reference", plain)):
+        found = with_gradients(lambda *a, w=weights, way=way: run(*a, w, way, False), x, add, loras)
+        assert distance(found, wanted) < 1e-5, way
+
+
+@pytest.mark.parametrize("tiles, kind", [(1, None), (3, None), (1, "nf4"), (3, "nf4"), (3, "int8")])
+def test_a_residual_is_added_to_the_mlp_with_its_gradient(tiles, kind):
+    x, *layers = mlp_case(jnp.float32)
+    fast, plain = held(layers, kind)
+    add, loras = residual(x.shape), [one.lora for one in layers]
+
+    def run(x, loras, weights, **how):
+        weights = (one._replace(lora=lora) for one, lora in zip(weights, loras, strict=True))
+        return mlp(x, *weights, activation="silu", **how)
+
+    wanted = with_gradients(lambda x, add, loras: run(x, loras, plain, implementation="reference") + add, x, add, loras)
+    found = with_gradients(lambda x, add, loras: run(x, loras, fast, add=add, tiles=tiles), x, add, loras)
+    assert distance(found, wanted) < 1e-5
+
+
+def test_a_residual_of_another_shape_or_dtype_is_an_error():
+    x, *layers = mlp_case(jnp.float32)
+    with pytest.raises(ValueError, match=r"add is float32 \(2, 7, 1\)"):
+        mlp(x, *layers, activation="silu", add=residual((2, 7, 1)))
+    with pytest.raises(ValueError, match=r"add is bfloat16"):
+        linears(x, (layers[0],), add=residual((2, 7, 20)).astype(jnp.bfloat16))
+
+
+@pytest.mark.parametrize("tiles", [1, 7])
+def test_the_full_policy_does_not_run_downs_low_rank_input_again(tiles):
+    random = np.random.default_rng(0)
+    gate, up = (layer(random, 20, 12, jnp.bfloat16, rank=3) for _ in range(2))
+    down = layer(random, 12, 20, jnp.bfloat16, rank=5)
+    x = jnp.asarray(random.normal(0, 1, (2, 7, 12)), jnp.bfloat16)
+
+    def thin(policy) -> int:
+        """Products that give 5 columns for each token: down's low-rank input u, and its gradient g."""
+
+        def run(x, loras):
+            some = (one._replace(lora=lora) for one, lora in zip((gate, up, down), loras, strict=True))
+            return mlp(x, *some, activation="silu", tiles=tiles)
+
+        body = jax.checkpoint(run, policy=policy)
+        loss = lambda loras: jnp.sum(body(x, loras).astype(jnp.float32))  # noqa: E731
+        found = products(jax.grad(loss), [one.lora for one in (gate, up, down)])
+        return [shape for shape, _ in found].count((2, 7, 5) if tiles == 1 else (2, 5))
+
+    nothing, full = thin(jax.checkpoint_policies.nothing_saveable), thin(REMAT["full"])
+    assert (nothing, full) == (3, 2)  # u in forward, g in backward; where nothing is kept, u once more
+
+
+# what the kernels serve, with a device and packages that say yes
+
+
+@pytest.fixture
+def card(monkeypatch):
+    """Devices of compute capability 9.0 with triton and jax-triton; what a way would run is recorded, not run."""
+    for module in (mlp_module, norm_rope_module, rms_norm_module):
+        monkeypatch.setattr(module, "device_capability", lambda: 90)
+        monkeypatch.setattr(module.triton, "find_spec", lambda name: name)
+    return monkeypatch
+
+
+once = functools.cache(mlp_case)  # its arrays cannot be made under a mesh without devices
+
+
+def mlp_way(dtype=jnp.bfloat16, *, rank=8, bias=False, implementation=None, patch, **how):
+    """The card that `mlp` hands to its kernels, None where it takes plain XLA."""
+    seen = []
+    patch.setattr(mlp_module.fused, "mlp", lambda x, *rest: (seen.append(rest[-1]), x)[1])
+    case = once(dtype, rank=rank, bias=bias)
+    jax.eval_shape(lambda *a: mlp(*a, **{"activation": "silu", "implementation": implementation} | how), *case)
+    return seen[0]
+
+
+MLP_REFUSED = {
+    "dtype float32": dict(dtype=jnp.float32),
+    "activation gelu:": dict(activation="gelu"),
+    "dropout": dict(dropout=0.1, keys=(KEY, KEY)),
+    "without LoRA or with a bias": dict(bias=True),
+    "a layer without LoRA": dict(rank=0),
+    "rank 129": dict(rank=129),
+}
+
+
+def test_the_mlp_kernels_are_taken_where_they_serve(card):
+    assert mlp_way(patch=card) == 90
+    assert mlp_way(patch=card, implementation="triton", rank=128) == 90
+    assert mlp_way(patch=card, dropout=0.1) == 90  # no key: off
+    assert mlp_way(patch=card, implementation="fused") is None
+
+
+@pytest.mark.parametrize("reason", MLP_REFUSED)
+def test_the_mlp_kernels_refuse_by_name_and_are_passed_over_by_default(reason, card):
+    with pytest.raises(NotImplementedError, match=f"mlp by triton: .*{reason}"):
+        mlp_way(patch=card, implementation="triton", **MLP_REFUSED[reason])
+    assert mlp_way(patch=card, **MLP_REFUSED[reason]) is None
+
+
+def norm_rope_way(implementation=None, *, patch, H=32, dtype=jnp.bfloat16):
+    seen = []
+    patch.setattr(norm_rope_module.triton, "norm_rope", lambda x, *_: (seen.append("triton"), x)[1])
+    x, w, angle = (
+        jax.ShapeDtypeStruct(*s) for s in (((1, 2, 3, H), dtype), ((H,), dtype), ((1, 2, H // 2), "float32"))
+    )
+    jax.eval_shape(lambda x, w, c: norm_rope(x, w, c, c, eps=1e-6, implementation=implementation), x, w, angle)
+    return seen[0] if seen else None
+
+
+def rms_norm_way(implementation=None, *, patch, D=128, dtype=jnp.bfloat16):
+    seen = []
+    patch.setattr(rms_norm_module.triton, "residual_rms_norm", lambda x, *_: (seen.append("triton"), (x, x))[1])
+    x, w = jax.ShapeDtypeStruct((2, 3, D), dtype), jax.ShapeDtypeStruct((D,), dtype)
+    jax.eval_shape(lambda x, w: residual_rms_norm(x, w, eps=1e-6, implementation=implementation), x, w)
+    return seen[0] if seen else None
+
+
+NORMS_REFUSED = [
+    (norm_rope_way, dict(H=48), "norm_rope by triton: head size 48"),
+    (norm_rope_way, dict(H=1024), "norm_rope by triton: head size 1024"),
+    (norm_rope_way, dict(dtype=jnp.float8_e4m3fn), "norm_rope by triton: dtype float8_e4m3fn"),
+    (rms_norm_way, dict(D=96), "residual_rms_norm by triton: width 96"),
+    (rms_norm_way, dict(D=16385), "residual_rms_norm by triton: width 16385"),
+    (rms_norm_way, dict(dtype=jnp.float8_e4m3fn), "residual_rms_norm by triton: dtype float8_e4m3fn"),
+]
+
+
+@pytest.mark.parametrize("way, case, reason", NORMS_REFUSED)
+def test_the_norms_kernels_refuse_by_name_and_are_passed_over_by_default(way, case, reason, card):
+    with pytest.raises(NotImplementedError, match=reason):
+        way("triton", patch=card, **case)
+    assert way(patch=card, **case) is None
+
+
+WAYS = [(mlp_way, dict()), (norm_rope_way, dict()), (rms_norm_way, dict())]
+
+
+@pytest.mark.parametrize("way, case", WAYS)
+def test_devices_meshes_and_packages_are_refused_by_name_and_passed_over_by_default(way, case, card):
+    module = {mlp_way: mlp_module, norm_rope_way: norm_rope_module, rms_norm_way: rms_norm_module}[way]
+    assert way(patch=card, **case) in (90, "triton")
+
+    def refused(reason):
+        with pytest.raises(NotImplementedError, match=f"by triton: {reason}"):
+            way(implementation="triton", patch=card, **case)
+        assert way(patch=card, **case) is None
+
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((2,), ("fsdp",))):
+        refused("a mesh of several devices")
+    for missing in ("triton", "jax_triton"):
+        card.setattr(module.triton, "find_spec", lambda name, missing=missing: None if name == missing else name)
+        refused(f"{missing} is not installed: pip install 'jaxft")
+    card.setattr(module, "device_capability", lambda: 70)
+    refused("compute capability 7.0")
+    card.undo()
+    refused("cpu device")
