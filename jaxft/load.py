@@ -75,6 +75,54 @@ def load_model(
     directory = find_directory(str(name))
     model = describe_model(with_changes(read_hf_config(directory), changes or {}))
     where = hf.open_model(directory, model.family.older, model.family.passed_over)
+    model = _as_held(model, where, directory, dtype, quantization)
+    places = None if mesh is None else shardings(model.axes, model.shapes, mesh)
+    return model, hf.load_params(directory, model.family.names, model.shapes, dtype, places, where)
+
+
+def model_shapes(
+    name: str | Path, *, mesh: Mesh, dtype: Any = jnp.float32, quantization: str | None = None,
+    changes: Changes | None = None,
+) -> tuple[Model, Tree]:  # fmt: skip
+    """`load_model` with a `jax.ShapeDtypeStruct` for each array, placed as that would be; config.json is enough.
+
+    Where weights are there, their headers are read, to see what is quantised. Raises InputError where config.json says
+    that they are quantised and they are not there, and as `load_model`.
+    """
+    directory = find_directory(str(name))
+    model = describe_model(with_changes(read_hf_config(directory), changes or {}))
+    where: dict[str, Any] = {}
+    if any(directory.glob("*.safetensors")):
+        where = hf.open_model(directory, model.family.older, model.family.passed_over)
+    elif getattr(model.hf_config, "quantization_config", None):
+        raise InputError(f"{directory} is quantised, and its weights are not here: what they hold is not known")
+    model = _as_held(model, where, directory, dtype, quantization)
+    held = jax.tree.map(
+        lambda leaf: leaf if is_quantized(leaf) else jax.ShapeDtypeStruct(leaf.shape, dtype), model.shapes,
+        is_leaf=is_quantized,
+    )  # fmt: skip
+    return model, shapes_on_mesh(model, held, mesh)
+
+
+def adapter_shapes(model: Model, params: Tree, config: LoraConfig, mesh: Mesh) -> tuple[Model, Tree, Tree]:
+    """`new_adapter` of the shapes that `model_shapes` gives: (model, trainable, frozen)."""
+    model = with_lora(model, config)
+    trained, scales = lora_shapes(model)
+    return model, shapes_on_mesh(model, trained, mesh), join(params, shapes_on_mesh(model, scales, mesh))
+
+
+def shapes_on_mesh(model: Model, tree: Tree, mesh: Mesh) -> Tree:
+    """Part of a model's tree of shapes with the shardings that the table of axes gives it."""
+    return jax.tree.map(
+        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+        tree, like(shardings(model.axes, model.shapes, mesh), tree),
+    )  # fmt: skip
+
+
+def _as_held(
+    model: Model, where: dict[str, Any], directory: Path, dtype: Any, quantization: str | None
+) -> Model:  # fmt: skip
+    """The model with the weights quantised that the files (`open_model`'s) or `quantization` have so."""
     stored = bnb.stored_leaves(where, directory)
     kinds = {kind_of(leaf) for leaf in stored.values()}
     if quantization and kinds - {quantization}:
@@ -83,10 +131,7 @@ def load_model(
             f"{directory} is already quantised as {held}, {quantization} was asked for; leave the flag out"
         )
     leaves = stored or (all_linears(model, quantization, dtype) if quantization else {})
-    if leaves:
-        model = with_quantized(model, leaves)
-    places = None if mesh is None else shardings(model.axes, model.shapes, mesh)
-    return model, hf.load_params(directory, model.family.names, model.shapes, dtype, places, where)
+    return with_quantized(model, leaves) if leaves else model
 
 
 def load_adapter(

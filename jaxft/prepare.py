@@ -11,14 +11,17 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerBase
 
+from jaxft.convert.peft import read_adapter_config
 from jaxft.errors import InputError
 from jaxft.load import (
     BASE_CONFIG,
+    adapter_shapes,
     base_changes,
     find_directory,
     load_adapter,
     load_model,
     load_tokenizer,
+    model_shapes,
     new_adapter,
 )
 from jaxft.lora import LoraConfig
@@ -52,8 +55,11 @@ def use_compile_cache() -> None:
         jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "jaxft" / "xla"))
 
 
-def prepare(settings: Settings, model_name: str) -> Prepared:
-    """Loads what the settings name. Raises InputError for anything that is missing, damaged or does not fit."""
+def prepare(settings: Settings, model_name: str, *, weights: bool = True) -> Prepared:
+    """Loads what the settings name. Raises InputError for anything that is missing, damaged or does not fit.
+
+    weights: False reads no weights, of the model or of an adapter: both trees then hold `jax.ShapeDtypeStruct`s.
+    """
     use_compile_cache()
     platform_dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     param_dtype = jnp.dtype(settings.param_dtype(platform_dtype))
@@ -62,15 +68,18 @@ def prepare(settings: Settings, model_name: str) -> Prepared:
     directory = find_directory(model_name)
     changes = config_changes(settings, directory)
     tokenizer = load_tokenizer(directory)
-    model, params = load_model(
-        directory, dtype=param_dtype, mesh=mesh, quantization=settings.quantization, changes=changes
-    )
+    load = load_model if weights else model_shapes
+    model, params = load(directory, dtype=param_dtype, mesh=mesh, quantization=settings.quantization, changes=changes)
     lora: LoraConfig | None = None
     trainable: Tree
     if settings.adapter is not None:
         if isinstance(settings, TrainSettings) and settings.full_finetuning:
             raise InputError("--adapter and --full_finetuning contradict each other; merge the adapter first")
-        model, trainable, frozen, lora = load_adapter(settings.adapter, model, params, mesh=mesh)
+        if weights:
+            model, trainable, frozen, lora = load_adapter(settings.adapter, model, params, mesh=mesh)
+        else:
+            lora = read_adapter_config(find_directory(settings.adapter), model.family.passed_over)
+            model, trainable, frozen = adapter_shapes(model, params, lora, mesh)
         if isinstance(settings, TrainSettings):
             _check_adapter(settings, lora)
     elif isinstance(settings, TrainSettings) and settings.full_finetuning:
@@ -79,7 +88,10 @@ def prepare(settings: Settings, model_name: str) -> Prepared:
         trainable, frozen = params, {}
     elif isinstance(settings, TrainSettings):
         lora = lora_settings(settings)
-        model, trainable, frozen = new_adapter(model, params, lora, jax.random.key(settings.seed), mesh=mesh)
+        if weights:
+            model, trainable, frozen = new_adapter(model, params, lora, jax.random.key(settings.seed), mesh=mesh)
+        else:
+            model, trainable, frozen = adapter_shapes(model, params, lora, mesh)
     else:
         trainable, frozen = {}, params
     return Prepared(directory, model, trainable, frozen, lora, tokenizer, mesh, compute_dtype, changes)
