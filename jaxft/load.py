@@ -97,11 +97,16 @@ def model_shapes(
     elif getattr(model.hf_config, "quantization_config", None):
         raise InputError(f"{directory} is quantised, and its weights are not here: what they hold is not known")
     model = _as_held(model, where, directory, dtype, quantization)
+    return model, held_shapes(model, dtype, mesh)
+
+
+def held_shapes(model: Model, dtype: Any, mesh: Mesh) -> Tree:
+    """A model's parameters as shapes on a mesh, all but the quantised of `dtype`."""
     held = jax.tree.map(
         lambda leaf: leaf if is_quantized(leaf) else jax.ShapeDtypeStruct(leaf.shape, dtype), model.shapes,
         is_leaf=is_quantized,
     )  # fmt: skip
-    return model, shapes_on_mesh(model, held, mesh)
+    return shapes_on_mesh(model, held, mesh)
 
 
 def adapter_shapes(model: Model, params: Tree, config: LoraConfig, mesh: Mesh) -> tuple[Model, Tree, Tree]:

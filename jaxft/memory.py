@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,7 +11,9 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from jaxft.cards import COMPILER_OPTIONS, MEMORY, PREALLOCATED, is_absent
 from jaxft.errors import InputError, RunError
+from jaxft.kernels.attention.triton import compiling_for
 from jaxft.kernels.linear_cross_entropy import tile_rows
 from jaxft.loop import Run
 from jaxft.models import Model
@@ -94,15 +97,16 @@ def plan(
 ) -> Plan:  # fmt: skip
     """Compiles the train step for these trees and says what it needs; nothing is run, and no array is needed.
 
-    trainable, opt_state, frozen, batch ((A, B, T) each): arrays, or `jax.ShapeDtypeStruct`s with the shardings that
-    the arrays will have. The first two are donated. The rest is `make_train_step`'s; compiler_options are XLA's. To be
-    called under `jax.set_mesh` where the step will be. Evaluation and generation are programs of their own, not
-    counted here.
+    trainable, opt_state, frozen, batch ((A, B, T) each): arrays, or `jax.ShapeDtypeStruct`s with the shardings, all of
+    one mesh, that the arrays will have. The first two are donated. The rest is `make_train_step`'s; compiler_options
+    are XLA's. Evaluation and generation are programs of their own, not counted here.
     """
-    leaf = jax.tree.leaves(trainable)[0]
-    everywhere = leaf.sharding
-    if isinstance(everywhere, NamedSharding):
-        everywhere = NamedSharding(everywhere.mesh, PartitionSpec())
+    mesh = jax.tree.leaves(trainable)[0].sharding.mesh
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    device = mesh.devices.flat[0]
+    absent = is_absent(device)
+    if absent:
+        compiler_options = COMPILER_OPTIONS | (compiler_options or {})
     key = jax.ShapeDtypeStruct((), jax.eval_shape(jax.random.key, 0).dtype, sharding=everywhere)
     places = [jax.tree.map(lambda leaf: leaf.sharding, tree) for tree in (trainable, opt_state)]
     step = jax.jit(
@@ -112,7 +116,9 @@ def plan(
         ),
         donate_argnums=(0, 1), out_shardings=(*places, None), compiler_options=compiler_options,
     )  # fmt: skip
-    compiled = step.lower(trainable, opt_state, frozen, batch, key).compile()
+    with compiling_for(device) if absent else nullcontext(), jax.set_mesh(mesh):
+        lowered = step.lower(trainable, opt_state, frozen, batch, key)
+    compiled = lowered.compile()
     found = compiled.memory_analysis()
     assert found is not None  # every backend that this runs on has one
     accumulated = batch["tokens"].shape[0] > 1  # then gradients are summed in float32
@@ -242,6 +248,8 @@ def what_helps(settings: TrainSettings, prepared: Prepared) -> str:
 
 def device_limit(device: jax.Device) -> int | None:
     """Bytes that XLA may use of a device, times `MARGIN`; None where the device has no limit of its own, as a CPU."""
+    if is_absent(device):
+        return int(MEMORY[device.device_kind] * PREALLOCATED * MARGIN)
     limit = (device.memory_stats() or {}).get("bytes_limit")
     return None if limit is None else int(limit * MARGIN)
 

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerBase
 
+from jaxft.cards import absent_card
 from jaxft.convert.peft import read_adapter_config
 from jaxft.errors import InputError
 from jaxft.load import (
@@ -61,10 +62,12 @@ def prepare(settings: Settings, model_name: str, *, weights: bool = True) -> Pre
     weights: False reads no weights, of the model or of an adapter: both trees then hold `jax.ShapeDtypeStruct`s.
     """
     use_compile_cache()
-    platform_dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    absent = settings.device if isinstance(settings, TrainSettings) else None
+    devices = [absent_card(absent)] if absent else jax.devices()
+    platform_dtype = "float32" if devices[0].platform == "cpu" else "bfloat16"
     param_dtype = jnp.dtype(settings.param_dtype(platform_dtype))
     compute_dtype = jnp.dtype(settings.compute_dtype(platform_dtype))
-    mesh = make_mesh(mesh_sizes(settings.mesh_axes, jax.device_count()))
+    mesh = make_mesh(mesh_sizes(settings.mesh_axes, len(devices)), devices)
     directory = find_directory(model_name)
     changes = config_changes(settings, directory)
     tokenizer = load_tokenizer(directory)

@@ -170,6 +170,7 @@ class TrainArguments:
         None, "most bytes of a device, such as 11GiB, or auto: take the fastest gradient_checkpointing that fits"
     )
     dry_run: bool = _flag(False, "say what a step needs and whether it fits; train and write nothing")
+    device: str | None = _flag(None, "with --dry_run: plan for a card that is not here, h200")
     optim: Literal["adamw", "adamw_torch", "adamw_8bit"] = _flag("adamw", "adamw_torch is adamw; 8bit: its moments")
     logging_steps: int = _flag(1, "steps a line of metrics")
     save_steps: int = _flag(500, "steps a checkpoint; 0 saves at the end only")
@@ -282,6 +283,10 @@ def check(settings: Any, where: dict[str, str]) -> None:
         chosen = [where[name] for name in ("gradient_checkpointing", "mlp_tiles") if name in where]
         if settings.memory_budget and chosen and not settings.dry_run:
             raise InputError(f"{where['memory_budget']} chooses what {chosen[0]} says; leave one of them out")
+        if settings.device and not settings.dry_run:
+            raise InputError(
+                f"{where['device']} is {settings.device}, which is not here: it has a meaning with --dry_run only"
+            )
         if settings.streaming and settings.max_steps < 0:
             raise InputError("--streaming does not know how long an epoch is; set --max_steps")
         if settings.streaming and len(settings.sources) > 1:

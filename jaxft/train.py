@@ -57,13 +57,13 @@ def main(argv: list[str] | None = None) -> int:
         batches, data = lay_out(samples, prepared, settings), {"data": samples.checksum()}
     heldout = tokenize("held out", heldout_rows, prepared, settings) if heldout_rows else []
     say_model(prepared)
+    run = make_run(settings, prepared, directory, batches, data, heldout)
+    if settings.dry_run or settings.memory_budget:
+        planned = plan_run(run, prepared, say)
+        if settings.dry_run:
+            return 0
+        run = with_plan(run, planned)
     with jax.set_mesh(prepared.mesh):
-        run = make_run(settings, prepared, directory, batches, data, heldout)
-        if settings.dry_run or settings.memory_budget:
-            planned = plan_run(run, prepared, say)
-            if settings.dry_run:
-                return 0
-            run = with_plan(run, planned)
         prompts = sample_prompts(heldout, settings.sample_prompts)
         before = answer(prepared, prepared.trainable, prompts)
         outcome = run_training(run, prepared)

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import jax
 import pytest
 
-from jaxft import loop, train
+from jaxft import bench, cards, loop, memory, train
 from jaxft.config import parse
 from jaxft.errors import InputError, run_command
 from jaxft.memory import CPU_LADDER, LADDER, batch_shapes, choose, device_bytes, plan
@@ -17,10 +17,11 @@ from jaxft.models.layers import REMAT
 from jaxft.optim import make_optimizer, state_shapes
 from jaxft.prepare import prepare
 from jaxft.settings import parse_bytes
+from tests.tiny_models import CONFIGS
 from tests.tiny_runs import compile_cache, flags, losses_of, sums, write_base, write_rows
 
 MIB = 1 << 20
-RUN = flags(max_length=64, per_device_train_batch_size=4, lora_r=4, max_steps=2, save_steps=0, learning_rate=0.01)
+RUN = flags(max_length=64, per_device_train_batch_size=4, lora_r=4, max_steps=1, save_steps=0, learning_rate=0.01)
 RUN += flags(lr_scheduler_type="constant")
 WIDE = {"intermediate_size": 512}  # so that the MLP's arrays are the largest, and tiles of it tell
 
@@ -67,12 +68,11 @@ def plans(place):
 
     def of(policy, tiles):
         if (policy, tiles) not in made:
-            with jax.set_mesh(prepared.mesh):
-                made[policy, tiles] = plan(
-                    prepared.model, optimizer=optimizer, trainable=prepared.trainable, frozen=prepared.frozen,
-                    opt_state=state_shapes(optimizer, prepared.trainable), batch=batch_shapes(prepared.mesh, 1, 4, 64),
-                    gradient_checkpointing=policy, mlp_tiles=tiles, dtype=prepared.compute_dtype, max_documents=3,
-                )  # fmt: skip
+            made[policy, tiles] = plan(
+                prepared.model, optimizer=optimizer, trainable=prepared.trainable, frozen=prepared.frozen,
+                opt_state=state_shapes(optimizer, prepared.trainable), batch=batch_shapes(prepared.mesh, 1, 4, 64),
+                gradient_checkpointing=policy, mlp_tiles=tiles, dtype=prepared.compute_dtype, max_documents=4,
+            )  # fmt: skip
         return made[policy, tiles]
 
     return of
@@ -81,7 +81,6 @@ def plans(place):
 @pytest.mark.parametrize(
     "more",
     [
-        {},
         {"load_in_4bit": True},
         {"load_in_8bit": True, "optim": "adamw_8bit", "lora_r": 64},
         {"full_finetuning": True},
@@ -167,7 +166,8 @@ def test_a_budget_that_nothing_fits_says_the_smallest_and_what_helps():
         choose(9 * MIB, make, say=lambda _: None, advice="a smaller --x")
 
 
-def test_a_run_within_a_budget_is_the_run_with_that_policy(command, tmp_path):
+def test_a_run_within_a_budget_is_the_run_with_that_policy(command, tmp_path, monkeypatch):
+    monkeypatch.setattr(memory, "CPU_LADDER", CPU_LADDER[-3::2])  # fewer to compile
     code, _, said = command(memory_budget="4MiB", output_dir="chosen")
     assert code == 0, said
     assert "memory: --gradient_checkpointing full --mlp_tiles 1 needs" in said and "too much" in said
@@ -193,7 +193,7 @@ def test_a_dry_run_needs_no_weights_and_writes_nothing(command, tmp_path):
     code, out, said = command("--dry_run", base="described", memory_budget="1GiB", mlp_tiles=8, output_dir="out")
     assert code == 0, said
     assert re.search(r"^together +\d+\.\d+ MiB  --gradient_checkpointing full --mlp_tiles 8$", out, re.MULTILINE)
-    assert out.endswith("2 steps of 4 rows\nfits\n") and "% filled" in said
+    assert out.endswith("1 steps of 4 rows\nfits\n") and "% filled" in said
     assert not any(tmp_path.iterdir())
 
 
@@ -253,3 +253,59 @@ def test_a_budget_takes_the_place_of_the_embedded_policy():
 def test_bytes_are_read_with_their_units():
     sizes = [parse_bytes(text) for text in ("11GiB", "1.5 GB", "800MiB", "2TB", "3KB")]
     assert sizes == [11 * 2**30, 1_500_000_000, 800 * 2**20, 2 * 10**12, 3000]
+
+
+# Cards that are not here, and the benchmark
+
+
+def test_a_device_that_is_not_here_is_only_for_dry_runs(command, monkeypatch):
+    with pytest.raises(InputError, match="--device is h200, which is not here: it has a meaning with --dry_run only"):
+        parse("train", flags(device="h200"))
+    code, _, said = command("--dry_run", base="described", device="abacus")
+    assert code == 2 and "--device 'abacus': described are h200" in said
+
+    def missing(**_):
+        raise NotImplementedError("topology not implemented for cuda")
+
+    monkeypatch.setattr(cards.topologies, "get_topology_desc", missing)
+    code, _, said = command("--dry_run", base="described", device="h200")
+    assert code == 2 and "no compiler for CUDA here (topology not implemented for cuda); pip install" in said
+
+
+def test_a_dry_run_plans_for_a_card_that_is_not_here(command):
+    pytest.importorskip("jax_cuda13_plugin", reason="needs the compiler for CUDA")
+    code, out, said = command("--dry_run", base="described", device="h200", bf16=True)
+    assert code == 0, said
+    assert "computed in bfloat16 on 1 × NVIDIA H200" in said and out.endswith("fits\n")
+
+
+@pytest.fixture
+def tiny_bench(monkeypatch):
+    config = CONFIGS["qwen3"] | WIDE | {"num_hidden_layers": 1}
+    monkeypatch.setitem(bench.CONFIGS, "tiny", config)
+    monkeypatch.setitem(bench.WORKLOADS, "A1", bench.Workload("tiny", 4, 64))
+
+
+def test_the_benchmark_plans_and_chooses_too(tiny_bench, capsys, monkeypatch):
+    assert run_command(bench.main, ["A1", "--dry_run", "--mlp_tiles", "8"]) == 0
+    line = json.loads(capsys.readouterr().out)
+    assert line["id"] == "A1" and (line["gradient_checkpointing"], line["mlp_tiles"]) == ("full", 8)
+    assert line["total"] == line["arguments"] + line["temporary"] + line["output"] - line["aliased"]
+    monkeypatch.setattr(memory, "CPU_LADDER", CPU_LADDER[-1:])
+    for size, code in ((line["total"] + 2**20, 0), (2**20, 1)):
+        assert run_command(bench.main, ["A1", "--dry_run", "--memory_budget", f"{size // 2**10}KiB"]) == code
+    out, said = capsys.readouterr()
+    assert json.loads(out) == line and "nothing fits" in said
+    monkeypatch.setattr(bench, "planned", lambda *_: SimpleNamespace(gradient_checkpointing="full", mlp_tiles=8))
+    assert run_command(bench.main, ["A1", "--memory_budget", "1GiB", "--steps", "1", "--warmup", "0"]) == 0
+    assert json.loads(capsys.readouterr().out)["mlp_tiles"] == 8
+
+
+def test_the_benchmark_refuses_contradictions(tiny_bench, capsys):
+    for argv, words in (
+        (["--memory_budget", "1GiB", "--mlp_tiles", "2"], "--memory_budget chooses --gradient_checkpointing and"),
+        (["--device", "h200"], "--device h200 is not here to be measured"),
+        (["--dry_run", "--memory_budget", "auto"], "cpu has no memory of its own"),
+    ):
+        assert run_command(bench.main, ["A1", *argv]) == 2
+        assert words in capsys.readouterr().err
