@@ -7,7 +7,7 @@ import statistics
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +16,20 @@ import jax.numpy as jnp
 import numpy as np
 from transformers import AutoConfig
 
-from jaxft.errors import run_command
-from jaxft.load import new_adapter, parameter_count
+from jaxft.cards import absent_card
+from jaxft.errors import InputError, RunError, run_command
+from jaxft.load import adapter_shapes, held_shapes, new_adapter, parameter_count
 from jaxft.lora import LoraConfig
+from jaxft.memory import Plan, batch_shapes, choose, device_limit, ladder_of, plan
 from jaxft.models import Model, describe_model, init_params
 from jaxft.models.layers import REMAT
 from jaxft.models.quantized import all_linears, with_quantized
-from jaxft.optim import make_optimizer
+from jaxft.optim import make_optimizer, state_shapes
 from jaxft.packing import Batch
 from jaxft.prepare import use_compile_cache
 from jaxft.profile import table
+from jaxft.settings import parse_bytes
+from jaxft.sharding import make_mesh, mesh_sizes
 from jaxft.step import make_train_step
 from jaxft.trees import Tree, flatten
 
@@ -126,14 +130,69 @@ def model_flops(model: Model, batch: Batch, full_finetuning: bool) -> float:
     return 2.0 * matrices * batch["tokens"].size * passes + attention
 
 
+def described(workload: Workload) -> Model:
+    """The workload's model, without an adapter."""
+    constants = dict(CONFIGS[workload.model])
+    model = describe_model(AutoConfig.for_model(constants.pop("model_type"), **constants))
+    return with_quantized(model, all_linears(model, "nf4", jnp.bfloat16)) if workload.load_in_4bit else model
+
+
+def planned(name: str, options: argparse.Namespace) -> Plan:
+    """What the workload's step needs, by the flags or by the fastest policy within `--memory_budget`."""
+    workload = replace(WORKLOADS[name], model=options.model or WORKLOADS[name].model)
+    device = absent_card(options.device) if options.device else jax.devices()[0]
+    mesh = make_mesh(mesh_sizes(None, 1), [device])
+    model = described(workload)
+    trainable: Tree = held_shapes(model, jnp.bfloat16, mesh)
+    frozen: Tree = {}
+    if not workload.full_finetuning:
+        model, trainable, frozen = adapter_shapes(model, trainable, LoraConfig(), mesh)
+    optimizer = make_optimizer(2e-4, optim=options.optim)
+    documents = max(int(batch["segment_ids"].max()) for batch in batches_of(workload, model))
+
+    def make(gradient_checkpointing: str, mlp_tiles: int) -> Plan:
+        return plan(
+            model, optimizer=optimizer, trainable=trainable, opt_state=state_shapes(optimizer, trainable),
+            frozen=frozen, batch=batch_shapes(mesh, 1, workload.batch, workload.length),
+            gradient_checkpointing=gradient_checkpointing, mlp_tiles=mlp_tiles, max_documents=documents,
+            compiler_options=dict(options.compiler_option),
+        )  # fmt: skip
+
+    if options.memory_budget is None:
+        return make(options.gradient_checkpointing or workload.gradient_checkpointing, options.mlp_tiles or 1)
+    limit = device_limit(device) if options.memory_budget == "auto" else parse_bytes(options.memory_budget)
+    if limit is None:
+        raise InputError(f"--memory_budget auto: {device.device_kind} has no memory of its own; name a number")
+    try:
+        return choose(limit, make, say=lambda line: print(line, file=sys.stderr), ladder=ladder_of(mesh))
+    except InputError as failure:
+        if options.dry_run:  # which was asked whether it fits: the answer is no
+            raise RunError(str(failure)) from failure
+        raise
+
+
+def dry_run(name: str, options: argparse.Namespace) -> dict[str, Any]:
+    """The line of a workload that is planned and not run; sizes in bytes of one device."""
+    found = planned(name, options)
+    sizes = {field.name: getattr(found, field.name) for field in fields(found) if field.name != "compiled"}
+    return {"id": name, "device": options.device or jax.devices()[0].device_kind} | sizes | {"total": found.total}
+
+
+def batches_of(workload: Workload, model: Model) -> list[Batch]:
+    """The batches that the steps take in turn."""
+    return [random_batch(workload, model.config.vocab_size, seed) for seed in range(4)]
+
+
 def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
     """Builds the workload's step, compiles it ahead, runs it, and returns the figures of its line."""
     workload = replace(WORKLOADS[name], model=options.model or WORKLOADS[name].model)
     use_compile_cache()
-    constants = dict(CONFIGS[workload.model])
-    model = describe_model(AutoConfig.for_model(constants.pop("model_type"), **constants))
-    if workload.load_in_4bit:
-        model = with_quantized(model, all_linears(model, "nf4", jnp.bfloat16))
+    remat, tiles = options.gradient_checkpointing or workload.gradient_checkpointing, options.mlp_tiles or 1
+    if options.memory_budget is not None:
+        found = planned(name, options)
+        remat, tiles = found.gradient_checkpointing, found.mlp_tiles
+        del found
+    model = described(workload)
     params = init_params(model, jax.random.key(0), jnp.bfloat16)
     trainable: Tree = params
     frozen: Tree = {}
@@ -142,12 +201,11 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
     del params
     optimizer = make_optimizer(2e-4, optim=options.optim)
     opt_state = jax.jit(optimizer.init)(trainable)
-    remat = options.gradient_checkpointing or workload.gradient_checkpointing
-    batches = [random_batch(workload, model.config.vocab_size, seed) for seed in range(4)]
+    batches = batches_of(workload, model)
     documents = max(int(batch["segment_ids"].max()) for batch in batches)
     step = jax.jit(
         make_train_step(
-            model, optimizer=optimizer, gradient_checkpointing=remat, mlp_tiles=options.mlp_tiles,
+            model, optimizer=optimizer, gradient_checkpointing=remat, mlp_tiles=tiles,
             max_documents=documents,
         ),
         donate_argnums=(0, 1),
@@ -183,7 +241,7 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
         "model": workload.model,
         "shape": [workload.batch, workload.length],
         "gradient_checkpointing": remat,
-        "mlp_tiles": options.mlp_tiles,
+        "mlp_tiles": tiles,
         "compiler_options": dict(options.compiler_option),
         "optim": options.optim,
         "device": device.device_kind,
@@ -214,7 +272,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=8, help="timed steps")
     parser.add_argument("--warmup", type=int, default=3, help="steps before them")
     parser.add_argument("--gradient_checkpointing", choices=list(REMAT), help="instead of the workload's own")
-    parser.add_argument("--mlp_tiles", type=int, default=1, help="in how many parts the MLPs take the tokens")
+    parser.add_argument("--mlp_tiles", type=int, help="in how many parts the MLPs take the tokens, 1 where not given")
+    parser.add_argument("--memory_budget", help="11GiB or auto: the fastest policy that fits, in place of those two")
+    parser.add_argument("--dry_run", action="store_true", help="compile, say what the step needs, run nothing")
+    parser.add_argument("--device", help="dry runs only: a card that is not here, h200")
     parser.add_argument("--optim", default="adamw_8bit", choices=["adamw", "adamw_8bit"])
     parser.add_argument(
         "--compiler_option", action="append", type=_compiler_option, default=[], metavar="NAME=VALUE",
@@ -223,9 +284,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--profile", help="write a trace of the timed steps here, and say where their time goes")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     options = parser.parse_args(argv)
+    if options.memory_budget and (options.gradient_checkpointing or options.mlp_tiles):
+        raise InputError("--memory_budget chooses --gradient_checkpointing and --mlp_tiles; leave them out, or it")
+    if options.device and not options.dry_run:
+        raise InputError(f"--device {options.device} is not here to be measured; it has a meaning with --dry_run")
     arguments = sys.argv[1:] if argv is None else argv
     if len(options.workloads) == 1:
-        print(json.dumps(measure(options.workloads[0], options)), flush=True)
+        line = (dry_run if options.dry_run else measure)(options.workloads[0], options)
+        print(json.dumps(line), flush=True)
         return 0
     # a fresh process a measurement: the allocator's peak cannot be reset
     flags = [argument for argument in arguments if argument not in WORKLOADS]

@@ -18,13 +18,13 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from jaxft.convert import bnb, hf, peft
 from jaxft.errors import InputError
-from jaxft.lora import LoraConfig, add_lora, first_layer, frozen_params, with_lora
+from jaxft.lora import LoraConfig, add_lora, first_layer, frozen_params, lora_shapes, with_lora
 from jaxft.models import FAMILIES, Model, describe_model, read_hf_config
 from jaxft.models.extension import Changes, with_changes
 from jaxft.models.quantized import all_linears, linear_weights, with_quantized
 from jaxft.quant import is_quantized, kind_of
 from jaxft.sharding import shardings
-from jaxft.trees import Tree, flatten, like
+from jaxft.trees import Tree, flatten, join, like, unflatten
 
 BASE_CONFIG = "base_config.json"  # beside an adapter: fields that its base's config.json must have otherwise
 EMBEDDED = Path(__file__).parent / "embedded"
@@ -79,6 +79,67 @@ def load_model(
     directory = find_directory(str(name))
     model = describe_model(with_changes(read_hf_config(directory), changes or {}))
     where = hf.open_model(directory, model.family.older, model.family.passed_over)
+    model = _as_held(model, where, directory, dtype, quantization, lora)
+    places = None if mesh is None else shardings(model.axes, model.shapes, mesh)
+    return model, hf.load_params(directory, model.family.names, model.shapes, dtype, places, where)
+
+
+def model_shapes(
+    name: str | Path, *, mesh: Mesh, dtype: Any = jnp.float32, quantization: str | None = None,
+    changes: Changes | None = None, lora: LoraConfig | None = None,
+) -> tuple[Model, Tree]:  # fmt: skip
+    """`load_model` with a `jax.ShapeDtypeStruct` for each array, placed as that would be; config.json is enough.
+
+    Where weights are there, their headers are read, to see what is quantised. Raises InputError where config.json says
+    that they are quantised and they are not there, and as `load_model`.
+    """
+    directory = find_directory(str(name))
+    model = describe_model(with_changes(read_hf_config(directory), changes or {}))
+    where: dict[str, Any] = {}
+    if any(directory.glob("*.safetensors")):
+        where = hf.open_model(directory, model.family.older, model.family.passed_over)
+    elif getattr(model.hf_config, "quantization_config", None):
+        raise InputError(f"{directory} is quantised, and its weights are not here: what they hold is not known")
+    model = _as_held(model, where, directory, dtype, quantization, lora)
+    return model, held_shapes(model, dtype, mesh)
+
+
+def held_shapes(model: Model, dtype: Any, mesh: Mesh) -> Tree:
+    """A model's parameters as shapes on a mesh, all but the quantised of `dtype`."""
+    held = jax.tree.map(
+        lambda leaf: leaf if is_quantized(leaf) else jax.ShapeDtypeStruct(leaf.shape, dtype), model.shapes,
+        is_leaf=is_quantized,
+    )  # fmt: skip
+    return shapes_on_mesh(model, held, mesh)
+
+
+def adapter_shapes(model: Model, params: Tree, config: LoraConfig, mesh: Mesh) -> tuple[Model, Tree, Tree]:
+    """`new_adapter` of the shapes that `model_shapes` gives: (model, trainable, frozen)."""
+    model = with_lora(model, config)
+    trained, scales = lora_shapes(model)
+    taken, held = dict(flatten(trained)) | dict(flatten(scales)), dict(flatten(params))
+    frozen = {
+        # what params does not have is a head that parts from the embedding
+        path: held.get(path) or jax.ShapeDtypeStruct(leaf.shape, held["embed_tokens/weight"].dtype)
+        for path, leaf in flatten(model.shapes)
+        if path not in taken
+    }
+    return model, shapes_on_mesh(model, trained, mesh), shapes_on_mesh(model, join(unflatten(frozen), scales), mesh)
+
+
+def shapes_on_mesh(model: Model, tree: Tree, mesh: Mesh) -> Tree:
+    """Part of a model's tree of shapes with the shardings that the table of axes gives it."""
+    return jax.tree.map(
+        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+        tree, like(shardings(model.axes, model.shapes, mesh), tree),
+    )  # fmt: skip
+
+
+def _as_held(
+    model: Model, where: dict[str, Any], directory: Path, dtype: Any, quantization: str | None,
+    lora: LoraConfig | None,
+) -> Model:  # fmt: skip
+    """The model with the weights quantised that the files (`open_model`'s) or `quantization` have so, in its runs."""
     stored = bnb.stored_leaves(where, directory)
     kinds = {kind_of(leaf) for leaf in stored.values()}
     if quantization and kinds - {quantization}:
@@ -88,10 +149,7 @@ def load_model(
         )
     leaves = stored or (all_linears(model, quantization, dtype) if quantization else {})
     start = 0 if lora is None else first_layer(model, lora)
-    if leaves or start:
-        model = with_quantized(model, leaves, (start,))
-    places = None if mesh is None else shardings(model.axes, model.shapes, mesh)
-    return model, hf.load_params(directory, model.family.names, model.shapes, dtype, places, where)
+    return with_quantized(model, leaves, (start,)) if leaves or start else model
 
 
 def load_adapter(
@@ -117,6 +175,12 @@ def load_adapter(
     model = with_lora(model, config)
     trainable = peft.load_adapter(directory, where, model, beside)
     return model, *on_mesh(model, trainable, frozen_params(model, params), mesh), config
+
+
+def with_saved_vocabulary(adapter: str | Path, model: Model, config: LoraConfig) -> Model:
+    """The model described with as many rows of the embedding as an adapter's file holds, where it holds any."""
+    directory = find_directory(str(adapter))
+    return peft.saved_vocabulary(directory, peft.open_adapter(directory, model.family.passed_over), model, config)[0]
 
 
 def base_changes(adapter: str | Path) -> Changes:

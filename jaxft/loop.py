@@ -18,15 +18,14 @@ from jaxft.checkpoint import Checkpoints
 from jaxft.errors import InputError, RunError
 from jaxft.evaluate import evaluate
 from jaxft.metrics import Display, Line, MetricsFile, live_display
-from jaxft.optim import LossScale
-from jaxft.optim_8bit import Moment8, place
+from jaxft.optim import LossScale, state_shapes
 from jaxft.output import CHECKPOINTS, METRICS
 from jaxft.packing import Batches
 from jaxft.prepare import Prepared
 from jaxft.processes import is_first, largest, on_first
 from jaxft.settings import TrainSettings
 from jaxft.sharding import put_batch
-from jaxft.step import make_eval_step, make_train_step
+from jaxft.step import TrainStep, make_eval_step, make_train_step
 from jaxft.streaming import StreamBatches
 from jaxft.trees import Tree
 
@@ -43,6 +42,7 @@ class Run:
     optimizer: optax.GradientTransformation
     schedule: Callable[[int], Any]
     fingerprint: dict[str, Any]
+    step: TrainStep | None = None  # compiled already, as `--memory_budget` chose it
 
 
 @dataclass(frozen=True)
@@ -84,16 +84,8 @@ class Window:
 
 def initial_optimizer_state(run: Run, prepared: Prepared) -> optax.OptState:
     """The optimizer's first state, each moment where its parameter lies."""
-    state = jax.jit(run.optimizer.init)(prepared.trainable)
-    everywhere = jax.sharding.NamedSharding(prepared.mesh, jax.sharding.PartitionSpec())
-    return optax.tree.map_params(
-        run.optimizer,
-        lambda moment, parameter: place(moment, parameter.sharding),
-        state,
-        prepared.trainable,
-        transform_non_params=lambda leaf: jax.device_put(leaf, everywhere),
-        is_leaf=lambda node: isinstance(node, Moment8),
-    )
+    places = _shardings(state_shapes(run.optimizer, prepared.trainable))
+    return jax.jit(run.optimizer.init, out_shardings=places)(prepared.trainable)
 
 
 def run_training(run: Run, prepared: Prepared) -> Outcome:
@@ -127,10 +119,10 @@ def run_training(run: Run, prepared: Prepared) -> Outcome:
     evaluated = {line["step"] for line in metrics.lines() if "eval_loss" in line}
     checkpoints.delete_after(first)  # the run goes on from an earlier one, which was named; it has one course only
 
-    step_function = jax.jit(
+    step_function = run.step or jax.jit(
         make_train_step(
             prepared.model, optimizer=run.optimizer, gradient_checkpointing=settings.gradient_checkpointing,
-            dtype=prepared.compute_dtype, max_documents=run.batches.max_documents,
+            dtype=prepared.compute_dtype, mlp_tiles=settings.mlp_tiles, max_documents=run.batches.max_documents,
         ),
         donate_argnums=(0, 1),
         out_shardings=(_shardings(trainable), _shardings(opt_state), None),

@@ -10,7 +10,7 @@ import optax
 
 from jaxft.errors import InputError
 from jaxft.lora_config import SAVABLE
-from jaxft.optim_8bit import scale_by_adam_8bit
+from jaxft.optim_8bit import Moment8, moment_shapes, scale_by_adam_8bit
 from jaxft.trees import Tree
 
 Factor = Callable[[jax.Array, int, int], jax.Array]  # (step, warmup_steps, total_steps) -> factor of learning_rate
@@ -146,6 +146,23 @@ def _make_adam(schedule, adam_beta1, adam_beta2, adam_epsilon, weight_decay, max
         raise InputError(f"optim {optim!r} is unknown; known: adamw, adamw_8bit")
     adam = optax.adamw(schedule, b1=adam_beta1, b2=adam_beta2, eps=adam_epsilon, weight_decay=weight_decay, mask=decays)
     return optax.chain(clip, _in_float32(adam))
+
+
+def state_shapes(optimizer: optax.GradientTransformation, trainable: Tree) -> optax.OptState:
+    """The optimizer's first state as `jax.ShapeDtypeStruct`s, each moment where its parameter lies.
+
+    trainable: arrays or shapes whose shardings are all of one mesh.
+    """
+    mesh = jax.tree.leaves(trainable)[0].sharding.mesh
+    everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    return optax.tree.map_params(
+        optimizer,
+        lambda moment, parameter: moment_shapes(moment, parameter.sharding),
+        jax.eval_shape(optimizer.init, trainable),
+        trainable,
+        transform_non_params=lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere),
+        is_leaf=lambda node: isinstance(node, Moment8),
+    )
 
 
 def _in_float32(inner: optax.GradientTransformation) -> optax.GradientTransformation:

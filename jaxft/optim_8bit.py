@@ -118,14 +118,17 @@ def scale_by_adam_8bit(b1: float, b2: float, eps: float) -> optax.GradientTransf
     return optax.GradientTransformation(init, update)
 
 
-def place(moment: Moment8 | jax.Array, sharding: jax.sharding.NamedSharding) -> Moment8 | jax.Array:
-    """Puts a parameter's moment onto the mesh: float32 where the parameter lies, blocks split over the same devices."""
-    if not isinstance(moment, Moment8):
-        return jax.device_put(moment, sharding)
-    used = [axis for part in sharding.spec if part for axis in ((part,) if isinstance(part, str) else part)]
-    whole = moment.largest.shape[1] % math.prod(sharding.mesh.shape[axis] for axis in used)
-    split = jax.sharding.PartitionSpec(None, None if whole or not used else tuple(used))
-    return jax.device_put(moment, jax.sharding.NamedSharding(sharding.mesh, split))
+def moment_shapes(moment: Any, sharding: jax.sharding.NamedSharding) -> Any:
+    """Where a parameter's moment lies: float32 where the parameter lies, blocks split over the same devices.
+
+    moment: a `Moment8`, or an array; of arrays or of shapes. Returns the same of `jax.ShapeDtypeStruct`s.
+    """
+    if isinstance(moment, Moment8):
+        used = [axis for part in sharding.spec if part for axis in ((part,) if isinstance(part, str) else part)]
+        whole = moment.largest.shape[1] % math.prod(sharding.mesh.shape[axis] for axis in used)
+        split = jax.sharding.PartitionSpec(None, None if whole or not used else tuple(used))
+        sharding = jax.sharding.NamedSharding(sharding.mesh, split)
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), moment)
 
 
 def _layers_and_size(path: tuple[Any, ...], leaf: Any) -> tuple[int, int]:

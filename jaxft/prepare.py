@@ -12,18 +12,23 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerBase
 
+from jaxft.cards import absent_card
 from jaxft.convert.peft import read_adapter_config
 from jaxft.errors import InputError
 from jaxft.load import (
     BASE_CONFIG,
+    adapter_shapes,
     adapter_tokenizer,
     base_changes,
     find_directory,
+    held_shapes,
     load_adapter,
     load_model,
     load_tokenizer,
+    model_shapes,
     new_adapter,
     on_mesh,
+    with_saved_vocabulary,
 )
 from jaxft.lora import LoraConfig, wanted_branches
 from jaxft.lora_config import SAVABLE, saved_modules
@@ -62,13 +67,18 @@ def use_compile_cache() -> None:
         jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "jaxft" / "xla"))
 
 
-def prepare(settings: Settings, model_name: str) -> Prepared:
-    """Loads what the settings name. Raises InputError for anything that is missing, damaged or does not fit."""
+def prepare(settings: Settings, model_name: str, *, weights: bool = True) -> Prepared:
+    """Loads what the settings name. Raises InputError for anything that is missing, damaged or does not fit.
+
+    weights: False reads no weights, of the model or of an adapter: both trees then hold `jax.ShapeDtypeStruct`s.
+    """
     use_compile_cache()
-    platform_dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    absent = settings.device if isinstance(settings, TrainSettings) else None
+    devices = [absent_card(absent)] if absent else jax.devices()
+    platform_dtype = "float32" if devices[0].platform == "cpu" else "bfloat16"
     param_dtype = jnp.dtype(settings.param_dtype(platform_dtype))
     compute_dtype = jnp.dtype(settings.compute_dtype(platform_dtype))
-    mesh = make_mesh(mesh_sizes(settings.mesh_axes, jax.device_count()))
+    mesh = make_mesh(mesh_sizes(settings.mesh_axes, len(devices)), devices)
     directory = find_directory(model_name)
     changes = config_changes(settings, directory)
     described = describe_model(with_changes(read_hf_config(directory), changes))
@@ -89,21 +99,34 @@ def prepare(settings: Settings, model_name: str) -> Prepared:
         lora = lora_settings(settings, tied)
         if lora.modules_to_save and tied and not lora.ensure_weight_tying:
             print("head: parts from the embedding, as in PEFT; --ensure_weight_tying keeps them one", file=sys.stderr)
-    model, params = load_model(
+    load = load_model if weights else model_shapes
+    model, params = load(
         directory, dtype=param_dtype, mesh=mesh, quantization=settings.quantization, changes=changes, lora=lora
     )
     if isinstance(settings, TrainSettings) and settings.add_tokens:
-        model, params, new_tokens = with_new_tokens(model, params, tokenizer, read_tokens(settings.add_tokens), mesh)
+        model, new_tokens = with_new_tokens(model, tokenizer, read_tokens(settings.add_tokens))
+        if new_tokens and weights:
+            known, rows = len(tokenizer) - len(new_tokens), model.config.vocab_size
+            params, _ = on_mesh(model, resized_params(params, rows, min(known, described.config.vocab_size)), {}, mesh)
+        elif new_tokens:
+            params = held_shapes(model, param_dtype, mesh)
     trainable: Tree
-    if settings.adapter is not None:
+    if settings.adapter is not None and weights:
         model, trainable, frozen, lora = load_adapter(settings.adapter, model, params, mesh=mesh)
+    elif settings.adapter is not None:
+        assert lora is not None
+        model = with_saved_vocabulary(settings.adapter, model, lora)
+        model, trainable, frozen = adapter_shapes(model, held_shapes(model, param_dtype, mesh), lora, mesh)
     elif isinstance(settings, TrainSettings) and settings.full_finetuning:
         if any(is_quantized(leaf) for _, leaf in flatten(params)):
             raise InputError(f"{directory} is quantised: its weights cannot be trained; leave --full_finetuning out")
         trainable, frozen = params, {}
     elif isinstance(settings, TrainSettings):
         assert lora is not None
-        model, trainable, frozen = new_adapter(model, params, lora, jax.random.key(settings.seed), mesh=mesh)
+        if weights:
+            model, trainable, frozen = new_adapter(model, params, lora, jax.random.key(settings.seed), mesh=mesh)
+        else:
+            model, trainable, frozen = adapter_shapes(model, params, lora, mesh)
     else:
         trainable, frozen = {}, params
     own_rate = isinstance(settings, TrainSettings) and settings.embedding_learning_rate is not None
@@ -145,22 +168,20 @@ def config_changes(settings: Settings, directory: Path) -> Changes:
 
 
 def with_new_tokens(
-    model: Model, params: Tree, tokenizer: PreTrainedTokenizerBase, tokens: list[str], mesh: Mesh
-) -> tuple[Model, Tree, tuple[str, ...]]:
-    """Adds tokens to the tokenizer, which is changed, and gives the model as many rows as that then has tokens.
+    model: Model, tokenizer: PreTrainedTokenizerBase, tokens: list[str]
+) -> tuple[Model, tuple[str, ...]]:
+    """Adds tokens to the tokenizer, which is changed, and describes the model with a row for each of its tokens.
 
-    A new token's rows are the mean of those of the tokens that were there. Returns (model, params, what was new).
+    Returns (model, what was new).
     """
     known, rows = len(tokenizer), model.config.vocab_size
     new = add_tokens(tokenizer, tokens)
     there = f"; {len(tokens) - len(new)} of {len(tokens)} were there already" if len(new) < len(tokens) else ""
     print(f"tokens: {len(new)} added{there}", file=sys.stderr)
     if not new:
-        return model, params, ()
-    model = resized(model, len(tokenizer))
-    params, _ = on_mesh(model, resized_params(params, len(tokenizer), min(known, rows)), {}, mesh)
+        return model, ()
     print(f"embedding: {len(tokenizer)} rows, {rows} before; the tokenizer had {known} tokens", file=sys.stderr)
-    return model, params, tuple(new)
+    return resized(model, len(tokenizer)), tuple(new)
 
 
 def lora_settings(settings: TrainSettings, tied: bool) -> LoraConfig:

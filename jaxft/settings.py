@@ -39,6 +39,16 @@ def is_expression(text: str) -> bool:
     return re.search(r"[][\\^$*+?{}()|]", text) is not None
 
 
+def parse_bytes(text: str) -> int:
+    """'11GiB', '11.5 GB', '800MiB' as bytes: GiB is 2^30, GB 10^9. Raises InputError for anything else, or no bytes."""
+    units = {f"{letter}{mark}B": base**power for power, letter in ((1, "K"), (2, "M"), (3, "G"), (4, "T"))
+             for mark, base in (("i", 1024), ("", 1000))}  # fmt: skip
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]i?B)", text.strip())
+    if not found or not (size := int(float(found[1]) * units[found[2]])):
+        raise InputError(f"--memory_budget {text!r}: expected auto, or a number with its unit, such as 11GiB or 800MiB")
+    return size
+
+
 @dataclasses.dataclass(frozen=True)
 class ModelArguments:
     _argument_group_name: ClassVar[str] = "model"
@@ -198,6 +208,12 @@ class TrainArguments:
         nargs="?",
         const="full",
     )
+    mlp_tiles: int = _flag(1, "in how many parts the MLPs take a micro-batch's tokens; more need less memory")
+    memory_budget: str | None = _flag(
+        None, "most bytes of a device, such as 11GiB, or auto: take the fastest gradient_checkpointing that fits"
+    )
+    dry_run: bool = _flag(False, "say what a step needs and whether it fits; train and write nothing")
+    device: str | None = _flag(None, "with --dry_run: plan for a card that is not here, h200")
     optim: Literal["adamw", "adamw_torch", "adamw_8bit"] = _flag("adamw", "adamw_torch is adamw; 8bit: its moments")
     logging_steps: int = _flag(1, "steps a line of metrics")
     save_steps: int = _flag(500, "steps a checkpoint; 0 saves at the end only")
@@ -214,6 +230,13 @@ class TrainArguments:
         "others) and are trained",
         nargs="+",
     )
+
+    @property
+    def memory_limit(self) -> int | Literal["auto"] | None:
+        """`memory_budget` in bytes."""
+        if self.memory_budget in (None, "auto"):
+            return self.memory_budget  # type: ignore[return-value]
+        return parse_bytes(self.memory_budget)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -286,7 +309,7 @@ RANGES: list[tuple[str, str, Callable[[float], bool]]] = [
     ("learning_rate embedding_learning_rate weight_decay max_grad_norm temperature", "at least 0", lambda x: x >= 0),
     ("warmup_steps save_steps eval_steps sample_prompts", "at least 0", lambda x: x >= 0),
     ("lora_r lora_alpha logging_steps save_total_limit gradient_accumulation_steps", "at least 1", lambda x: x >= 1),
-    ("buffer_size", "at least 1", lambda x: x >= 1),
+    ("buffer_size mlp_tiles", "at least 1", lambda x: x >= 1),
     ("max_new_tokens per_device_train_batch_size per_device_eval_batch_size", "at least 1", lambda x: x >= 1),
     ("lora_dropout adam_beta1 adam_beta2", "at least 0 and below 1", lambda x: 0 <= x < 1),
     ("adam_epsilon num_train_epochs", "above 0", lambda x: x > 0),
@@ -335,6 +358,14 @@ def check(settings: Any, where: dict[str, str]) -> None:
         if settings.output is not None and settings.prompts is None:
             raise InputError(f"{where['output']} is for the answers to --prompts FILE.jsonl; one answer goes to stdout")
     if isinstance(settings, TrainSettings):
+        _ = settings.memory_limit  # raises where it cannot be read
+        chosen = [where[name] for name in ("gradient_checkpointing", "mlp_tiles") if name in where]
+        if settings.memory_budget and chosen and not settings.dry_run:
+            raise InputError(f"{where['memory_budget']} chooses what {chosen[0]} says; leave one of them out")
+        if settings.device and not settings.dry_run:
+            raise InputError(
+                f"{where['device']} is {settings.device}, which is not here: it has a meaning with --dry_run only"
+            )
         if settings.streaming and settings.max_steps < 0:
             raise InputError("--streaming does not know how long an epoch is; set --max_steps")
         if settings.streaming and len(settings.sources) > 1:

@@ -21,6 +21,7 @@ from jaxft.generate import stop_token_ids
 from jaxft.load import EMBEDDED, parameter_count
 from jaxft.loop import Run, run_training
 from jaxft.lora import padding
+from jaxft.memory import plan_run, with_plan
 from jaxft.mixture import Source, mix
 from jaxft.optim import make_optimizer, make_schedule, with_loss_scale
 from jaxft.output import choose_directory, is_finished, model_card, write_result
@@ -59,7 +60,7 @@ def train(settings: TrainSettings) -> int:
     )
     if settings.streaming:
         say(f"train: a stream of {read_from(sources[0].path, sources[0].split or split)}, read while training")
-    prepared = prepare(settings, settings.model_name_or_path)
+    prepared = prepare(settings, settings.model_name_or_path, weights=not settings.dry_run)
     batches: Batches | StreamBatches
     if settings.streaming:
         batches, data = stream(sources[0], sources[0].split or split, prepared, settings)
@@ -68,8 +69,13 @@ def train(settings: TrainSettings) -> int:
         batches, data = lay_out(samples, prepared, settings), {"data": samples.checksum()}
     heldout = tokenize("held out", heldout_rows, prepared, settings) if heldout_rows else []
     say_model(prepared)
+    run = make_run(settings, prepared, directory, batches, data, heldout)
+    if settings.dry_run or settings.memory_budget:
+        planned = plan_run(run, prepared, say)
+        if settings.dry_run:
+            return 0
+        run = with_plan(run, planned)
     with jax.set_mesh(prepared.mesh):
-        run = make_run(settings, prepared, directory, batches, data, heldout)
         prompts = sample_prompts(heldout, settings.sample_prompts)
         before = answer(prepared, prepared.trainable, prompts)
         outcome = run_training(run, prepared)
@@ -117,6 +123,9 @@ def read_settings(argv: list[str]) -> tuple[TrainSettings, dict[str, str]]:
         embedded = settings.settings_given - given
         if flags.warmup_ratio is not None and "warmup_steps" in embedded:  # it takes the place of the embedded steps
             chosen["warmup_steps"], embedded = 0, embedded - {"warmup_steps"}
+        if flags.memory_budget is not None and "gradient_checkpointing" in embedded:  # the budget chooses in its place
+            chosen["gradient_checkpointing"] = flags.gradient_checkpointing
+            embedded = embedded - {"gradient_checkpointing"}
         settings = replace(settings, **chosen, settings_given=given | embedded)
         settings = replace(
             settings,

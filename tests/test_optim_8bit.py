@@ -10,7 +10,7 @@ import pytest
 
 from jaxft.errors import InputError
 from jaxft.optim import make_optimizer
-from jaxft.optim_8bit import Moment8, dequantize, encode, levels, place, quantize, scale_by_adam_8bit
+from jaxft.optim_8bit import Moment8, dequantize, encode, levels, moment_shapes, quantize, scale_by_adam_8bit
 
 
 @pytest.mark.parametrize("signed, checksum", [(True, 0x1B137AEB), (False, 0xE871278F)])
@@ -158,7 +158,9 @@ def test_moments_are_found_by_optax_and_placed_by_blocks():
 
     def put(moment, parameter):
         seen.append((type(moment).__name__, parameter.shape))
-        return place(moment, parameter.sharding)
+        return jax.tree.map(
+            lambda leaf, to: jax.device_put(leaf, to.sharding), moment, moment_shapes(moment, parameter.sharding)
+        )
 
     state = optax.tree.map_params(
         optimizer, put, optimizer.init(params), params, is_leaf=lambda node: isinstance(node, Moment8)

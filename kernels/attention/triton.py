@@ -5,6 +5,9 @@ kernel is launched and not before: importing jax-triton clears TRITON_CACHE_DIR.
 """
 
 import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from importlib.util import find_spec
 
@@ -67,10 +70,30 @@ def tiles(capability: int, head_size: int, dtype: jnp.dtype) -> Tiles:
     return TILES[CARDS.get(capability, "consumer"), padded]
 
 
+_target: ContextVar[jax.Device | None] = ContextVar("target", default=None)
+
+
+@contextmanager
+def compiling_for(device: jax.Device) -> Iterator[None]:
+    """Kernels traced inside are chosen and compiled for an NVIDIA GPU that may not be here."""
+    before = _target.set(device)
+    try:
+        yield
+    finally:
+        _target.reset(before)
+
+
 def device_capability() -> int:
-    """The compute capability of the first local GPU, 90 for 9.0. Raises NotImplementedError where there is none."""
-    device = jax.local_devices()[0]
-    if device.platform != "gpu" or "cuda" not in device.client.platform_version.lower():
+    """The compute capability of the first local GPU, 90 for 9.0; of `compiling_for`'s device inside of that.
+
+    Raises NotImplementedError where there is none.
+    """
+    device = _target.get()
+    if device is None:
+        device = jax.local_devices()[0]
+        if "cuda" not in device.client.platform_version.lower():
+            raise NotImplementedError(f"{device.platform} device: needs an NVIDIA GPU")
+    if device.platform != "gpu":
         raise NotImplementedError(f"{device.platform} device: needs an NVIDIA GPU")
     major, minor = str(device.compute_capability).split(".")
     return 10 * int(major) + int(minor)

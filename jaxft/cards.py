@@ -1,0 +1,61 @@
+"""Cards that are not here, described well enough for XLA to compile a step for them: what `--device` plans for."""
+
+import jax
+from jax.experimental import topologies
+
+from jaxft.errors import InputError
+
+# XLA's own description of a card (GpuTargetConfigProto), as a process on that card gives it
+H200 = """
+gpu_device_info {
+  threads_per_block_limit: 1024
+  threads_per_warp: 32
+  shared_memory_per_block: 49152
+  shared_memory_per_core: 233472
+  threads_per_core_limit: 2048
+  core_count: 132
+  fpus_per_core: 128
+  block_dim_limit_x: 2147483647
+  block_dim_limit_y: 65535
+  block_dim_limit_z: 65535
+  memory_bandwidth: 4800000000000
+  l2_cache_size: 52428800
+  clock_rate_ghz: 1.98
+  device_memory_size: 150000000000
+  shared_memory_per_block_optin: 232448
+  cuda_compute_capability { major: 9 minor: 0 }
+  registers_per_core_limit: 65536
+  registers_per_block_limit: 65536
+}
+platform_name: "CUDA"
+dnn_version_info { major: 9 minor: 19 patch: 0 }
+device_description_str: "NVIDIA H200"
+runtime_version { major: 13 minor: 0 patch: 0 }
+"""
+CARDS = {"h200": H200}
+MEMORY = {"NVIDIA H200": 150_000_000_000}  # bytes, by the name a device of the card has
+PREALLOCATED = 0.75  # of a card's memory is what XLA takes unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise
+# nothing can be timed where the card is not, so XLA must not ask for it
+COMPILER_OPTIONS = {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False}
+
+
+def absent_card(name: str) -> jax.Device:
+    """A device to compile for, on which nothing can be put or run; name: one of `CARDS`.
+
+    Raises InputError for another name, and where jax has no compiler for CUDA.
+    """
+    if name not in CARDS:
+        raise InputError(f"--device {name!r}: described are {', '.join(CARDS)}; without it the device here is planned")
+    try:
+        found = topologies.get_topology_desc(platform="cuda", target_config=CARDS[name], topology="1x1x1")
+    except (NotImplementedError, RuntimeError, ValueError) as error:
+        raise InputError(
+            f"--device {name}: jax has no compiler for CUDA here ({str(error).splitlines()[0]}); pip install "
+            "'jaxft[cuda]', or jax-cuda13-plugin and jax-cuda13-pjrt of jax's own version; no card is needed"
+        ) from error
+    return found.devices[0]
+
+
+def is_absent(device: jax.Device) -> bool:
+    """Whether a device is one of `absent_card`'s."""
+    return device not in jax.devices()

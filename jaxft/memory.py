@@ -1,0 +1,284 @@
+"""What a train step needs of a device, read off its compiled program before it runs, and the fastest way that fits."""
+
+import math
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jaxft.cards import COMPILER_OPTIONS, MEMORY, PREALLOCATED, is_absent
+from jaxft.errors import InputError, RunError
+from jaxft.kernels.attention.triton import compiling_for
+from jaxft.kernels.linear_cross_entropy import tile_rows
+from jaxft.loop import Run
+from jaxft.models import Model
+from jaxft.models.layers import OFFLOADED
+from jaxft.optim import state_shapes
+from jaxft.prepare import Prepared
+from jaxft.quant import is_quantized
+from jaxft.settings import TrainSettings
+from jaxft.sharding import batch_sharding, data_parallel_size
+from jaxft.step import make_train_step
+from jaxft.trees import Tree
+
+GIB = 1 << 30
+MARGIN = 0.95  # of what XLA may use of a device: its allocator leaves gaps, and what runs beside the step needs some
+
+# (gradient_checkpointing, mlp_tiles), fastest first as measured (docs/log.md), each smaller on a card than the one
+# before. Not in it: "none", neither faster nor smaller than "products"; "offload" with one tile, neither than
+# "offload_attention", which only needs more of the host
+LADDER = (
+    *(("products", 1), ("attention", 1), ("full", 1), ("offload", 1)),
+    *(("offload_attention", 1), ("offload_attention", 4), ("offload", 8)),
+)
+# where the host is the device, nothing is gained by moving arrays there
+CPU_LADDER = (("products", 1), ("attention", 1), ("full", 1), ("full", 2), ("full", 8))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The bytes of one device in a train step, and what it is compiled to.
+
+    weights, trained, optimizer: of the frozen and trained leaves and of the optimizer's states. arguments: those and
+    the batch. temporary: the most that exists inside the step; gradients and logits (one tile of them, float32) are
+    part of it. output, aliased: what the step returns, and how much of that takes the place of arguments. host: what
+    waits outside of the device. compiled: the step itself, called as the function was.
+    """
+
+    gradient_checkpointing: str
+    mlp_tiles: int
+    weights: int
+    trained: int
+    optimizer: int
+    gradients: int
+    logits: int
+    arguments: int
+    temporary: int
+    output: int
+    aliased: int
+    host: int
+    compiled: jax.stages.Compiled
+
+    @property
+    def total(self) -> int:
+        """Bytes of the device while the step runs."""
+        return self.arguments + self.temporary + self.output - self.aliased
+
+    @property
+    def policy(self) -> str:
+        """As the flags would be typed."""
+        return f"--gradient_checkpointing {self.gradient_checkpointing} --mlp_tiles {self.mlp_tiles}"
+
+    def lines(self) -> list[str]:
+        """The plan as a table, one part a line."""
+        rows = [
+            ("weights", self.weights, "frozen"),
+            ("trained", self.trained, "adapter, or all weights"),
+            ("optimizer", self.optimizer, "its states"),
+            ("batch", self.arguments - self.weights - self.trained - self.optimizer, "and what rounds the above up"),
+            ("temporaries", self.temporary, f"activations; {gib(self.gradients)} of gradients and "
+             f"{gib(self.logits)} of logits are among them"),
+            ("results", self.output - self.aliased, "beside what takes the arguments' place"),
+            ("together", self.total, self.policy),
+            ("on the host", self.host, "not counted"),
+        ]  # fmt: skip
+        return [f"{name:12} {gib(size):>12}  {note}" for name, size, note in rows]
+
+
+def plan(
+    model: Model, *, optimizer: optax.GradientTransformation, trainable: Tree, opt_state: optax.OptState, frozen: Tree,
+    batch: dict[str, Any], gradient_checkpointing: str = "full", mlp_tiles: int = 1, dtype: Any = None,
+    max_documents: int | None = None, compiler_options: dict[str, Any] | None = None,
+) -> Plan:  # fmt: skip
+    """Compiles the train step for these trees and says what it needs; nothing is run, and no array is needed.
+
+    trainable, opt_state, frozen, batch ((A, B, T) each): arrays, or `jax.ShapeDtypeStruct`s with the shardings, all of
+    one mesh, that the arrays will have. The first two are donated. The rest is `make_train_step`'s; compiler_options
+    are XLA's. Evaluation and generation are programs of their own, not counted here.
+    """
+    mesh = jax.tree.leaves(trainable)[0].sharding.mesh
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    device = mesh.devices.flat[0]
+    absent = is_absent(device)
+    if absent:
+        compiler_options = COMPILER_OPTIONS | (compiler_options or {})
+    key = jax.ShapeDtypeStruct((), jax.eval_shape(jax.random.key, 0).dtype, sharding=everywhere)
+    places = [jax.tree.map(lambda leaf: leaf.sharding, tree) for tree in (trainable, opt_state)]
+    step = jax.jit(
+        make_train_step(
+            model, optimizer=optimizer, gradient_checkpointing=gradient_checkpointing, dtype=dtype,
+            mlp_tiles=mlp_tiles, max_documents=max_documents,
+        ),
+        donate_argnums=(0, 1), out_shardings=(*places, None), compiler_options=compiler_options,
+    )  # fmt: skip
+    with compiling_for(device) if absent else nullcontext(), jax.set_mesh(mesh):
+        lowered = step.lower(trainable, opt_state, frozen, batch, key)
+    compiled = lowered.compile()
+    found = compiled.memory_analysis()
+    assert found is not None  # every backend that this runs on has one
+    accumulated = batch["tokens"].shape[0] > 1  # then gradients are summed in float32
+    rows = math.prod(batch["tokens"].sharding.shard_shape(batch["tokens"].shape)[1:])
+    return Plan(
+        gradient_checkpointing=gradient_checkpointing,
+        mlp_tiles=mlp_tiles,
+        weights=device_bytes(frozen),
+        trained=device_bytes(trainable),
+        optimizer=device_bytes(opt_state),
+        gradients=device_bytes(trainable, 4 if accumulated else None),
+        logits=4 * tile_rows(rows, model.config.vocab_size) * model.config.vocab_size,
+        arguments=found.argument_size_in_bytes,
+        temporary=found.temp_size_in_bytes,
+        output=found.output_size_in_bytes,
+        aliased=found.alias_size_in_bytes,
+        host=found.host_argument_size_in_bytes + found.host_temp_size_in_bytes,
+        compiled=compiled,
+    )
+
+
+def choose(
+    budget: int, make: Callable[[str, int], Plan], *, say: Callable[[str], None], advice: str = "",
+    ladder: Sequence[tuple[str, int]] = LADDER,
+) -> Plan:  # fmt: skip
+    """The plan of the first step of the ladder that needs at most `budget` bytes of a device.
+
+    make(gradient_checkpointing, mlp_tiles) compiles one. The ladder is halved, not climbed: each of its steps should
+    need less than the one before, and a smaller budget never gets an earlier step, whatever they need. Raises
+    InputError with the smallest that was tried, and `advice`, where none fits.
+    """
+    first, last = 0, len(ladder)
+    tried: dict[int, Plan] = {}
+    while first < last:
+        middle = (first + last) // 2
+        tried[middle] = found = make(*ladder[middle])
+        verdict = "fits" if found.total <= budget else "too much"
+        say(f"memory: {found.policy} needs {gib(found.total)}{_beside(found)}: {verdict}")
+        if found.total <= budget:
+            last = middle
+        else:
+            first = middle + 1
+    if first == len(ladder):
+        least = min(tried.values(), key=lambda one: one.total)
+        raise InputError(
+            f"--memory_budget {gib(budget)}: nothing fits; the smallest, {least.policy}, needs {gib(least.total)}, "
+            f"of which {gib(least.arguments)} are weights, states and batch. What helps: {advice or 'fewer tokens'}"
+        )
+    say(f"memory: taken {tried[first].policy}, the fastest within {gib(budget)}")
+    return tried[first]
+
+
+def plan_run(run: Run, prepared: Prepared, say: Callable[[str], None]) -> Plan:
+    """The step that the run will take, compiled: as the flags say, or the fastest within `--memory_budget`.
+
+    A dry run prints it on stdout. Raises InputError where nothing fits, RunError where a dry run's step does not.
+    """
+    settings, device = run.settings, prepared.mesh.devices.flat[0]
+    limit, advice = settings.memory_limit, what_helps(settings, prepared)
+    source = "--memory_budget"
+    if limit == "auto" or (limit is None and settings.dry_run):
+        limit, source = device_limit(device), f"{MARGIN:.0%} of what XLA may use of {device.device_kind}"
+        if limit is None and settings.memory_budget:
+            raise InputError(
+                f"--memory_budget auto: {device.device_kind} has no memory of its own; name a number such as 8GiB"
+            )
+    if limit is not None:
+        say(f"memory: at most {gib(limit)}, {source}")
+
+    def make(gradient_checkpointing: str, mlp_tiles: int) -> Plan:
+        return plan(
+            prepared.model, optimizer=run.optimizer, trainable=prepared.trainable,
+            opt_state=state_shapes(run.optimizer, prepared.trainable), frozen=prepared.frozen,
+            batch=batch_shapes(
+                prepared.mesh, settings.gradient_accumulation_steps, settings.per_device_train_batch_size,
+                settings.max_length,
+            ),
+            gradient_checkpointing=gradient_checkpointing, mlp_tiles=mlp_tiles, dtype=prepared.compute_dtype,
+            max_documents=run.batches.max_documents,
+        )  # fmt: skip
+
+    given = settings.settings_given & {"gradient_checkpointing", "mlp_tiles"}
+    if settings.memory_budget and not given:
+        assert isinstance(limit, int)
+        try:
+            planned = choose(limit, make, say=say, advice=advice, ladder=ladder_of(prepared.mesh))
+        except InputError as failure:
+            if settings.dry_run:  # which was asked whether it fits: the answer is no
+                raise RunError(str(failure)) from failure
+            raise
+    else:
+        planned = make(settings.gradient_checkpointing, settings.mlp_tiles)
+    if settings.dry_run:
+        print("\n".join([*planned.lines(), f"{run.total_steps} steps of {run.batches.rows_per_step} rows"]))
+        if limit is not None and planned.total > limit:
+            raise RunError(
+                f"{planned.policy} needs {gib(planned.total)}, more than {gib(limit)} ({source}). What helps: "
+                f"--memory_budget in place of --gradient_checkpointing and --mlp_tiles, {advice}"
+            )
+        print("fits" if limit is not None else "whether it fits is not known: name a --memory_budget")
+    return planned
+
+
+def with_plan(run: Run, planned: Plan) -> Run:
+    """The run with its step compiled; dropout draws other masks for other tiles, so a resumed run must have the same.
+
+    Where the layers are not dropped out, the policy may change between a run and its resumption.
+    """
+    tiles = {"mlp_tiles": planned.mlp_tiles} if run.settings.lora_dropout else {}
+    return replace(run, step=planned.compiled, fingerprint=run.fingerprint | tiles)
+
+
+def what_helps(settings: TrainSettings, prepared: Prepared) -> str:
+    """The flags that would make a step smaller, with what they are now."""
+    quantized = any(is_quantized(leaf) for leaf in jax.tree.leaves(prepared.frozen, is_leaf=is_quantized))
+    rows = settings.per_device_train_batch_size
+    ways = [
+        f"a smaller --max_length (now {settings.max_length})",
+        f"a smaller --per_device_train_batch_size (now {rows}) with more --gradient_accumulation_steps" * (rows > 1),
+        "LoRA in place of --full_finetuning" * settings.full_finetuning,
+        "--load_in_4bit" * (not quantized and not settings.full_finetuning),
+        "--optim adamw_8bit" * (settings.optim != "adamw_8bit"),
+        f"a smaller --lora_r (now {prepared.lora.r})" if prepared.lora and settings.adapter is None else "",
+    ]
+    return ", ".join(filter(None, ways))
+
+
+def device_limit(device: jax.Device) -> int | None:
+    """Bytes that XLA may use of a device, times `MARGIN`; None where the device has no limit of its own, as a CPU."""
+    if is_absent(device):
+        return int(MEMORY[device.device_kind] * PREALLOCATED * MARGIN)
+    limit = (device.memory_stats() or {}).get("bytes_limit")
+    return None if limit is None else int(limit * MARGIN)
+
+
+def ladder_of(mesh: Mesh) -> Sequence[tuple[str, int]]:
+    """The ladder for the devices of a mesh."""
+    return CPU_LADDER if mesh.devices.flat[0].platform == "cpu" else LADDER
+
+
+def batch_shapes(mesh: Mesh, accumulation: int, batch_size: int, length: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """The four arrays (A, B, T) of a batch, B = batch_size rows on each of the mesh's data-parallel devices."""
+    shape = (accumulation, batch_size * data_parallel_size(mesh), length)
+    dtypes = {"tokens": np.int32, "segment_ids": np.int32, "positions": np.int32, "loss_weights": np.float32}
+    place = batch_sharding(mesh)
+    return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=place) for name, dtype in dtypes.items()}
+
+
+def device_bytes(tree: Any, itemsize: int | None = None) -> int:
+    """Bytes of a tree's leaves on one device; itemsize: of each number, its own where None."""
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * (itemsize or leaf.dtype.itemsize)
+        for leaf in jax.tree.leaves(tree)
+    )
+
+
+def gib(size: int) -> str:
+    """Bytes to read."""
+    return f"{size / GIB:.2f} GiB" if size >= GIB // 10 else f"{size / (1 << 20):.2f} MiB"
+
+
+def _beside(found: Plan) -> str:
+    return f" and {gib(found.host)} of the host" if found.gradient_checkpointing in OFFLOADED and found.host else ""
