@@ -275,7 +275,7 @@ def test_a_device_that_is_not_here_is_only_for_dry_runs(command, monkeypatch):
 
 
 def test_a_dry_run_plans_for_a_card_that_is_not_here(command):
-    pytest.importorskip("jax_cuda13_plugin", reason="needs the compiler for CUDA")
+    pytest.importorskip("jax_plugins.xla_cuda13", reason="needs the compiler for CUDA: jax-cuda13-pjrt")
     code, out, said = command("--dry_run", base="described", device="h200", bf16=True)
     assert code == 0, said
     assert "computed in bfloat16 on 1 × NVIDIA H200" in said and out.endswith("fits\n")
