@@ -22,12 +22,12 @@ STEPS = 5
 CONFIG = LoraConfig(
     r=4, lora_alpha=8, layers_to_transform=(1, 2), rank_pattern={"2.self_attn.q_proj": 8}, modules_to_save=("lm_head",)
 )
-# name -> mesh axes, micro-batches, LoRA or full fine-tuning
+# name -> mesh axes, micro-batches, LoRA's settings or None for full fine-tuning
 RUNS = {
-    "one device": (None, 1, "full"),
-    "data=2,fsdp=4": ({"data": 2, "fsdp": 4}, 1, "full"),
-    "lora, one device": (None, 1, "lora"),
-    "lora, data=2,fsdp=2,tensor=2": ({"data": 2, "fsdp": 2, "tensor": 2}, 2, "lora"),
+    "one device": (None, 1, None),
+    "data=2,fsdp=4": ({"data": 2, "fsdp": 4}, 1, None),
+    "lora, one device": (None, 1, CONFIG),
+    "lora, data=2,fsdp=2,tensor=2": ({"data": 2, "fsdp": 2, "tensor": 2}, 2, CONFIG),
 }
 
 
@@ -38,13 +38,13 @@ def batch(number: int, accumulation: int) -> dict[str, np.ndarray]:
     return {name: array.reshape(accumulation, -1, array.shape[-1]) for name, array in whole.items()}
 
 
-def run(directory: str, axes: dict[str, int] | None, accumulation: int, mode: str) -> dict:
+def run(directory: str, axes: dict[str, int] | None, accumulation: int, lora: LoraConfig | None) -> dict:
     devices = jax.devices() if axes else jax.devices()[:1]
     mesh = make_mesh(mesh_sizes(axes, len(devices)), devices)
-    model, params = load_model(directory, mesh=mesh, lora=CONFIG if mode == "lora" else None)
+    model, params = load_model(directory, mesh=mesh, lora=lora)
     trainable, frozen = params, {}
-    if mode == "lora":
-        model, trainable, frozen = new_adapter(model, params, CONFIG, jax.random.key(0), mesh=mesh)
+    if lora is not None:
+        model, trainable, frozen = new_adapter(model, params, lora, jax.random.key(0), mesh=mesh)
         trainable, _ = on_mesh(model, nonzero_adapter(trainable), {}, mesh)
     gradients = optax.GradientTransformation(
         lambda params: jax.tree.map(jnp.zeros_like, params), lambda updates, state, params: (updates, updates)

@@ -184,8 +184,9 @@ def test_the_adapter_loads_in_peft_over_the_dense_values(trained, place):
 @pytest.mark.long  # a process of its own on eight virtual devices
 def test_a_mesh_gives_the_losses_of_one_device(place):
     program = (
-        "import json, sys; from tests.eight_devices import run\n"
-        "print(json.dumps([run(sys.argv[1], axes, 1, 'lora') for axes in (None, {'data': 2, 'fsdp': 4})]))"
+        "import json, sys; from jaxft import LoraConfig; from tests.eight_devices import run\n"
+        "lora = LoraConfig(r=4, lora_alpha=8)\n"
+        "print(json.dumps([run(sys.argv[1], axes, 1, lora) for axes in (None, {'data': 2, 'fsdp': 4})]))"
     )
     environment = os.environ | {
         "XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT),
