@@ -18,13 +18,13 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from jaxft.convert import bnb, hf, peft
 from jaxft.errors import InputError
-from jaxft.lora import LoraConfig, add_lora, first_layer, frozen_params, lora_shapes, with_lora
+from jaxft.lora import LoraConfig, add_lora, first_layer, frozen_params, kept_params, lora_shapes, with_lora
 from jaxft.models import FAMILIES, Model, describe_model, read_hf_config
 from jaxft.models.extension import Changes, with_changes
 from jaxft.models.quantized import all_linears, linear_weights, with_quantized
 from jaxft.quant import is_quantized, kind_of
 from jaxft.sharding import shardings
-from jaxft.trees import Tree, flatten, join, like, unflatten
+from jaxft.trees import Tree, flatten, join, like
 
 BASE_CONFIG = "base_config.json"  # beside an adapter: fields that its base's config.json must have otherwise
 EMBEDDED = Path(__file__).parent / "embedded"
@@ -117,14 +117,8 @@ def adapter_shapes(model: Model, params: Tree, config: LoraConfig, mesh: Mesh) -
     """`new_adapter` of the shapes that `model_shapes` gives: (model, trainable, frozen)."""
     model = with_lora(model, config)
     trained, scales = lora_shapes(model)
-    taken, held = dict(flatten(trained)) | dict(flatten(scales)), dict(flatten(params))
-    frozen = {
-        # what params does not have is a head that parts from the embedding
-        path: held.get(path) or jax.ShapeDtypeStruct(leaf.shape, held["embed_tokens/weight"].dtype)
-        for path, leaf in flatten(model.shapes)
-        if path not in taken
-    }
-    return model, shapes_on_mesh(model, trained, mesh), shapes_on_mesh(model, join(unflatten(frozen), scales), mesh)
+    frozen = join(kept_params(model, params), scales)
+    return model, shapes_on_mesh(model, trained, mesh), shapes_on_mesh(model, frozen, mesh)
 
 
 def shapes_on_mesh(model: Model, tree: Tree, mesh: Mesh) -> Tree:

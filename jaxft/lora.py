@@ -166,9 +166,7 @@ def whole_params(model: Model, params: Tree) -> dict[str, jax.Array]:
 
 def frozen_params(model: Model, params: Tree) -> Tree:
     """What a model with LoRA does not train: params without the modules to save, and one scale s a layer."""
-    trained, scales = lora_shapes(model)
-    taken = dict(flatten(trained))
-    kept = {path: leaf for path, leaf in whole_params(model, params).items() if path not in taken}
+    _, scales = lora_shapes(model)
     linears = linear_modules(model.bind(model.shapes))
 
     def scale(path: str, shape: tuple[int, ...]) -> jax.Array:
@@ -176,4 +174,11 @@ def frozen_params(model: Model, params: Tree) -> Tree:
         assert lora is not None
         return jnp.array(lora.scales, jnp.float32).reshape(shape)
 
-    return join(unflatten(kept), unflatten({path: scale(path, leaf.shape) for path, leaf in flatten(scales)}))
+    own = unflatten({path: scale(path, leaf.shape) for path, leaf in flatten(scales)})
+    return join(kept_params(model, params), own)
+
+
+def kept_params(model: Model, params: Tree) -> Tree:
+    """The leaves of params, arrays or shapes, that a model with LoRA does not train."""
+    taken = dict(flatten(lora_shapes(model)[0]))
+    return unflatten({path: leaf for path, leaf in whole_params(model, params).items() if path not in taken})

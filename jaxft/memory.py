@@ -30,8 +30,7 @@ GIB = 1 << 30
 MARGIN = 0.95  # of what XLA may use of a device: its allocator leaves gaps, and what runs beside the step needs some
 
 # (gradient_checkpointing, mlp_tiles), fastest first as measured (docs/log.md), each smaller on a card than the one
-# before. Not in it: "none", neither faster nor smaller than "products"; "offload" with one tile, neither than
-# "offload_attention", which only needs more of the host
+# before. Not in it: "none", neither faster nor smaller than "products"
 LADDER = (
     *(("products", 1), ("attention", 1), ("full", 1), ("offload", 1)),
     *(("offload_attention", 1), ("offload_attention", 4), ("offload", 8)),

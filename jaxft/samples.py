@@ -44,7 +44,24 @@ def weighted(ids: np.ndarray, trained: np.ndarray) -> Sample:
     return Sample(ids.astype(np.int32), weights)
 
 
-class Samples(Sequence[Sample]):
+class Numbered(Sequence[Sample]):
+    """Samples by their number: what indexing is, for every kind of set."""
+
+    def one(self, number: int) -> Sample:
+        """Sample `number`, from 0."""
+        raise NotImplementedError
+
+    @overload
+    def __getitem__(self, at: int) -> Sample: ...
+    @overload
+    def __getitem__(self, at: slice) -> list[Sample]: ...
+    def __getitem__(self, at: int | slice) -> Sample | list[Sample]:
+        if isinstance(at, slice):
+            return [self[number] for number in range(*at.indices(len(self)))]
+        return self.one(range(len(self))[at])  # counts a negative one from the end, raises IndexError beyond it
+
+
+class Samples(Numbered):
     """A set of samples in three flat arrays: `ids` int32 (N,), `trained` bool (N,), and `bounds` int64 (n + 1,).
 
     Sample i is `ids[bounds[i]:bounds[i + 1]]`. The arrays may be memory-mapped; a sample is a copy.
@@ -63,14 +80,7 @@ class Samples(Sequence[Sample]):
     def __len__(self) -> int:
         return len(self._bounds) - 1
 
-    @overload
-    def __getitem__(self, at: int) -> Sample: ...
-    @overload
-    def __getitem__(self, at: slice) -> list[Sample]: ...
-    def __getitem__(self, at: int | slice) -> Sample | list[Sample]:
-        if isinstance(at, slice):
-            return [self[number] for number in range(*at.indices(len(self)))]
-        number = range(len(self))[at]  # counts a negative one from the end, raises IndexError beyond it
+    def one(self, number: int) -> Sample:
         start, stop = self._bounds[number : number + 2]
         return weighted(self._ids[start:stop], self._trained[start:stop])
 
@@ -82,7 +92,7 @@ class Samples(Sequence[Sample]):
         return found
 
 
-class Selection(Sequence[Sample]):
+class Selection(Numbered):
     """Samples chosen from several sets: number i is sample `numbers[i]` of set `sets[i]`; one may be chosen twice."""
 
     def __init__(self, parts: Sequence[Samples], sets: np.ndarray, numbers: np.ndarray) -> None:
@@ -99,14 +109,8 @@ class Selection(Sequence[Sample]):
     def __len__(self) -> int:
         return len(self._sets)
 
-    @overload
-    def __getitem__(self, at: int) -> Sample: ...
-    @overload
-    def __getitem__(self, at: slice) -> list[Sample]: ...
-    def __getitem__(self, at: int | slice) -> Sample | list[Sample]:
-        if isinstance(at, slice):
-            return [self[number] for number in range(*at.indices(len(self)))]
-        return self._parts[self._sets[at]][int(self._numbers[at])]
+    def one(self, number: int) -> Sample:
+        return self._parts[self._sets[number]].one(int(self._numbers[number]))
 
     def checksum(self) -> int:
         """CRC-32 of everything that is trained on."""
