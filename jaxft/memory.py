@@ -13,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxft.cards import COMPILER_OPTIONS, MEMORY, PREALLOCATED, is_absent
 from jaxft.errors import InputError, RunError
-from jaxft.kernels.attention.triton import compiling_for
+from jaxft.kernels.gpu import compiling_for
 from jaxft.kernels.linear_cross_entropy import tile_rows
 from jaxft.loop import Run
 from jaxft.models import Model

@@ -12,6 +12,7 @@ from kernel_cases import Shape, first_keys, folded, normal, qkv
 from jaxft.kernels.attention import triton
 from jaxft.kernels.attention.triton import Tile, Tiles
 from jaxft.kernels.dequantize import triton as dequantize_triton
+from jaxft.kernels.gpu import device_capability
 from jaxft.kernels.mlp import triton as mlp_triton
 from jaxft.quant import dense, quantize_nf4
 
@@ -50,7 +51,7 @@ MLP = {
 
 def attention(shape: Shape, dtype: jnp.dtype, rank: int) -> Iterator[Try]:
     key = jax.random.key(0)
-    fixed = dict(scale=shape.H**-0.5, softcap=shape.softcap, capability=triton.device_capability())
+    fixed = dict(scale=shape.H**-0.5, softcap=shape.softcap, capability=device_capability())
     table = triton.tiles(fixed["capability"], shape.H, dtype)
     q, k, v = qkv(shape, key, dtype)
     (dout,), first_key = normal(key, (q.shape,), dtype), folded(shape, jnp.asarray(first_keys(shape)))
@@ -69,7 +70,7 @@ def attention(shape: Shape, dtype: jnp.dtype, rank: int) -> Iterator[Try]:
 
 
 def mlp(shape: Shape, dtype: jnp.dtype, rank: int) -> Iterator[Try]:
-    capability = triton.device_capability()
+    capability = device_capability()
     T, F = shape.B * shape.T, shape.F
     sizes = (T, F), (T, F), (T, F), (T, rank), (T, rank), (T, rank), (F, rank), (F, rank), (rank, F)
     arrays = normal(jax.random.key(0), sizes, dtype)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from jaxft.kernels import attention as op
+from jaxft.kernels import gpu
 from jaxft.kernels.attention import attention, chunked, cudnn, documents, key_range, triton
 
 ROWS = {
@@ -185,7 +186,7 @@ def test_triton_says_what_it_cannot_serve(q, change, message):
 
 
 def test_triton_without_jax_triton_says_what_to_install(monkeypatch):
-    monkeypatch.setattr(triton, "find_spec", lambda name: None if name == "jax_triton" else object())
+    monkeypatch.setattr(gpu, "find_spec", lambda name: None if name == "jax_triton" else object())
     with pytest.raises(NotImplementedError, match=r"jax_triton is not installed: pip install 'jaxft\[cuda\]'"):
         triton.check(query(), scale=1.0, last_key=None, capability=90)
 

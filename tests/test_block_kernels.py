@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxft.kernels import gpu
 from jaxft.kernels import mlp as mlp_module
 from jaxft.kernels import norm_rope as norm_rope_module
 from jaxft.kernels import rms_norm as rms_norm_module
@@ -106,9 +107,8 @@ def test_the_full_policy_does_not_run_downs_low_rank_input_again(tiles):
 @pytest.fixture
 def card(monkeypatch):
     """Devices of compute capability 9.0 with triton and jax-triton; what a way would run is recorded, not run."""
-    for module in (mlp_module, norm_rope_module, rms_norm_module):
-        monkeypatch.setattr(module, "device_capability", lambda: 90)
-        monkeypatch.setattr(module.triton, "find_spec", lambda name: name)
+    monkeypatch.setattr(gpu, "device_capability", lambda: 90)
+    monkeypatch.setattr(gpu, "find_spec", lambda name: name)
     return monkeypatch
 
 
@@ -188,7 +188,6 @@ WAYS = [(mlp_way, dict()), (norm_rope_way, dict()), (rms_norm_way, dict())]
 
 @pytest.mark.parametrize("way, case", WAYS)
 def test_devices_meshes_and_packages_are_refused_by_name_and_passed_over_by_default(way, case, card):
-    module = {mlp_way: mlp_module, norm_rope_way: norm_rope_module, rms_norm_way: rms_norm_module}[way]
     assert way(patch=card, **case) in (90, "triton")
 
     def refused(reason):
@@ -199,9 +198,9 @@ def test_devices_meshes_and_packages_are_refused_by_name_and_passed_over_by_defa
     with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((2,), ("fsdp",))):
         refused("a mesh of several devices")
     for missing in ("triton", "jax_triton"):
-        card.setattr(module.triton, "find_spec", lambda name, missing=missing: None if name == missing else name)
+        card.setattr(gpu, "find_spec", lambda name, missing=missing: None if name == missing else name)
         refused(f"{missing} is not installed: pip install 'jaxft")
-    card.setattr(module, "device_capability", lambda: 70)
+    card.setattr(gpu, "device_capability", lambda: 70)
     refused("compute capability 7.0")
     card.undo()
     refused("cpu device")

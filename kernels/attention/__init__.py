@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from jaxft.kernels.attention import chunked, cudnn, reference, triton
 from jaxft.kernels.attention.cudnn import Documents, documents
+from jaxft.kernels.gpu import device_capability
 
 __all__ = ["CUDNN_DOCUMENTS", "Documents", "attention", "documents", "key_range"]
 
@@ -77,7 +78,7 @@ def attention(
 
     def serves(name: str) -> None:
         if name in ("cudnn", "triton"):
-            capability = triton.device_capability()
+            capability = device_capability()
             triton_serves = functools.partial(triton.check, q, scale=scale, last_key=last_key, capability=capability)
             if name == "triton":
                 triton_serves()
@@ -103,7 +104,7 @@ def attention(
         return cudnn.attention(q, k, v, documents, scale)
     if chosen == "triton":
         return triton.attention(
-            q, k, v, first_key, scale=scale, softcap=softcap, capability=triton.device_capability()
+            q, k, v, first_key, scale=scale, softcap=softcap, capability=device_capability()
         )  # fmt: skip
     way = {"chunked": chunked, "reference": reference}[chosen]
     return way.attention(q, k, v, first_key, last, scale=scale, softcap=softcap)

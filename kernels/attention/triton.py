@@ -5,15 +5,13 @@ kernel is launched and not before: importing jax-triton clears TRITON_CACHE_DIR.
 """
 
 import functools
-from collections.abc import Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass
-from importlib.util import find_spec
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+
+from jaxft.kernels.gpu import CARDS, check_installed
 
 
 @dataclass(frozen=True)
@@ -59,7 +57,6 @@ FLOAT32_TILES = {
     256: Tiles(Tile(16, 16, 4, 1), Tile(16, 16, 4, 1), Tile(16, 16, 4, 1)),
 }
 SMALLEST_CAPABILITY = 80
-CARDS = {80: "a100", 87: "a100", 90: "hopper", 100: "blackwell", 103: "blackwell", 110: "blackwell"}
 
 
 def tiles(capability: int, head_size: int, dtype: jnp.dtype) -> Tiles:
@@ -68,35 +65,6 @@ def tiles(capability: int, head_size: int, dtype: jnp.dtype) -> Tiles:
     if dtype == jnp.float32:
         return FLOAT32_TILES[padded]
     return TILES[CARDS.get(capability, "consumer"), padded]
-
-
-_target: ContextVar[jax.Device | None] = ContextVar("target", default=None)
-
-
-@contextmanager
-def compiling_for(device: jax.Device) -> Iterator[None]:
-    """Kernels traced inside are chosen and compiled for an NVIDIA GPU that may not be here."""
-    before = _target.set(device)
-    try:
-        yield
-    finally:
-        _target.reset(before)
-
-
-def device_capability() -> int:
-    """The compute capability of the first local GPU, 90 for 9.0; of `compiling_for`'s device inside of that.
-
-    Raises NotImplementedError where there is none.
-    """
-    device = _target.get()
-    if device is None:
-        device = jax.local_devices()[0]
-        if "cuda" not in device.client.platform_version.lower():
-            raise NotImplementedError(f"{device.platform} device: needs an NVIDIA GPU")
-    if device.platform != "gpu":
-        raise NotImplementedError(f"{device.platform} device: needs an NVIDIA GPU")
-    major, minor = str(device.compute_capability).split(".")
-    return 10 * int(major) + int(minor)
 
 
 def check(q: jax.Array, *, scale: float, last_key: jax.Array | None, capability: int) -> None:
@@ -112,9 +80,7 @@ def check(q: jax.Array, *, scale: float, last_key: jax.Array | None, capability:
         raise NotImplementedError(f"scale {scale}: needs a positive one")
     if capability < SMALLEST_CAPABILITY:
         raise NotImplementedError(f"compute capability {capability / 10}: needs 8.0 (tensor cores through Triton)")
-    for module in ("triton", "jax_triton"):
-        if find_spec(module) is None:
-            raise NotImplementedError(f"{module} is not installed: pip install 'jaxft[cuda]'")
+    check_installed()
 
 
 def attention(

@@ -7,9 +7,9 @@ import math
 import jax
 import jax.numpy as jnp
 
-from jaxft.kernels.attention.triton import device_capability
 from jaxft.kernels.dequantize import reference, triton
 from jaxft.kernels.dequantize.tables import BLOCK_SIZES, NESTED_BLOCK
+from jaxft.kernels.gpu import device_capability
 
 __all__ = ["dequantize_nf4"]
 

@@ -4,12 +4,12 @@ Triton and jax-triton are imported when the kernel is launched and not before.
 """
 
 import math
-from importlib.util import find_spec
 
 import jax
 import jax.numpy as jnp
 
 from jaxft.kernels.dequantize.tables import NESTED_BLOCK, dynamic_map, nf4_levels
+from jaxft.kernels.gpu import check_installed
 
 THREADS = 128
 UNROLL = 4
@@ -22,9 +22,7 @@ def check(n: int, dtype: jnp.dtype) -> None:
         raise NotImplementedError(f"dtype {jnp.dtype(dtype).name}: the kernel writes {', '.join(DTYPES)}")
     if n > 2**31 - 2**16:
         raise NotImplementedError(f"{n} values: the kernel counts in 32 bits")
-    for module in ("triton", "jax_triton"):
-        if find_spec(module) is None:
-            raise NotImplementedError(f"{module} is not installed: pip install 'jaxft[cuda]'")
+    check_installed()
 
 
 def constants(n: int, block: int, double: bool) -> dict[str, int | bool]:

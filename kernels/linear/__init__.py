@@ -3,10 +3,9 @@
 import jax
 
 from jaxft.kernels.linear import fused, reference
-from jaxft.kernels.linear.fused import one_device
 from jaxft.kernels.linear.weights import Weights
 
-__all__ = ["Weights", "check_add", "check_fit", "layer_keys", "linears", "one_device"]
+__all__ = ["Weights", "check_add", "check_fit", "layer_keys", "linears"]
 
 
 def linears(

@@ -46,12 +46,6 @@ class Wanted:
     layers: tuple[PerLeaf, ...]
 
 
-def one_device() -> bool:
-    """Whether arrays are whole here: kernels that XLA cannot split serve no mesh of several devices."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return mesh.empty or mesh.size == 1
-
-
 def _precision(dtype: jnp.dtype) -> jax.lax.Precision | None:
     return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None  # float32 means float32, not TF32
 

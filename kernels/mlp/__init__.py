@@ -1,9 +1,11 @@
 """The gated MLP of Llama-like models (SwiGLU, GeGLU: Shazeer 2020, https://arxiv.org/abs/2002.05202) with LoRA."""
 
+from functools import partial
+
 import jax
 
-from jaxft.kernels.attention.triton import device_capability
-from jaxft.kernels.linear import Weights, check_add, check_fit, layer_keys, one_device
+from jaxft.kernels.gpu import serving
+from jaxft.kernels.linear import Weights, check_add, check_fit, layer_keys
 from jaxft.kernels.mlp import fused, reference, triton
 from jaxft.kernels.mlp.reference import ACTIVATIONS
 
@@ -54,22 +56,9 @@ def mlp(
     if implementation not in (None, "triton", "fused"):
         raise ValueError(f"implementation {implementation!r}: must be 'triton', 'fused' or 'reference'")
     layers = (gate, up, down)
-    card = None if implementation == "fused" else _card(x.dtype, layers, activation, dropout, both, implementation)
+    dropped = bool(dropout) and any(key is not None for key in both)
+    check = partial(triton.check, x.dtype, layers, activation, dropped)
+    card = None if implementation == "fused" else serving("mlp", check, implementation)
     if tiles == 1:
         return fused.mlp(x, layers, activation, dropout, both, add, card)
     return fused.tiled_mlp(x, layers, activation, dropout, both, add, card, tiles)
-
-
-def _card(dtype, layers, activation, rate, keys, implementation) -> int | None:
-    """The compute capability that the kernels are compiled for, None where they cannot serve and were not asked for."""
-    try:
-        if not one_device():
-            raise NotImplementedError("a mesh of several devices: the kernels have no rule to be split")
-        capability = device_capability()
-        dropped = bool(rate) and any(key is not None for key in keys)
-        triton.check(dtype, layers, activation, dropped, capability)
-    except NotImplementedError as refusal:
-        if implementation == "triton":
-            raise NotImplementedError(f"mlp by triton: {refusal}") from None
-        return None
-    return capability

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from jaxft.kernels.gpu import one_device
 from jaxft.kernels.linear import fused as linear
 from jaxft.kernels.linear import reference
 from jaxft.kernels.linear.fused import Keys, Wanted
@@ -138,7 +139,7 @@ def _cut(x: jax.Array, tiles: int) -> jax.Array:
     On one device all tokens count as one row, so that no data moves; on a mesh only T is cut, because the other
     dimensions are split over devices.
     """
-    if linear.one_device():
+    if one_device():
         x = x.reshape(-1, x.shape[-1])
     T = x.shape[-2]
     t = -(-T // tiles)

@@ -5,12 +5,11 @@ and not before.
 """
 
 from dataclasses import dataclass
-from importlib.util import find_spec
 
 import jax
 import jax.numpy as jnp
 
-from jaxft.kernels.attention.triton import CARDS
+from jaxft.kernels.gpu import CARDS, check_installed
 from jaxft.kernels.linear.weights import Weights
 
 
@@ -58,9 +57,7 @@ def check(dtype: jnp.dtype, layers: tuple[Weights, ...], activation: str, droppe
             raise NotImplementedError(f"rank {layer.lora[0].shape[0]}: needs at most {LARGEST_RANK}")
     if capability < SMALLEST_CAPABILITY:
         raise NotImplementedError(f"compute capability {capability / 10}: needs 8.0 (tensor cores through Triton)")
-    for module in ("triton", "jax_triton"):
-        if find_spec(module) is None:
-            raise NotImplementedError(f"{module} is not installed: pip install 'jaxft[cuda]'")
+    check_installed()
 
 
 def tiles(capability: int, ranks: tuple[int, int, int]) -> tuple[Tile, Tile]:

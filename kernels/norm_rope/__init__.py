@@ -1,10 +1,11 @@
 """RMSNorm of each head followed by its rotation, as Qwen 3 and Gemma 3 treat queries and keys, in one operation."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 
-from jaxft.kernels.attention.triton import device_capability
-from jaxft.kernels.linear import one_device
+from jaxft.kernels.gpu import serving
 from jaxft.kernels.norm_rope import reference, triton
 
 __all__ = ["norm_rope"]
@@ -29,15 +30,8 @@ def norm_rope(
     if implementation not in (None, "triton", "reference"):
         raise ValueError(f"implementation {implementation!r}: must be 'triton' or 'reference'")
     if implementation != "reference":
-        try:
-            if not one_device():
-                raise NotImplementedError("a mesh of several devices: the kernel has no rule to be split")
-            capability = device_capability()
-            triton.check(x, capability)
-        except NotImplementedError as refusal:
-            if implementation == "triton":
-                raise NotImplementedError(f"norm_rope by triton: {refusal}") from None
-        else:
+        capability = serving("norm_rope", partial(triton.check, x), implementation)
+        if capability is not None:
             # float32 for the reason that `kernels.rms_norm` gives
             return triton.norm_rope(x, weight.astype(jnp.float32), cos, sin, eps, capability)
     return reference.norm_rope(x, weight, cos, sin, eps)

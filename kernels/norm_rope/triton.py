@@ -5,12 +5,13 @@ Triton and jax-triton are imported when a kernel is launched and not before.
 
 import functools
 from dataclasses import dataclass
-from importlib.util import find_spec
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
+
+from jaxft.kernels.gpu import check_installed
 
 ELEMENTS = 4096  # numbers a program holds, and its warps
 WARPS = 4
@@ -25,9 +26,7 @@ def check(x: jax.Array, capability: int) -> None:
         raise NotImplementedError(f"dtype {x.dtype}: needs bfloat16, float16 or float32")
     if capability < 75:
         raise NotImplementedError(f"compute capability {capability / 10}: needs 7.5")
-    for module in ("triton", "jax_triton"):
-        if find_spec(module) is None:
-            raise NotImplementedError(f"{module} is not installed: pip install 'jaxft[cuda]'")
+    check_installed()
 
 
 @jax.tree_util.register_static

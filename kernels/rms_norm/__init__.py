@@ -1,10 +1,11 @@
 """Root mean square normalisation over the last axis (Zhang and Sennrich 2019, https://arxiv.org/abs/1910.07467)."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 
-from jaxft.kernels.attention.triton import device_capability
-from jaxft.kernels.linear import one_device
+from jaxft.kernels.gpu import serving
 from jaxft.kernels.rms_norm import reference, triton
 
 
@@ -31,15 +32,8 @@ def residual_rms_norm(
     if implementation not in (None, "triton", "reference"):
         raise ValueError(f"implementation {implementation!r}: must be 'triton' or 'reference'")
     if implementation != "reference" and weight.shape == x.shape[-1:]:
-        try:
-            if not one_device():
-                raise NotImplementedError("a mesh of several devices: the kernel has no rule to be split")
-            capability = device_capability()
-            triton.check(x, capability)
-        except NotImplementedError as refusal:
-            if implementation == "triton":
-                raise NotImplementedError(f"residual_rms_norm by triton: {refusal}") from None
-        else:
+        capability = serving("residual_rms_norm", partial(triton.check, x), implementation)
+        if capability is not None:
             # float32, so that a layer's slice of a stack is made by a kernel: XLA makes slices alone by copies on a
             # stream of their own, where they wait behind residuals on their way to the host
             return triton.residual_rms_norm(x, weight.astype(jnp.float32), eps, capability)

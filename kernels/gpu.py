@@ -1,0 +1,70 @@
+"""What an own kernel asks of the device before it serves: one NVIDIA GPU, which one, and the packages that compile."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from importlib.util import find_spec
+
+import jax
+
+# compute capability -> the kind of card that tables of tiles go by; what is not here is a consumer card
+CARDS = {80: "a100", 87: "a100", 90: "hopper", 100: "blackwell", 103: "blackwell", 110: "blackwell"}
+
+_target: ContextVar[jax.Device | None] = ContextVar("target", default=None)
+
+
+@contextmanager
+def compiling_for(device: jax.Device) -> Iterator[None]:
+    """Kernels traced inside are chosen and compiled for an NVIDIA GPU that may not be here."""
+    before = _target.set(device)
+    try:
+        yield
+    finally:
+        _target.reset(before)
+
+
+def device_capability() -> int:
+    """The compute capability of the first local GPU, 90 for 9.0; of `compiling_for`'s device inside of that.
+
+    Raises NotImplementedError where there is none.
+    """
+    device = _target.get()
+    if device is None:
+        device = jax.local_devices()[0]
+        if "cuda" not in device.client.platform_version.lower():
+            raise NotImplementedError(f"{device.platform} device: needs an NVIDIA GPU")
+    if device.platform != "gpu":
+        raise NotImplementedError(f"{device.platform} device: needs an NVIDIA GPU")
+    major, minor = str(device.compute_capability).split(".")
+    return 10 * int(major) + int(minor)
+
+
+def one_device() -> bool:
+    """Whether arrays are whole here: kernels that XLA cannot split serve no mesh of several devices."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return mesh.empty or mesh.size == 1
+
+
+def check_installed() -> None:
+    """Raises NotImplementedError with the package that is missing."""
+    for module in ("triton", "jax_triton"):
+        if find_spec(module) is None:
+            raise NotImplementedError(f"{module} is not installed: pip install 'jaxft[cuda]'")
+
+
+def serving(op: str, check: Callable[[int], None], implementation: str | None) -> int | None:
+    """The compute capability that the Triton kernels of `op` are compiled for; None where they cannot serve.
+
+    check: raises NotImplementedError where they do not serve the case on a capability. That is raised again where
+    implementation is "triton": what was asked for by name fails loudly.
+    """
+    try:
+        if not one_device():
+            raise NotImplementedError("a mesh of several devices: the kernels have no rule to be split")
+        capability = device_capability()
+        check(capability)
+    except NotImplementedError as refusal:
+        if implementation == "triton":
+            raise NotImplementedError(f"{op} by triton: {refusal}") from None
+        return None
+    return capability
