@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from transformers import AutoConfig
 
-from jaxft.cards import absent_card
+from jaxft.cards import absent_card, step_options
 from jaxft.errors import InputError, RunError, run_command
 from jaxft.load import adapter_shapes, held_shapes, new_adapter, parameter_count
 from jaxft.lora import LoraConfig
@@ -209,7 +209,7 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
             max_documents=documents,
         ),
         donate_argnums=(0, 1),
-        compiler_options=dict(options.compiler_option),
+        compiler_options=step_options(jax.default_backend(), remat) | dict(options.compiler_option),
     )  # fmt: skip
     key = jax.random.key(2)
     began = time.perf_counter()

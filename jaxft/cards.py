@@ -1,9 +1,12 @@
-"""Cards that are not here, described well enough for XLA to compile a step for them: what `--device` plans for."""
+"""What XLA is told of a card: options of a train step, and cards that are not here, for `--device` to plan for."""
+
+from typing import Any
 
 import jax
 from jax.experimental import topologies
 
 from jaxft.errors import InputError
+from jaxft.models.layers import OFFLOADED
 
 # XLA's own description of a card (GpuTargetConfigProto), as a process on that card gives it
 H200 = """
@@ -36,7 +39,20 @@ CARDS = {"h200": H200}
 MEMORY = {"NVIDIA H200": 150_000_000_000}  # bytes, by the name a device of the card has
 PREALLOCATED = 0.75  # of a card's memory is what XLA takes unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise
 # nothing can be timed where the card is not, so XLA must not ask for it
-COMPILER_OPTIONS = {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False}
+COMPILER_OPTIONS = {"xla_gpu_autotune_level": 0}
+
+
+def step_options(platform: str, gradient_checkpointing: str) -> dict[str, Any]:
+    """What a train step tells XLA on a platform such as "gpu"; measured in docs/log.md.
+
+    cuBLAS alone is as fast as a choice with Triton and compiles in half the time, and it reads a layer of a stack of
+    weights where it lies. Products that read the same input are not merged: to XLA that means to copy their weights
+    together and their outputs apart. Residuals on their way to the host wait inside a CUDA graph, and beside it do not.
+    """
+    if platform != "gpu":
+        return {}
+    options: dict[str, Any] = {"xla_gpu_enable_triton_gemm": False, "xla_gpu_dot_merger_threshold_mb": 0}
+    return options | ({"xla_gpu_enable_command_buffer": ""} if gradient_checkpointing in OFFLOADED else {})
 
 
 def absent_card(name: str) -> jax.Device:

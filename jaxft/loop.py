@@ -14,6 +14,7 @@ import jax
 import numpy as np
 import optax
 
+from jaxft.cards import step_options
 from jaxft.checkpoint import Checkpoints
 from jaxft.errors import InputError, RunError
 from jaxft.evaluate import evaluate
@@ -126,6 +127,7 @@ def run_training(run: Run, prepared: Prepared) -> Outcome:
         ),
         donate_argnums=(0, 1),
         out_shardings=(_shardings(trainable), _shardings(opt_state), None),
+        compiler_options=step_options(jax.default_backend(), settings.gradient_checkpointing),
     )  # fmt: skip
     eval_function = jax.jit(make_eval_step(prepared.model, dtype=prepared.compute_dtype))
 

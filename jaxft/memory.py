@@ -11,7 +11,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxft.cards import COMPILER_OPTIONS, MEMORY, PREALLOCATED, is_absent
+from jaxft.cards import COMPILER_OPTIONS, MEMORY, PREALLOCATED, is_absent, step_options
 from jaxft.errors import InputError, RunError
 from jaxft.kernels.gpu import compiling_for
 from jaxft.kernels.linear_cross_entropy import tile_rows
@@ -98,14 +98,17 @@ def plan(
 
     trainable, opt_state, frozen, batch ((A, B, T) each): arrays, or `jax.ShapeDtypeStruct`s with the shardings, all of
     one mesh, that the arrays will have. The first two are donated. The rest is `make_train_step`'s; compiler_options
-    are XLA's. Evaluation and generation are programs of their own, not counted here.
+    are XLA's, beside `cards.step_options`. Evaluation and generation are programs of their own, not counted here.
     """
     mesh = jax.tree.leaves(trainable)[0].sharding.mesh
     everywhere = NamedSharding(mesh, PartitionSpec())
     device = mesh.devices.flat[0]
     absent = is_absent(device)
-    if absent:
-        compiler_options = COMPILER_OPTIONS | (compiler_options or {})
+    compiler_options = (
+        step_options(device.platform, gradient_checkpointing)
+        | (COMPILER_OPTIONS if absent else {})
+        | (compiler_options or {})
+    )
     key = jax.ShapeDtypeStruct((), jax.eval_shape(jax.random.key, 0).dtype, sharding=everywhere)
     places = [jax.tree.map(lambda leaf: leaf.sharding, tree) for tree in (trainable, opt_state)]
     step = jax.jit(

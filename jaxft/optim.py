@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxft.errors import InputError
+from jaxft.in_place import InPlace, adamw_8bit_in_place
 from jaxft.lora_config import SAVABLE
 from jaxft.optim_8bit import Moment8, moment_shapes, scale_by_adam_8bit
 from jaxft.trees import Tree
@@ -117,15 +118,28 @@ def make_optimizer(
     max_grad_norm: float = 1.0,
     optim: str = "adamw",
     embedding_factor: float = 1.0,
-) -> optax.GradientTransformation:
+) -> optax.GradientTransformation | InPlace:
     """AdamW (Loshchilov and Hutter 2019, https://arxiv.org/abs/1711.05101) after clipping by the global norm.
 
     Moments are float32 whatever the parameters' dtype; with optim "adamw_8bit" they are held in 8 bits
     (`jaxft.optim_8bit`). max_grad_norm 0 does not clip. embedding_factor: how many times the schedule's learning rate
     embedding and head have. Raises InputError for an unknown optim.
     """
-    adam = _make_adam(schedule, adam_beta1, adam_beta2, adam_epsilon, weight_decay, max_grad_norm, optim)
-    return adam if embedding_factor == 1 else optax.chain(adam, _scale_embeddings(embedding_factor))
+    scaled = [] if embedding_factor == 1 else [_scale_embeddings(embedding_factor)]
+    clip = optax.clip_by_global_norm(max_grad_norm) if max_grad_norm else optax.identity()
+    if optim == "adamw_8bit":
+        decay = optax.chain(optax.add_decayed_weights(weight_decay, decays), optax.scale_by_learning_rate(schedule))
+        adam = scale_by_adam_8bit(adam_beta1, adam_beta2, adam_epsilon)
+        return adamw_8bit_in_place(
+            optax.chain(clip, adam, _in_float32(decay), *scaled), schedule,
+            adam_beta1=adam_beta1, adam_beta2=adam_beta2, adam_epsilon=adam_epsilon, max_grad_norm=max_grad_norm,
+            weight_decay=lambda params: jax.tree.map(lambda own: weight_decay if own else 0.0, decays(params)),
+            rate_factor=lambda path: embedding_factor if path.split("/")[0] in SAVABLE else 1.0,
+        )  # fmt: skip
+    if optim != "adamw":
+        raise InputError(f"optim {optim!r} is unknown; known: adamw, adamw_8bit")
+    adam = optax.adamw(schedule, b1=adam_beta1, b2=adam_beta2, eps=adam_epsilon, weight_decay=weight_decay, mask=decays)
+    return optax.chain(clip, _in_float32(adam), *scaled)
 
 
 def _scale_embeddings(factor: float) -> optax.GradientTransformation:
@@ -135,17 +149,6 @@ def _scale_embeddings(factor: float) -> optax.GradientTransformation:
         return updates | own
 
     return optax.stateless(update)
-
-
-def _make_adam(schedule, adam_beta1, adam_beta2, adam_epsilon, weight_decay, max_grad_norm, optim):
-    clip = optax.clip_by_global_norm(max_grad_norm) if max_grad_norm else optax.identity()
-    if optim == "adamw_8bit":
-        decay = optax.chain(optax.add_decayed_weights(weight_decay, decays), optax.scale_by_learning_rate(schedule))
-        return optax.chain(clip, scale_by_adam_8bit(adam_beta1, adam_beta2, adam_epsilon), _in_float32(decay))
-    if optim != "adamw":
-        raise InputError(f"optim {optim!r} is unknown; known: adamw, adamw_8bit")
-    adam = optax.adamw(schedule, b1=adam_beta1, b2=adam_beta2, eps=adam_epsilon, weight_decay=weight_decay, mask=decays)
-    return optax.chain(clip, _in_float32(adam))
 
 
 def state_shapes(optimizer: optax.GradientTransformation, trainable: Tree) -> optax.OptState:

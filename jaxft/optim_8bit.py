@@ -105,9 +105,7 @@ def scale_by_adam_8bit(b1: float, b2: float, eps: float) -> optax.GradientTransf
     def update(grads, state, params=None):
         del params
         steps = state.steps + 1
-        # 1 − b^steps without the cancellation of float32
-        corrections = [-jnp.expm1(steps.astype(jnp.float32) * math.log(b)) if b else jnp.float32(1) for b in (b1, b2)]
-        step = functools.partial(_step, b1=b1, b2=b2, eps=eps, corrections=corrections)
+        step = functools.partial(_step, b1=b1, b2=b2, eps=eps, corrections=corrections(steps, b1, b2))
         found = jax.tree.map_with_path(functools.partial(_stepped, step=step), grads, state.mu, state.nu)
         updates, mu, nu = (
             jax.tree.map(lambda leaf, i=i: leaf[i], found, is_leaf=lambda node: isinstance(node, Stepped))
@@ -116,6 +114,11 @@ def scale_by_adam_8bit(b1: float, b2: float, eps: float) -> optax.GradientTransf
         return updates, Adam8State(steps, mu, nu)
 
     return optax.GradientTransformation(init, update)
+
+
+def corrections(steps: jax.Array, b1: float, b2: float) -> list[jax.Array]:
+    """1 − b^steps of both moments, without the cancellation of float32."""
+    return [-jnp.expm1(steps.astype(jnp.float32) * math.log(b)) if b else jnp.float32(1) for b in (b1, b2)]
 
 
 def moment_shapes(moment: Any, sharding: jax.sharding.NamedSharding) -> Any:
@@ -158,17 +161,17 @@ def _stepped(path, grad, mu, nu, *, step) -> Stepped:
         return update, quantize(mu, True), quantize(nu, False)
 
     inputs = (flat.reshape(layers, blocks, BLOCK), mu, nu)
-    parts = _parts(layers * blocks)
-    if parts == 1:
+    count = parts(layers * blocks)
+    if count == 1:
         update, mu, nu = chunk(inputs)
     else:
-        cut = jax.tree.map(lambda a: a.reshape(parts, -1, *a.shape[2:]), inputs)
+        cut = jax.tree.map(lambda a: a.reshape(count, -1, *a.shape[2:]), inputs)
         found = jax.lax.map(chunk, cut)
         update, mu, nu = jax.tree.map(lambda a, like: a.reshape(like.shape), found, inputs)
     return Stepped(update.reshape(layers, blocks * BLOCK)[:, :size].reshape(grad.shape), mu, nu)
 
 
-def _parts(blocks: int) -> int:
+def parts(blocks: int) -> int:
     """Into how many equal parts a leaf's blocks are cut for `CHUNK`; 1 where no number near it divides them."""
     least = -(-blocks * BLOCK // CHUNK)
-    return next((parts for parts in range(least, 4 * least + 1) if blocks % parts == 0), 1)
+    return next((count for count in range(least, 4 * least + 1) if blocks % count == 0), 1)

@@ -56,7 +56,9 @@ class NF4(_Leaf):
 
     codes: (⌈O·I/2⌉,) uint8, value 2i of the row-major weight in the high nibble of byte i. scales: one a block of
     `block` values, uint8 codes of the dynamic map; nested: (⌈blocks/256⌉,) float32; offset: () float32, their mean.
-    Without double quantisation scales are float32, nested and offset None. dtype: what was quantised.
+    Without double quantisation scales are float32, nested and offset None. dtype: what was quantised. layer: () int32
+    where the arrays are a whole stack's and this is one weight of it, so that a kernel reads it where it lies; else
+    None.
     """
 
     codes: Any
@@ -66,6 +68,12 @@ class NF4(_Leaf):
     weight_shape: tuple[int, int] = dataclasses.field(metadata={"static": True})
     block: int = dataclasses.field(default=BLOCK, metadata={"static": True})
     dtype: Any = dataclasses.field(default=jnp.dtype("bfloat16"), metadata={"static": True})
+    layer: Any = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(O, I), or (L, O, I) where the leaf is a stack."""
+        return self.weight_shape if self.layer is not None else super().shape
 
 
 @jax.tree_util.register_dataclass
@@ -108,13 +116,16 @@ def dense(
     held: Quantized = weight
     if after is not None:
         first = jax.lax.slice(after, (0,) * after.ndim, (1,) * after.ndim)
-        held, _ = jax.lax.optimization_barrier((held, first))
+        if isinstance(held, NF4) and held.layer is not None:
+            held = dataclasses.replace(held, layer=jax.lax.optimization_barrier((held.layer, first))[0])
+        else:
+            held, _ = jax.lax.optimization_barrier((held, first))
     if isinstance(held, Int8):
         rows = held.codes.astype(jnp.float32) * held.scales[:, None]
         return (rows * jnp.float32(7.874015718698502e-3)).astype(dtype)  # bitsandbytes' own constant for 1/127
     return dequantize_nf4(
         held.codes, held.scales, held.nested, held.offset, shape=held.weight_shape, block=held.block,
-        dtype=jnp.dtype(dtype), implementation=implementation,
+        dtype=jnp.dtype(dtype), layer=held.layer, implementation=implementation,
     )  # fmt: skip
 
 

@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jaxft.in_place import InPlace
+from jaxft.kernels.gpu import one_device
 from jaxft.loss import Batch, sft_loss
 from jaxft.models import Model
 from jaxft.optim import LossScale, apply_updates, next_loss_scale
@@ -19,7 +21,7 @@ def make_train_step(
     model: Model,
     *,
     loss: Callable[..., tuple[jax.Array, jax.Array]] = sft_loss,
-    optimizer: optax.GradientTransformation,
+    optimizer: optax.GradientTransformation | InPlace,
     gradient_checkpointing: str = "full",
     dtype: jnp.dtype | None = None,
     mlp_tiles: int = 1,
@@ -67,16 +69,20 @@ def make_train_step(
 
         # a batch of padding alone has weight 0: its loss and gradients are 0, not 0/0
         divisor = jnp.maximum(weight, jnp.finfo(jnp.float32).tiny)
-        grads = jax.tree.map(lambda g: (g.astype(jnp.float32) / (divisor * loss_scale)).astype(g.dtype), grads)
-        mean, norm = total / divisor, optax.tree.norm(jax.tree.map(lambda g: g.astype(jnp.float32), grads))
+        factor = 1 / (divisor * loss_scale)
+        mean, norm = total / divisor, factor * optax.tree.norm(jax.tree.map(lambda g: g.astype(jnp.float32), grads))
         finite = jnp.isfinite(mean) & jnp.isfinite(norm)
-
-        old = opt_state.inner if scaled else opt_state
-        updates, new = optimizer.update(grads, old, trainable)
-        updated = apply_updates(trainable, updates, rounding_key)
-        keep = lambda new, old: jnp.where(finite, new, old)  # noqa: E731
-        trainable, inner = jax.tree.map(keep, (updated, new), (trainable, old))
-        opt_state = next_loss_scale(opt_state, finite, inner) if scaled else inner
+        if isinstance(optimizer, InPlace) and one_device():
+            factor = factor * optimizer.clipping(norm)
+            trainable, opt_state = optimizer.apply(grads, opt_state, trainable, rounding_key, factor, finite)
+        else:
+            grads = jax.tree.map(lambda g: (g.astype(jnp.float32) * factor).astype(g.dtype), grads)
+            old = opt_state.inner if scaled else opt_state
+            updates, new = optimizer.update(grads, old, trainable)
+            updated = apply_updates(trainable, updates, rounding_key)
+            keep = lambda new, old: jnp.where(finite, new, old)  # noqa: E731
+            trainable, inner = jax.tree.map(keep, (updated, new), (trainable, old))
+            opt_state = next_loss_scale(opt_state, finite, inner) if scaled else inner
         metrics = {
             "loss": mean,
             "weight": weight,

@@ -75,15 +75,16 @@ def mlp(shape: Shape, dtype: jnp.dtype, rank: int) -> Iterator[Try]:
     sizes = (T, F), (T, F), (T, F), (T, rank), (T, rank), (T, rank), (F, rank), (F, rank), (rank, F)
     arrays = normal(jax.random.key(0), sizes, dtype)
 
-    def forward(e, v, dh, ue, uv, gd, be, bv, a, tile):
-        return mlp_triton.forward(e, v, (ue, uv), (be, bv), a, "silu", capability, tile)
+    def forward(e, v, dh, ue, uv, gd, be, bv, a, tile, parts):
+        return mlp_triton.forward(e, v, (ue, uv), (be, bv), a, "silu", capability, tile, parts)
 
-    def backward(e, v, dh, ue, uv, gd, be, bv, a, tile):
-        return mlp_triton.backward(e, v, dh, (ue, uv, gd), (be, bv), a, "silu", capability, tile)
+    def backward(e, v, dh, ue, uv, gd, be, bv, a, tile, parts):
+        return mlp_triton.backward(e, v, dh, (ue, uv, gd), (be, bv), a, "silu", capability, tile, parts)
 
-    for kernel, launch in (("forward", forward), ("backward", backward)):
-        for tile in MLP[kernel]:
-            yield kernel, tuple(asdict(tile).values()), functools.partial(launch, tile=tile), tuple(arrays)
+    for kernel, launch, parts in (("forward", forward, (256, 1024, 4096)), ("backward", backward, (8, 16))):
+        for tile, count in itertools.product(MLP[kernel], parts):
+            shape_of = (*asdict(tile).values(), count)
+            yield kernel, shape_of, functools.partial(launch, tile=tile, parts=count), tuple(arrays)
 
 
 def dequantize(shape: Shape, dtype: jnp.dtype, rank: int) -> Iterator[Try]:

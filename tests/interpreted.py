@@ -1,6 +1,6 @@
 """Makes this process run Triton kernels by Triton's interpreter, on the CPU: import it before anything that has triton.
 
-The interpreter stands in for `jax_triton.triton_call`, so that an op's own launch (grid, constants, order of arrays)
+The interpreter stands in for `launch.triton_call`, so that an op's own launch (grid, constants, order of arrays)
 and its own derivative are run as on a GPU. Outputs are filled with NaN before: what a kernel does not write shows.
 """
 
@@ -10,9 +10,10 @@ os.environ["TRITON_INTERPRET"] = "1"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
-import jax_triton
 import numpy as np
 from triton.runtime import interpreter
+
+from jaxft.kernels import launch
 
 _patch_tensor = interpreter._patch_lang_tensor
 
@@ -58,19 +59,21 @@ class HostArray:
 
 def triton_call(
     *arrays, kernel, out_shape, grid, num_warps=None, num_stages=None, compute_capability=None, name=None,
-    enable_fp_fusion=None, **constants,
+    enable_fp_fusion=None, input_output_aliases=(), **constants,
 ):  # fmt: skip
-    """As `jax_triton.triton_call`; what concerns only the compiler is not read."""
+    """As `launch.triton_call`; what concerns only the compiler is not read."""
 
     def run(*inputs):
         results = [HostArray(np.full(like.shape, np.nan, like.dtype)) for like in jax.tree.leaves(out_shape)]
+        for source, to in input_output_aliases:
+            results[to] = HostArray(np.array(inputs[source]))
         kernel[grid](*[HostArray(np.asarray(x)) for x in inputs], *results, **constants)
         return jax.tree.unflatten(jax.tree.structure(out_shape), [x.array for x in results])
 
     return jax.pure_callback(run, out_shape, *arrays)
 
 
-jax_triton.triton_call = triton_call
+launch.triton_call = triton_call
 
 
 def compare(name: str, got, wanted, tolerance: float) -> None:

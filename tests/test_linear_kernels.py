@@ -372,8 +372,8 @@ def test_cross_entropy_with_logits_returns_both():
 
 
 def test_tile_rows_follow_the_vocabulary_and_leave_no_crumb():
-    assert tile_rows(16384, 151936) == 768  # 512 MiB of float32 logits hold 883 rows
-    assert tile_rows(16384, 128256) == 1024
+    assert tile_rows(16384, 151936) == 384  # 256 MiB of float32 logits hold 441 rows
+    assert tile_rows(16384, 128256) == 512
     assert tile_rows(16384, 256) == 4096
     assert tile_rows(5, 256) == 5
     assert tile_rows(1100, 128256) == 640  # two tiles, not 1024 rows and 76

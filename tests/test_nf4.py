@@ -104,12 +104,15 @@ needs_triton = pytest.mark.skipif(bool(MISSING), reason=NEEDED)
 
 
 @needs_triton
+@pytest.mark.parametrize("stack", [(), (36,)], ids=["one", "stack"])
 @pytest.mark.parametrize("capability", CAPABILITIES)
-def test_the_kernel_compiles_for_every_card_with_wide_stores_and_no_shared_memory(capability):
-    n, S = 4096 * 1024, jax.ShapeDtypeStruct
-    arrays = S((n // 2,), jnp.uint8), S((n // 64,), jnp.uint8), S((n // 64 // 256,), jnp.float32), S((), jnp.float32)
+def test_the_kernel_compiles_for_every_card_with_wide_stores_and_no_shared_memory(capability, stack):
+    n = 4096 * 1024
+    sizes = ((n // 2,), jnp.uint8), ((n // 64,), jnp.uint8), ((n // 64 // 256,), jnp.float32), ((), jnp.float32)
+    arrays = [jax.ShapeDtypeStruct((*stack, *size), dtype) for size, dtype in sizes]
+    layer = jax.ShapeDtypeStruct((), jnp.int32) if stack else None
     function = lambda *x: triton.dequantize_nf4(*x, (4096, 1024), 64, jnp.bfloat16, capability)  # noqa: E731
-    ((shared, ptx),) = compiled(function, *arrays).values()
+    ((shared, ptx),) = compiled(function, *arrays, layer).values()
     assert shared == 0
     assert "st.global.v4.b32" in ptx and "fma.rn.f32" not in ptx
 
@@ -121,7 +124,7 @@ def test_the_interpreted_kernel_equals_the_reference():
         env=os.environ | {"PYTHONPATH": str(ROOT)}, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count(": ok") == 5
+    assert done.stdout.count(": ok") == 10
 
 
 def test_the_kernel_refuses_a_dtype_that_it_cannot_write():

@@ -6,7 +6,7 @@ merged in. Every parameter names its dimensions (`axes`) for the sharding table 
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 import jax
@@ -19,6 +19,7 @@ from jaxft.kernels import linear as linear_op
 from jaxft.kernels import mlp as mlp_op
 from jaxft.kernels.rms_norm import residual_rms_norm, rms_norm
 from jaxft.models.offload import offloaded_scan
+from jaxft.quant import NF4, is_quantized
 from jaxft.sharding import constrain
 
 M = TypeVar("M", bound=nnx.Module)
@@ -241,24 +242,32 @@ def scan_layers(block: nnx.Module, x: jax.Array, layers: LayerData, context: Con
     if remat not in REMAT:
         raise ValueError(f"gradient_checkpointing {remat!r}: must be one of {', '.join(REMAT)}")
     graphdef, parameters = nnx.split(block)
+    leaves, treedef = jax.tree.flatten(parameters, is_leaf=is_quantized)
+    # stacks in 4 bits stay whole: a kernel reads a layer where it lies, where a scan would copy it out first
+    stacks = [leaf if isinstance(leaf, NF4) else None for leaf in leaves]
+    sliced = [None if isinstance(leaf, NF4) else leaf for leaf in leaves]
+    index = jnp.arange(layers.window.shape[0], dtype=jnp.int32)
 
-    def run(x, layer, context, cache):
-        parameters, data = layer
-        x, cache = nnx.merge(graphdef, parameters)(x, data, context, cache)
+    def run(x, layer, shared, cache):
+        (sliced, data, index), (stacks, context) = layer, shared
+        leaves = [
+            own if stack is None else replace(stack, layer=index) for own, stack in zip(sliced, stacks, strict=True)
+        ]
+        x, cache = nnx.merge(graphdef, jax.tree.unflatten(treedef, leaves))(x, data, context, cache)
         return constrain(x, ("batch", "length", "embed_activation")), cache
 
     if remat in OFFLOADED and cache is None:
 
-        def body(x, layer, context):
-            return run(x, layer, context, None)[0]
+        def body(x, layer, shared):
+            return run(x, layer, shared, None)[0]
 
         body = jax.checkpoint(body, prevent_cse=False, policy=REMAT[remat])
-        return offloaded_scan(body, x, (parameters, layers), context), None
+        return offloaded_scan(body, x, (sliced, layers, index), (stacks, context)), None
 
     def step(x, inputs):
         layer, cache = inputs
-        return run(x, layer, context, cache)
+        return run(x, layer, (stacks, context), cache)
 
     if REMAT[remat] is not None:
         step = jax.checkpoint(step, prevent_cse=False, policy=REMAT[remat])
-    return jax.lax.scan(step, x, ((parameters, layers), cache))
+    return jax.lax.scan(step, x, ((sliced, layers, index), cache))

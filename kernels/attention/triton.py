@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from jaxft.kernels import launch
 from jaxft.kernels.gpu import CARDS, check_installed
 
 
@@ -184,11 +185,10 @@ def reach(first_key: jax.Array, keys: int) -> tuple[jax.Array, jax.Array]:
 
 
 def _launch(kernel, arrays, out_shape, grid, tile, capability, scale, softcap):
-    import jax_triton
 
     q, k = arrays[:2]
     T, N, H = q.shape[1:]
-    return jax_triton.triton_call(
+    return launch.triton_call(
         *arrays, kernel=kernel, out_shape=out_shape, grid=grid, num_warps=tile.warps, num_stages=tile.stages,
         compute_capability=capability, name=f"attention_{kernel.fn.__name__}",
         scale=float(scale), softcap=None if softcap is None else float(softcap), T=T, N=N, K=k.shape[2], H=H,

@@ -25,6 +25,7 @@ def dequantize_nf4(
     shape: tuple[int, ...],
     block: int,
     dtype: jnp.dtype,
+    layer: jax.Array | None = None,
     implementation: str | None = None,
 ) -> jax.Array:
     """level[code] · scale of its block, multiplied in float32 and rounded once: an array of `shape` and `dtype`.
@@ -32,6 +33,7 @@ def dequantize_nf4(
     packed: (⌈n/2⌉,) uint8 with n = prod(shape), value 2i in the high nibble of byte i. scales: one a block of `block`
     values: float32, or uint8 codes of the 8-bit dynamic map with nested: (⌈blocks/256⌉,) float32 and offset: ()
     float32: scale = map[code] · nested + offset, each of the two operations rounded to float32.
+    layer: () int32 where all four have a leading L; the weight is that row of them, in [0, L).
     implementation: "triton" (CUDA), "reference", or None: triton on a GPU where it is installed. Has no derivative.
     Raises ValueError where a shape or dtype does not fit, NotImplementedError where Triton cannot serve the device.
     """
@@ -46,15 +48,18 @@ def dequantize_nf4(
     if block not in BLOCK_SIZES or (nested is None) != (offset is None):
         raise ValueError(f"block {block}: must be one of {BLOCK_SIZES}; nested and offset go together")
     for name, (array, size, kind) in expected.items():
-        if array is not None and (array.shape != size or array.dtype != kind):
+        if array is not None and (array.shape[0 if layer is None else 1 :] != size or array.dtype != kind):
             raise ValueError(f"{name} is {array.dtype} {array.shape}; a weight of shape {shape} needs {kind} {size}")
     chosen = implementation or _default(n, jnp.dtype(dtype).name)
     if chosen == "reference":
-        return reference.dequantize_nf4(packed, scales, nested, offset, shape, block, dtype)
+        parts = (packed, scales, nested, offset)
+        if layer is not None:
+            parts = jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, layer, keepdims=False), parts)
+        return reference.dequantize_nf4(*parts, shape, block, dtype)
     if chosen != "triton":
         raise ValueError(f"implementation {implementation!r}: must be one of {', '.join(IMPLEMENTATIONS)}")
     triton.check(n, dtype)
-    return triton.dequantize_nf4(packed, scales, nested, offset, shape, block, dtype, device_capability())
+    return triton.dequantize_nf4(packed, scales, nested, offset, layer, shape, block, dtype, device_capability())
 
 
 @functools.cache

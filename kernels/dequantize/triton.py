@@ -8,6 +8,7 @@ import math
 import jax
 import jax.numpy as jnp
 
+from jaxft.kernels import launch
 from jaxft.kernels.dequantize.tables import NESTED_BLOCK, dynamic_map, nf4_levels
 from jaxft.kernels.gpu import check_installed
 
@@ -25,9 +26,12 @@ def check(n: int, dtype: jnp.dtype) -> None:
     check_installed()
 
 
-def constants(n: int, block: int, double: bool) -> dict[str, int | bool]:
+def constants(n: int, block: int, double: bool, stacked: bool) -> dict[str, int | bool]:
     """The kernel's compile-time arguments, in its order."""
-    return {"N": n, "BLOCK": block, "NESTED": NESTED_BLOCK, "DOUBLE": double, "UNROLL": UNROLL, "THREADS": THREADS}
+    return {
+        "N": n, "BLOCK": block, "NESTED": NESTED_BLOCK, "DOUBLE": double, "STACKED": stacked, "UNROLL": UNROLL,
+        "THREADS": THREADS,
+    }  # fmt: skip
 
 
 def dequantize_nf4(
@@ -35,23 +39,24 @@ def dequantize_nf4(
     scales: jax.Array,
     nested: jax.Array | None,
     offset: jax.Array | None,
+    layer: jax.Array | None,
     shape: tuple[int, ...],
     block: int,
     dtype: jnp.dtype,
     capability: int,
 ) -> jax.Array:
     """level[code] · scale; see `__init__`. capability: compute capability of the device, 90 for 9.0."""
-    import jax_triton
 
     from jaxft.kernels.dequantize import triton_kernels
 
     n = math.prod(shape)
     double = nested is not None and offset is not None
-    second = [nested, offset.reshape(1)] if nested is not None and offset is not None else [scales, scales]
-    out = jax_triton.triton_call(
-        packed, scales, *second, jnp.asarray(nf4_levels()), jnp.asarray(dynamic_map()),
+    second = [nested, offset.reshape(-1)] if nested is not None and offset is not None else [scales, scales]
+    index = scales if layer is None else layer.reshape(1)
+    out = launch.triton_call(
+        packed, scales, *second, index, jnp.asarray(nf4_levels()), jnp.asarray(dynamic_map()),
         kernel=triton_kernels.nf4, out_shape=jax.ShapeDtypeStruct((n,), dtype), name="dequantize_nf4",
         grid=(-(-n // (UNROLL * THREADS * 8)),), num_warps=THREADS // 32, num_stages=1, enable_fp_fusion=False,
-        compute_capability=capability, **constants(n, block, double),
+        compute_capability=capability, **constants(n, block, double, layer is not None),
     )  # fmt: skip
     return out.reshape(shape)

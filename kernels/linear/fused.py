@@ -50,10 +50,14 @@ def _precision(dtype: jnp.dtype) -> jax.lax.Precision | None:
     return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None  # float32 means float32, not TF32
 
 
-def times(dy: jax.Array, weight: Weight) -> jax.Array:
-    """dY W for dY (..., O) and weight (O, I): (..., I) in dY's dtype, accumulated in float32."""
+def times(dy: jax.Array, weight: Weight, after: jax.Array | None = None) -> jax.Array:
+    """dY W for dY (..., O) and weight (O, I): (..., I) in dY's dtype, accumulated in float32.
+
+    A quantised weight is made dense after dY, or after what is given, which must come of it.
+    """
     contracted = (((dy.ndim - 1,), (0,)), ((), ()))
-    return jax.lax.dot_general(dy, dense(weight, dy.dtype, after=dy), contracted, precision=_precision(dy.dtype))
+    matrix = dense(weight, dy.dtype, after=dy if after is None else after)
+    return jax.lax.dot_general(dy, matrix, contracted, precision=_precision(dy.dtype))
 
 
 def over_tokens(left: jax.Array, right: jax.Array, dtype: jnp.dtype) -> jax.Array:
@@ -113,9 +117,10 @@ def outputs(
     x: jax.Array, lows: list[jax.Array | None], layers: tuple[Weights, ...], add: jax.Array | None = None
 ) -> tuple[jax.Array, ...]:
     """y_i = x W_iᵀ + u_i (s_i B_i)ᵀ + bias_i, (..., O_i) in x's dtype each; the first one + add."""
-    found = []
+    found: list[jax.Array] = []
     for layer, u in zip(layers, lows, strict=True):
-        y = reference.matmul(x, dense(layer.weight, x.dtype))
+        # one quantised weight after the other, so that their dense arrays are never there together
+        y = reference.matmul(x, dense(layer.weight, x.dtype, after=found[-1] if found else None))
         start, add = add, None
         if layer.lora is not None and u is not None:
             low = reference.matmul(u, scaled_b(layer, x.dtype))
@@ -157,16 +162,17 @@ def low_rank_gradient(dy: jax.Array, layer: Weights) -> jax.Array | None:
 def _input_gradient(g, dys, layers, rate, keys):
     dropped = _dropped(keys, rate)
     present = [part for part in g if part is not None]
-    dx = None
+    dx = before = None
     if present and not dropped:
         dx = times(jnp.concatenate(present, axis=-1), _concatenated_a(layers, dys[0].dtype))
     for layer, part, dy, key in zip(layers, g, dys, keys, strict=True):
         if part is not None and dropped:
             low_rank = _dropout(times(part, layer.lora[0]), rate, key)
             dx = low_rank if dx is None else low_rank + dx
-        # the large product stands on the left, so that it takes the sum so far as its own start (beta = 1)
-        full = times(dy, layer.weight)
-        dx = full if dx is None else full + dx
+        # the large product stands on the left, so that it takes the sum so far as its own start (beta = 1); weights
+        # that are dequantised wait for it, so that their dense arrays are never there together
+        full = times(dy, layer.weight, after=before)
+        dx = before = full if dx is None else full + dx
     return dx
 
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxft.kernels.linear_cross_entropy import reference, tiled
 
 TILE = 4096  # most rows a tile
-TILE_BYTES = 1 << 29  # most bytes of a tile's float32 logits
+TILE_BYTES = 1 << 28  # most bytes of a tile's float32 logits
 ROWS = 128  # a tile that has more rows than this has a multiple of it, as matrix units like it
 
 
@@ -70,7 +70,7 @@ def logits(hidden: jax.Array, head: jax.Array, *, softcap: float | None = None) 
 def tile_rows(M: int, V: int) -> int:
     """Rows a tile: as many as `TILE` and `TILE_BYTES` allow, spread evenly, so that the last tile is not nearly empty.
 
-    tile_rows(16384, 151936) == 768: 22 tiles, the last one of 256 rows.
+    tile_rows(16384, 151936) == 384: 43 tiles, the last one of 256 rows.
     """
     most = max(1, min(TILE, TILE_BYTES // (4 * V), M))
     if most > ROWS:

@@ -41,7 +41,8 @@ def _inner(x, layers: Layers, rate: float, keys: Keys, card: int | None):
     if card is None:
         e, v = linear.outputs(x, lows, layers[:2])
     else:
-        e, v = (reference.matmul(x, dense(layer.weight, x.dtype)) for layer in layers[:2])
+        e = reference.matmul(x, dense(layers[0].weight, x.dtype))
+        v = reference.matmul(x, dense(layers[1].weight, x.dtype, after=e))  # one dense array at a time
     return checkpoint_name(e, "mlp_gate"), checkpoint_name(v, "mlp_up"), lows
 
 
@@ -156,12 +157,18 @@ def _join(parts: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 
 
 def _dense(layers: Layers, dtype: jnp.dtype, after: jax.Array | None = None) -> Layers:
-    """The layers with quantised weights made dense, once for all tiles; a plain weight stays as it is."""
+    """The layers with quantised weights made dense; a plain weight stays as it is."""
     gate, up, down = (
         layer._replace(weight=dense(layer.weight, dtype, after=after)) if is_quantized(layer.weight) else layer
         for layer in layers
     )
     return gate, up, down
+
+
+def _hoisted(x: jax.Array, tiles: int) -> bool:
+    """Whether dense copies of quantised weights are made once for all tiles: where they are smaller than what stands
+    between the products of one tile, 3 D F numbers against about 6 t F."""
+    return 2 * math.prod(x.shape[:-1]) >= tiles * x.shape[-1]
 
 
 def _tile_keys(keys: Keys, index: jax.Array) -> Keys:
@@ -185,7 +192,8 @@ def tiled_mlp(
 
 def _tiles(x, layers, activation, rate, keys, add, card, tiles):
     """y, and each tile's low-rank input of down."""
-    layers = _dense(layers, x.dtype)
+    if _hoisted(x, tiles):
+        layers = _dense(layers, x.dtype)
 
     def one(_, inputs):
         part, part_add, index = inputs
@@ -208,7 +216,8 @@ def _tiled_forward(x, layers, activation, rate, keys, add, card, tiles):
 def _tiled_backward(activation, rate, card, tiles, kept, dy):
     x, lows, layers, keys, wanted, added = kept
     dy = linear.cotangents(dy)
-    layers = _dense(layers, x.dtype, after=dy)
+    if _hoisted(x, tiles):
+        layers = _dense(layers, x.dtype, after=dy)
 
     def one(total, inputs):
         part, d_part, outer_lows, index = inputs

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
+from jaxft.kernels import launch
 from jaxft.kernels.gpu import CARDS, check_installed
 from jaxft.kernels.linear.weights import Weights
 
@@ -36,6 +37,7 @@ TILES = {
     ("small", 64): (Tile(64, 32, 4, 2), Tile(32, 64, 4, 1)),
     ("small", 128): (Tile(64, 32, 8, 2), Tile(32, 64, 8, 1)),
 }
+PROGRAMS = 1024  # of the forward kernel: enough to fill a card and to even out its last wave
 CHUNKS = 8  # parts of the tokens whose gradients of the low-rank matrices are summed apart
 ACTIVATIONS = ("silu", "gelu_pytorch_tanh")
 LARGEST_RANK = 128
@@ -81,12 +83,12 @@ def constants(e: jax.Array, ranks: tuple[int, int, int], activation: str, tile: 
 
 def forward(
     e: jax.Array, v: jax.Array, lows: tuple[jax.Array, jax.Array], scaled: tuple[jax.Array, jax.Array], a: jax.Array,
-    activation: str, capability: int, tile: Tile | None = None,
+    activation: str, capability: int, tile: Tile | None = None, programs: int = PROGRAMS,
 ) -> tuple[jax.Array, jax.Array]:  # fmt: skip
     """h (..., F) and down's low-rank input (..., R) in e's dtype.
 
     e, v: (..., F), the large products of gate and up; lows: their low-rank inputs (..., R); scaled: their s B (F, R);
-    a: down's A (R, F). All of one 16-bit dtype.
+    a: down's A (R, F). All of one 16-bit dtype. programs: about how many the kernel is cut into.
     """
     from jaxft.kernels.mlp import triton_kernels
 
@@ -94,13 +96,16 @@ def forward(
     e, v, ue, uv = (x.reshape(-1, x.shape[-1]) for x in (e, v, *lows))
     ranks = (ue.shape[1], uv.shape[1], a.shape[0])
     tile = tile or tiles(capability, ranks)[0]
-    T = e.shape[0]
-    h, low = _launch(
+    T, F = e.shape
+    rows = -(-T // tile.tokens)
+    chunk = -(-F * rows // (programs * tile.features)) * tile.features
+    count = -(-F // chunk)
+    h, parts = _launch(
         triton_kernels.forward, (e, v, ue, uv, *scaled, a),
-        (jax.ShapeDtypeStruct(e.shape, e.dtype), jax.ShapeDtypeStruct((T, ranks[2]), e.dtype)),
-        (-(-T // tile.tokens),), tile, capability, constants(e, ranks, activation, tile),
+        (jax.ShapeDtypeStruct(e.shape, e.dtype), jax.ShapeDtypeStruct((count, T, ranks[2]), jnp.float32)),
+        (rows, count), tile, capability, constants(e, ranks, activation, tile) | {"CHUNK": chunk},
     )  # fmt: skip
-    return h.reshape(*lead, -1), low.reshape(*lead, -1)
+    return h.reshape(*lead, -1), jnp.sum(parts, axis=0).astype(e.dtype).reshape(*lead, -1)
 
 
 def backward(
@@ -134,9 +139,7 @@ def backward(
 
 
 def _launch(kernel, arrays, out_shape, grid, tile, capability, constants):
-    import jax_triton
-
-    return jax_triton.triton_call(
+    return launch.triton_call(
         *arrays, kernel=kernel, out_shape=out_shape, grid=grid, num_warps=tile.warps, num_stages=tile.stages,
         compute_capability=capability, name=f"mlp_{kernel.fn.__name__}", **constants,
     )  # fmt: skip

@@ -8,12 +8,13 @@
 
 u, g (T, R) are the low-rank inputs and their gradients, b (F, R) the scaled B of gate and up, A_d (R, F) that of down.
 
-Tiles. A program of `forward` holds BT tokens and walks over F in tiles of BF, so that u_d is a sum in registers. A
-program of `backward` holds BF features and walks over one chunk of the tokens in tiles of BT, so that the gradients of
-the low-rank matrices are sums in registers; each chunk writes its own, added up outside. Sums and everything
-elementwise are float32; e, v, h and dh are never rounded before they are used. Traffic: 3 and 5 arrays of (T, F), where
-separate passes take 8 and 18 (each low-rank product is written and read again, and each thin product reads all of h,
-de or dv). Nothing is kept for the backward beyond E, V and u.
+Tiles. A program of `forward` holds BT tokens and walks over one chunk of F in tiles of BF, so that u_d is a sum in
+registers; each chunk writes its own, added up outside. (One program for all of F is too few where tokens are few: 2,048
+of them filled 32 of 132 multiprocessors.) A program of `backward` holds BF features and walks over one chunk of the
+tokens in tiles of BT, so that the gradients of the low-rank matrices are sums in registers; each chunk writes its own,
+added up outside. Sums and everything elementwise are float32; e, v, h and dh are never rounded before they are used.
+Traffic: 3 and 5 arrays of (T, F), where separate passes take 8 and 18 (each low-rank product is written and read again,
+and each thin product reads all of h, de or dv). Nothing is kept for the backward beyond E, V and u.
 Measured: docs/log.md.
 """
 
@@ -61,9 +62,13 @@ def _tile(at, inside, EDGE: tl.constexpr):
 def forward(
     e_ptr, v_ptr, ue_ptr, uv_ptr, be_ptr, bv_ptr, ad_ptr, h_ptr, ud_ptr,
     T: tl.constexpr, F: tl.constexpr, RE: tl.constexpr, RV: tl.constexpr, RD: tl.constexpr, REP: tl.constexpr,
-    RVP: tl.constexpr, RDP: tl.constexpr, KIND: tl.constexpr, BT: tl.constexpr, BF: tl.constexpr,
+    RVP: tl.constexpr, RDP: tl.constexpr, KIND: tl.constexpr, BT: tl.constexpr, BF: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """h (T, F) and u_d (T, RD). Grid (token tiles,). REP, RVP, RDP: the ranks padded to powers of two from 16."""
+    """h (T, F) and float32 sums of each chunk of CHUNK features: u_d (chunks, T, RD). Grid (token tiles, chunks).
+
+    CHUNK is a multiple of BF. REP, RVP, RDP: the ranks padded to powers of two from 16.
+    """
+    chunk = tl.program_id(1)
     t = tl.program_id(0) * BT + tl.arange(0, BT)
     TE: tl.constexpr = T % BT != 0
     FE: tl.constexpr = F % BF != 0
@@ -71,7 +76,7 @@ def forward(
     ue = _matrix(ue_ptr, t, re, T, RE, TE, RE < REP)
     uv = _matrix(uv_ptr, t, rv, T, RV, TE, RV < RVP)
     ud = tl.zeros((BT, RDP), tl.float32)
-    for f0 in range(0, F, BF):
+    for f0 in range(chunk * CHUNK, tl.minimum(chunk * CHUNK + CHUNK, F), BF):
         f = f0 + tl.arange(0, BF)
         be = _matrix(be_ptr, f, re, F, RE, FE, RE < REP)
         bv = _matrix(bv_ptr, f, rv, F, RV, FE, RV < RVP)
@@ -82,8 +87,8 @@ def forward(
         h = (activated * v).to(h_ptr.dtype.element_ty)
         tl.store(h_ptr + t.to(tl.int64)[:, None] * F + f[None, :], h, mask=(t < T)[:, None] & (f < F)[None, :])
         ud = tl.dot(h, tl.trans(ad), ud)
-    at = ud_ptr + t.to(tl.int64)[:, None] * RD + rd[None, :]
-    tl.store(at, ud.to(ud_ptr.dtype.element_ty), mask=(t < T)[:, None] & (rd < RD)[None, :])
+    at = ud_ptr + (chunk.to(tl.int64) * T + t)[:, None] * RD + rd[None, :]
+    tl.store(at, ud, mask=(t < T)[:, None] & (rd < RD)[None, :])
 
 
 @triton.jit

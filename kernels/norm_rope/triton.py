@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
+from jaxft.kernels import launch
 from jaxft.kernels.gpu import check_installed
 
 ELEMENTS = 4096  # numbers a program holds, and its warps
@@ -60,7 +61,6 @@ norm_rope.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
 def _launch(name, arrays, x, eps, capability, wanted=None):
-    import jax_triton
 
     from jaxft.kernels.norm_rope import triton_kernels
 
@@ -72,7 +72,7 @@ def _launch(name, arrays, x, eps, capability, wanted=None):
     if wanted is not None:
         like = (like, jax.ShapeDtypeStruct((programs if wanted else 1, H), jnp.float32))
         more = {"DW": wanted}
-    return jax_triton.triton_call(
+    return launch.triton_call(
         *arrays, kernel=getattr(triton_kernels, name), out_shape=like, grid=(programs,), num_warps=WARPS, num_stages=1,
         compute_capability=capability, name=f"norm_rope_{name}", eps=float(eps), COUNT=count, N=x.shape[2], H=H,
         ROWS=rows, **more,

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
+from jaxft.kernels import launch
 from jaxft.kernels.gpu import check_installed
 
 ROWS = 8  # that a program of the backward kernel walks over
@@ -59,7 +60,6 @@ residual_rms_norm.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
 def _launch(name, arrays, x, eps, capability, wanted=None):
-    import jax_triton
 
     from jaxft.kernels.rms_norm import triton_kernels
 
@@ -72,7 +72,7 @@ def _launch(name, arrays, x, eps, capability, wanted=None):
         like = (like, jax.ShapeDtypeStruct((programs if wanted else 1, D), jnp.float32))
         more = {"ROWS": ROWS, "DW": wanted}
     wide = 1 << (D - 1).bit_length()
-    return jax_triton.triton_call(
+    return launch.triton_call(
         *arrays, kernel=getattr(triton_kernels, name), out_shape=like, grid=(programs,),
         num_warps=min(16, max(4, wide // 1024)), num_stages=1, compute_capability=capability,
         name=f"rms_norm_{name}", eps=float(eps), COUNT=count, D=D, WIDE=wide, **more,

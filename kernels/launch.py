@@ -1,0 +1,74 @@
+"""How a Triton kernel is launched: through jax-triton, as a call that XLA may record into a CUDA graph.
+
+jax-triton 0.3.1 writes the older form of the custom call, which XLA launches from the host each time and which ends
+every graph that it makes of a loop's body. jaxlib has the newer form too (`triton_kernel_call_ffi`, XLA's typed FFI,
+marked as one that a graph can hold): same kernel, same arguments. So the call that jax-triton writes is written over
+with that form. Where a step is bound by launches, as four bits at 2,048 tokens are, it decides the speed
+(docs/log.md). jax-triton is imported when a kernel is lowered and not before: it clears TRITON_CACHE_DIR.
+"""
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+from jax.extend.core import Primitive
+from jax.interpreters import mlir, xla
+from jaxlib.mlir import ir
+
+LEGACY, TYPED = "triton_kernel_call", "triton_kernel_call_ffi"
+
+
+@dataclass(frozen=True)
+class _Launch:
+    """The parts of a launch that are known when it is traced: options are those of `jax_triton.triton_call`."""
+
+    kernel: Any
+    out: tuple[jax.ShapeDtypeStruct, ...]
+    options: tuple[tuple[str, Any], ...]
+
+
+_launch_p = Primitive("triton_launch")
+_launch_p.multiple_results = True
+_launch_p.def_impl(functools.partial(xla.apply_primitive, _launch_p))
+_launch_p.def_abstract_eval(lambda *_, launch: [jax.core.ShapedArray(like.shape, like.dtype) for like in launch.out])
+
+
+def triton_call(*arrays: jax.Array, kernel: Any, out_shape: Any, **options: Any) -> Any:
+    """`jax_triton.triton_call` of these arrays; what it returns has out_shape's structure.
+
+    options: its own; input_output_aliases is a tuple of (input, output) pairs.
+    """
+    leaves, treedef = jax.tree.flatten(out_shape)
+    launch = _Launch(kernel, tuple(leaves), tuple(sorted(options.items())))
+    return jax.tree.unflatten(treedef, _launch_p.bind(*arrays, launch=launch))
+
+
+def _lower(ctx: Any, *operands: Any, launch: _Launch) -> Any:
+    import jax_triton
+
+    options = dict(launch.options)
+    options["input_output_aliases"] = dict(options.get("input_output_aliases", ()))
+
+    def call(*arrays):
+        return jax_triton.triton_call(*arrays, kernel=launch.kernel, out_shape=launch.out, **options)
+
+    results = mlir.lower_fun(call, multiple_results=True)(ctx, *operands)
+    if typed_calls():
+        attributes = results[0].owner.attributes
+        assert ir.StringAttr(attributes["call_target_name"]).value == LEGACY, "jax-triton writes another call"
+        attributes["call_target_name"] = ir.StringAttr.get(TYPED)
+        attributes["backend_config"] = ir.DictAttr.get({"opaque": attributes["backend_config"]})
+        attributes["api_version"] = ir.IntegerAttr.get(ir.IntegerType.get_signless(32), 4)
+    return results
+
+
+mlir.register_lowering(_launch_p, _lower, platform="cuda")
+
+
+@functools.cache
+def typed_calls() -> bool:
+    """Whether jaxlib has the newer form of the call."""
+    from jaxlib import gpu_triton
+
+    return gpu_triton._cuda_triton is not None and TYPED in gpu_triton._cuda_triton.registrations()
