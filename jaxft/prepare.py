@@ -60,11 +60,16 @@ class Prepared:
     new_tokens: tuple[str, ...] = ()
 
 
+def compile_cache_directory() -> Path:
+    """Where compiled programs are kept: `JAX_COMPILATION_CACHE_DIR`, or ~/.cache/jaxft/xla."""
+    return Path(os.environ.get("JAX_COMPILATION_CACHE_DIR") or Path.home() / ".cache" / "jaxft" / "xla")
+
+
 def use_compile_cache() -> None:
     """Keeps compiled programs between runs, on accelerators; JAX_COMPILATION_CACHE_DIR says where else."""
     # a CPU program may not run on another CPU of the same name, and compiles in seconds anyway
     if jax.default_backend() != "cpu" and not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
-        jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "jaxft" / "xla"))
+        jax.config.update("jax_compilation_cache_dir", str(compile_cache_directory()))
 
 
 def prepare(settings: Settings, model_name: str, *, weights: bool = True) -> Prepared:
