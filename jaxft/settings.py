@@ -12,6 +12,7 @@ from jaxft.cache import default_directory
 from jaxft.errors import InputError
 from jaxft.mixture import Source, parse_sources
 from jaxft.sharding import MESH_AXES
+from jaxft.templates import read_template
 
 SCHEDULES = (
     *("linear", "constant", "constant_with_warmup", "cosine", "cosine_with_restarts", "cosine_with_min_lr"),
@@ -60,6 +61,11 @@ class ModelArguments:
     max_length: int = _flag(1024, "longest row in tokens; asked for beyond the model's positions, its rope is scaled")
     load_in_4bit: bool = _flag(False, "hold the base's linear layers in 4 bits (NF4, double quantisation)")
     load_in_8bit: bool = _flag(False, "hold the base's linear layers in 8 bits")
+    chat_template: str | None = _flag(
+        None,
+        "in place of the tokenizer's: chatml, llama-3, llama-3.1, qwen-2.5, qwen-3, gemma, mistral, phi-3, phi-4, "
+        "alpaca, vicuna, zephyr or a FILE.jinja",
+    )
     mesh: str | None = _flag(None, "devices by axis, such as data=2,fsdp=4; without it all local devices are data")
     debug: bool = _flag(False, "show the traceback of an error")
 
@@ -345,6 +351,8 @@ def check(settings: Any, where: dict[str, str]) -> None:
             value = str(getattr(settings, name)).lower()
             raise InputError(f"{where['dtype']} {dtype} and {where[name]} {value} contradict each other; choose one")
     _ = settings.mesh_axes  # raises where it cannot be read
+    if settings.chat_template is not None:
+        read_template(settings.chat_template)
     if isinstance(settings, DataArguments):
         if settings.dataset is None and settings.dataset_weights is not None:
             raise InputError(f"{where['dataset_weights']} has no meaning without --dataset")

@@ -261,6 +261,7 @@ def fingerprint(
         "full_finetuning", "max_length", "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps",
         "warmup_ratio", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "seed",
         "shuffle_dataset", "packing", "optim", "load_in_4bit", "load_in_8bit", "embedding_learning_rate", "add_tokens",
+        "chat_template",
     )  # fmt: skip
     found: dict[str, Any] = {name: getattr(settings, name) for name in names}
     if prepared.lora is not None:
