@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from jaxft.cache import default_directory
+from jaxft.columns import Columns, parse_template
 from jaxft.errors import InputError
 from jaxft.mixture import Source, parse_sources
 from jaxft.sharding import MESH_AXES
@@ -157,6 +158,13 @@ class DataArguments:
     dataset: str | None = _flag(None, "local files, directories, or names on the hub; several are mixed", nargs="+")
     dataset_weights: str | None = _flag(None, "share of each of several data sets, such as 0.7 0.3", nargs="+")
     eval_dataset: str | None = _flag(None, "the same, held out for evaluation")
+    template: str | None = _flag(
+        None,
+        "what is asked, made of any columns, such as 'Q: {question}[[\\nHint: {hint}]]'; [[…]] is left out where its "
+        "column is empty",
+    )
+    response_template: str | None = _flag(None, "what is answered, such as '{answer}'; goes with --template")
+    conversation_extension: int = _flag(1, "rows with one question each that are joined into one conversation")
     dataset_config: str | None = _flag(None, "configuration of a hub dataset")
     dataset_train_split: str = _flag("train", "split to train on")
     dataset_test_split: str = _flag("test", "split to evaluate on")
@@ -175,6 +183,15 @@ class DataArguments:
     def sources(self) -> tuple[Source, ...]:
         """The data sets that `dataset` names, with their weights; () where it names none."""
         return () if self.dataset is None else parse_sources(self.dataset, self.dataset_weights)
+
+    @property
+    def columns(self) -> Columns:
+        """How rows become conversations. Raises InputError where a template cannot be read."""
+        both = [
+            None if text is None else parse_template(text, flag)
+            for text, flag in ((self.template, "--template"), (self.response_template, "--response_template"))
+        ]
+        return Columns(both[0], both[1], self.conversation_extension, getattr(self, "seed", 0))
 
     @property
     def cache_directory(self) -> Path | None:
@@ -228,6 +245,9 @@ class TrainArguments:
     sample_prompts: int = _flag(0, "answer the first N held-out prompts before and after the run")
     streaming: bool = _flag(False, "read the data while training, for --max_steps; nothing of it is kept")
     buffer_size: int = _flag(10_000, "rows that --streaming reads ahead, to shuffle and pack them together")
+    eval_split: float | None = _flag(
+        None, "hold out this share (0.05) or number (200) of the rows, drawn by --seed, in place of --eval_dataset"
+    )
     eval_steps: int = _flag(0, "steps an evaluation; 0 evaluates at the end only")
     seed: int = _flag(0, "seed of everything random")
     add_tokens: str | None = _flag(
@@ -278,6 +298,13 @@ class GenerateArguments:
 
 
 @dataclasses.dataclass(frozen=True)
+class ShowArguments:
+    _argument_group_name: ClassVar[str] = "what is shown"
+    show_samples: int = _flag(3, "render the first N samples with what is trained in colour")
+    json: bool = _flag(False, "one JSON object on stdout instead of text")
+
+
+@dataclasses.dataclass(frozen=True)
 class _Origin:
     """`settings_given`: names that were set by a flag or YAML; `settings_ignored`: YAML keys of other commands."""
 
@@ -302,20 +329,33 @@ class GenerateSettings(_Origin, GenerateArguments, ModelArguments):
     """Everything `jaxft.generate` can be told."""
 
 
+@dataclasses.dataclass(frozen=True)
+class DataSettings(ShowArguments, TrainSettings):
+    """Everything `jaxft.data` can be told: all that a training run can, as it shows what that run would see."""
+
+
 Settings = TrainSettings | EvaluateSettings | GenerateSettings
 
 GROUPS: dict[str, tuple[Any, ...]] = {
     "train": (ModelArguments, LoraArguments, DataArguments, TrainArguments, ProcessArguments),
     "evaluate": (ModelArguments, DataArguments),
     "generate": (ModelArguments, GenerateArguments),
+    "data": (ModelArguments, LoraArguments, DataArguments, TrainArguments, ProcessArguments, ShowArguments),
 }
-SETTINGS: dict[str, type] = {"train": TrainSettings, "evaluate": EvaluateSettings, "generate": GenerateSettings}
+SETTINGS: dict[str, type] = {
+    "train": TrainSettings, "evaluate": EvaluateSettings, "generate": GenerateSettings, "data": DataSettings,
+}  # fmt: skip
 
 RANGES: list[tuple[str, str, Callable[[float], bool]]] = [
     ("learning_rate embedding_learning_rate weight_decay max_grad_norm temperature", "at least 0", lambda x: x >= 0),
-    ("warmup_steps save_steps eval_steps sample_prompts", "at least 0", lambda x: x >= 0),
+    ("warmup_steps save_steps eval_steps sample_prompts show_samples", "at least 0", lambda x: x >= 0),
     ("lora_r lora_alpha logging_steps save_total_limit gradient_accumulation_steps", "at least 1", lambda x: x >= 1),
-    ("buffer_size mlp_tiles", "at least 1", lambda x: x >= 1),
+    ("buffer_size mlp_tiles conversation_extension", "at least 1", lambda x: x >= 1),
+    (
+        "eval_split",
+        "a share between 0 and 1, or a whole number of rows",
+        lambda x: 0 < x < 1 or (x >= 1 and x % 1 == 0),
+    ),
     ("max_new_tokens per_device_train_batch_size per_device_eval_batch_size", "at least 1", lambda x: x >= 1),
     ("lora_dropout adam_beta1 adam_beta2", "at least 0 and below 1", lambda x: 0 <= x < 1),
     ("adam_epsilon num_train_epochs", "above 0", lambda x: x > 0),
@@ -340,7 +380,7 @@ def check(settings: Any, where: dict[str, str]) -> None:
     exclusive = (
         *(("bf16", "fp16"), ("warmup_steps", "warmup_ratio"), ("prompt", "messages"), ("load_in_4bit", "load_in_8bit")),
         *(("load_in_4bit", "full_finetuning"), ("load_in_8bit", "full_finetuning")),
-        *(("prompt", "prompts"), ("messages", "prompts")),
+        *(("prompt", "prompts"), ("messages", "prompts"), ("eval_split", "eval_dataset"), ("eval_split", "streaming")),
     )
     for one, two in exclusive:
         if getattr(settings, one, None) and getattr(settings, two, None):
@@ -356,6 +396,11 @@ def check(settings: Any, where: dict[str, str]) -> None:
     if isinstance(settings, DataArguments):
         if settings.dataset is None and settings.dataset_weights is not None:
             raise InputError(f"{where['dataset_weights']} has no meaning without --dataset")
+        _ = settings.columns  # raises where a template cannot be read
+        if settings.response_template is not None and settings.template is None:
+            raise InputError(
+                f"{where['response_template']} says what is answered, and --template is missing: it says what is asked"
+            )
         try:
             _ = settings.sources
         except InputError as failure:
@@ -376,6 +421,13 @@ def check(settings: Any, where: dict[str, str]) -> None:
             )
         if settings.streaming and settings.max_steps < 0:
             raise InputError("--streaming does not know how long an epoch is; set --max_steps")
+        if settings.streaming and settings.conversation_extension > 1:
+            raise InputError(f"{where['conversation_extension']} draws from the whole set; --streaming never has it")
+        if settings.eval_split is not None and settings.eval_split >= 1 and len(settings.sources) > 1:
+            raise InputError(
+                f"{where['eval_split']} is a number of rows and there are {len(settings.sources)} data sets; give a "
+                "share such as 0.05, of each"
+            )
         if settings.streaming and len(settings.sources) > 1:
             raise InputError("--streaming reads one data set; mix several ones without it")
         _check_lora(settings, where)

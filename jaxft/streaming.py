@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from jaxft.cache import writes_date
 from jaxft.chat import check_train_on
+from jaxft.columns import Columns
 from jaxft.data import CHUNK, Report, documents_of
 from jaxft.errors import InputError
-from jaxft.formats import Reader, detect_format
+from jaxft.formats import Reader, format_of
 from jaxft.packing import Batch, lay_rows, make_plan, permutation
 from jaxft.samples import Sample, lengths_of, weighted
 
@@ -60,14 +61,15 @@ class StreamBatches:
         shuffle: bool = True,
         train_on: str = "responses",
         template_kwargs: Mapping[str, Any] | None = None,
+        columns: Columns | None = None,
     ) -> None:
         check_train_on(train_on)
         with _named_failures("at its beginning"):
             stream = open_rows()
-            columns = stream.column_names or list(next(iter(stream), {}))
-        form = detect_format(columns)
-        self._columns = [column for column in (*form.needs, *form.may) if column in columns]
-        self._open, self._reader = open_rows, Reader(form, tokenizer, train_on, template_kwargs)
+            names = stream.column_names or list(next(iter(stream), {}))
+        form, columns = format_of(names, columns or Columns())
+        self._columns = [name for name in (*form.needs, *form.may) if name in names]
+        self._open, self._reader = open_rows, Reader(form, tokenizer, train_on, template_kwargs, columns)
         self._max_length, self._vocab_size, self._buffer = max_length, vocab_size, buffer_size
         self._seed, self._packing, self._shuffle = seed, packing, shuffle
         self._shape = (accumulation, batch_size, max_length)
