@@ -235,7 +235,9 @@ class TrainArguments:
     memory_budget: str | None = _flag(
         None, "most bytes of a device, such as 11GiB, or auto: take the fastest gradient_checkpointing that fits"
     )
-    dry_run: bool = _flag(False, "say what a step needs and whether it fits; train and write nothing")
+    dry_run: bool = _flag(
+        False, "say what a step needs, whether it fits and how long the run would take; train and write nothing"
+    )
     device: str | None = _flag(None, "with --dry_run: plan for a card that is not here, h200")
     optim: Literal["adamw", "adamw_torch", "adamw_8bit"] = _flag("adamw", "adamw_torch is adamw; 8bit: its moments")
     logging_steps: int = _flag(1, "steps a line of metrics")
@@ -340,8 +342,8 @@ GROUPS: dict[str, tuple[Any, ...]] = {
     "train": (ModelArguments, LoraArguments, DataArguments, TrainArguments, ProcessArguments),
     "evaluate": (ModelArguments, DataArguments),
     "generate": (ModelArguments, GenerateArguments),
-    "data": (ModelArguments, LoraArguments, DataArguments, TrainArguments, ProcessArguments, ShowArguments),
 }
+GROUPS["data"] = (*GROUPS["train"], ShowArguments)
 SETTINGS: dict[str, type] = {
     "train": TrainSettings, "evaluate": EvaluateSettings, "generate": GenerateSettings, "data": DataSettings,
 }  # fmt: skip
