@@ -152,7 +152,7 @@ def merge(model: str, adapter: str, out: Path, dtype: str | None, say: Callable[
         hf.save_shards(temporary, sizes, lambda name: {name: merged_tensor(source, name, dtypes[name])})
         write_config(directory, temporary, source.model, largest.name, base_changes(adapter_directory))
         copy_tokenizer(directory, temporary)
-        if new_tokens:
+        if tokenizer is not None and new_tokens:
             tokenizer.save_pretrained(temporary)
         if tokenizer is not None and tokenizer.chat_template != own_template:
             write_template(temporary, tokenizer, stop_token_ids(tokenizer, temporary))

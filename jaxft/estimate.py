@@ -64,8 +64,8 @@ class Estimate:
             f"time: about {spoken(self.seconds)} for {self.steps} steps, {spoken(self.step_seconds)} each, "
             f"{self.tokens / self.step_seconds:,.0f} tokens a second: an estimate",
             f"  from {scaled(self.work)}FLOP a step (padding and what is computed again included) at "
-            f"{scaled(self.rate.flops)}FLOP/s{each}, {self.rate.source}; loading, compilation, evaluations and "
-            "checkpoints are not in it, and the step_seconds of a started run know better",
+            f"{scaled(self.rate.flops)}FLOP/s{each}, {self.rate.source}, taken for all of a step; loading, "
+            "compilation, evaluations and checkpoints are not in it, and the step_seconds of a started run know better",
         ]
 
 

@@ -137,8 +137,8 @@ class Reader:
         for start in range(0, len(rows), turns):
             group = rows[start : start + turns]
             pairs = [self._named(first + start + at, self._pair, row) for at, row in enumerate(group)]
-            messages = [message for pair in pairs for message in pair]
-            found.append(self._named(first + start, lambda _, m=messages: self._conversation({}, m, 0), group[0]))
+            joined = {"messages": [message for pair in pairs for message in pair]}
+            found.append(self._named(first + start, lambda row: self._conversation({}, row["messages"], 0), joined))
             found += [([], {})] * (len(group) - 1)
         return found
 

@@ -109,7 +109,9 @@ def histogram_lines(facts: dict[str, Any], width: int) -> list[str]:
 
 def report_facts(report: Report) -> dict[str, Any]:
     """The report's counts under their names, those of things that did not happen too."""
-    named = ("format", "rows", "layout", "samples", "tokens", "target_tokens", "duplicates", "truncated")
-    named += ("truncated_tokens", "split_documents", "split_conversations", "refused", "refused_after_truncation")
-    named += ("padding_removed", "left_out", "tools_left_out", "unknown_roles")
+    named = (
+        *("format", "rows", "layout", "samples", "tokens", "target_tokens", "duplicates", "truncated"),
+        *("truncated_tokens", "split_documents", "split_conversations", "refused", "refused_after_truncation"),
+        *("padding_removed", "left_out", "tools_left_out", "unknown_roles"),
+    )
     return {name: getattr(report, name) for name in named} | {"trained_share": report.target_tokens / report.tokens}

@@ -167,8 +167,8 @@ def cases(dtype: Any) -> Iterator[Case]:
     def block(way: str, x, loras, weights):
         return mlp(x, *layers(loras, weights), activation="silu", implementation=way)
 
-    sizes = ((F, D), (F, D), (D, F))
-    weights, loras = [normal(*size, scale=D**-0.5) for size in sizes], [low_rank(*size) for size in sizes]
+    inner = ((F, D), (F, D), (D, F))
+    weights, loras = [normal(*size, scale=D**-0.5) for size in inner], [low_rank(*size) for size in inner]
     ways = {way: partial(block, way) for way in ("triton", "fused", "reference")}
     yield Case("mlp", (x, loras, weights), (0, 1), ways, partial(block, "reference"))
 

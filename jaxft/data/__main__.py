@@ -110,7 +110,8 @@ def tokenizer_of(settings: DataSettings, name: str) -> tuple[PreTrainedTokenizer
     """The tokenizer that a run would use, and how many rows its embedding would have; no weight is read."""
     directory = find_directory(name)
     model, tokenizer = describe_model(read_hf_config(directory)), load_tokenizer(directory)
-    known, vocab_size, new = tokenizer.chat_template, model.config.vocab_size, ()
+    known, vocab_size = tokenizer.chat_template, model.config.vocab_size
+    new: tuple[str, ...] = ()
     if settings.adapter is not None:
         tokenizer, new = adapter_tokenizer(settings.adapter, model, tokenizer)
     if settings.add_tokens:
