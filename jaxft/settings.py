@@ -350,9 +350,10 @@ SETTINGS: dict[str, type] = {
 
 RANGES: list[tuple[str, str, Callable[[float], bool]]] = [
     ("learning_rate embedding_learning_rate weight_decay max_grad_norm temperature", "at least 0", lambda x: x >= 0),
-    ("warmup_steps save_steps eval_steps sample_prompts show_samples", "at least 0", lambda x: x >= 0),
+    ("warmup_steps save_steps eval_steps sample_prompts", "at least 0", lambda x: x >= 0),
     ("lora_r lora_alpha logging_steps save_total_limit gradient_accumulation_steps", "at least 1", lambda x: x >= 1),
     ("buffer_size mlp_tiles conversation_extension", "at least 1", lambda x: x >= 1),
+    ("show_samples", "at least 0", lambda x: x >= 0),
     (
         "eval_split",
         "a share between 0 and 1, or a whole number of rows",

@@ -152,15 +152,6 @@ def read(what: str, source: Source, split: str | None, settings: TrainSettings) 
     return rows
 
 
-def split(tables: list[Any], settings: TrainSettings) -> tuple[list[Any], list[Any]]:
-    """Of every data set the rows to train on and those that `--eval_split` holds out; says how many."""
-    assert settings.eval_split is not None
-    pairs = [split_rows(rows, settings.eval_split, settings.seed) for rows in tables]
-    for rows, heldout in pairs:
-        say(f"held out: {len(heldout)} of {len(rows) + len(heldout)} rows, drawn by seed {settings.seed}")
-    return [rows for rows, _ in pairs], [heldout for _, heldout in pairs]
-
-
 def tokenize(what: str, rows: Any, prepared: Prepared, settings: TrainSettings) -> Samples:
     samples, report = tokenize_dataset(
         rows, prepared.tokenizer, max_length=settings.max_length, vocab_size=prepared.model.config.vocab_size,
@@ -223,6 +214,15 @@ def stream(
         name: getattr(settings, name) for name in ("buffer_size", "train_on", "template", "response_template")
     }
     return batches, read_alike | {"chat_template_kwargs": dict(settings.chat_template_kwargs)}
+
+
+def split(tables: list[Any], settings: TrainSettings) -> tuple[list[Any], list[Any]]:
+    """Of every data set the rows to train on and those that `--eval_split` holds out; says how many."""
+    assert settings.eval_split is not None
+    pairs = [split_rows(rows, settings.eval_split, settings.seed) for rows in tables]
+    for rows, heldout in pairs:
+        say(f"held out: {len(heldout)} of {len(rows) + len(heldout)} rows, drawn by seed {settings.seed}")
+    return [rows for rows, _ in pairs], [heldout for _, heldout in pairs]
 
 
 def say_model(prepared: Prepared) -> None:

@@ -10,6 +10,7 @@ from transformers import AutoTokenizer
 from jaxft import describe_model, templates
 from jaxft.chat import encode, render_conversation
 from jaxft.config import parse
+from jaxft.convert.merge import merge
 from jaxft.errors import InputError
 from jaxft.generate import stop_token_ids
 from jaxft.load import adapter_tokenizer
@@ -199,5 +200,23 @@ def test_an_adapter_carries_its_template_to_whoever_loads_it(tmp_path, capsys):
     assert loaded.apply_chat_template([turn("user", "Q")], tokenize=False) == "<|im_start|>user\nQ<|im_end|>\n"
     assert json.loads((out / "generation_config.json").read_text())["eos_token_id"] == [257, 259]
     assert not (base / "chat_template.jinja").exists()
+    merge(str(base), str(out), tmp_path / "merged", None, print)
+    assert AutoTokenizer.from_pretrained(tmp_path / "merged").chat_template == loaded.chat_template
     found, new = adapter_tokenizer(out, describe_model(read_hf_config(base)), make_tokenizer(None))
     assert found.chat_template == loaded.chat_template and new == ()
+
+
+def test_missing_tokens_can_be_added_in_the_same_run(tmp_path, capsys):
+    base, out = write_base(tmp_path / "base", template=None, name="llama3"), tmp_path / "run"
+    settings, _ = parse("train", flags(
+        model_name_or_path=base, max_length=64, lora_r=2, chat_template="gemma",
+        add_tokens="<start_of_turn>,<end_of_turn>",
+    ))  # fmt: skip
+    prepared = prepare(settings, str(base))
+    write_result(out, prepared, prepared.trainable, settings, "card")
+    loaded = AutoTokenizer.from_pretrained(out)
+    text = loaded.apply_chat_template([turn("user", "Q"), turn("assistant", "A")], tokenize=False)
+    assert text == "<bos><start_of_turn>user\nQ<end_of_turn>\n<start_of_turn>model\nA<end_of_turn>\n"
+    ids = loaded(text, add_special_tokens=False)["input_ids"]
+    end = loaded.convert_tokens_to_ids("<end_of_turn>")
+    assert ids.count(end) == 2 and end in json.loads((out / "generation_config.json").read_text())["eos_token_id"]
