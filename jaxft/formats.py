@@ -55,7 +55,10 @@ def detect_format(columns: Sequence[str]) -> Format:
         if set(form.needs) <= set(columns):
             return form
     understood = "; ".join(", ".join([*form.needs, *(f"[{column}]" for column in form.may)]) for form in FORMATS)
-    raise InputError(f"no format has the columns seen ({', '.join(columns)}); understood: {understood}")
+    raise InputError(
+        f"no format has the columns seen ({', '.join(columns)}); understood: {understood}; "
+        "other columns are named by --template and --response_template"
+    )
 
 
 def format_of(columns: Sequence[str], templates: Columns) -> tuple[Format, Columns]:
