@@ -70,8 +70,8 @@ def train(settings: TrainSettings) -> int:
     else:
         samples = mixed([tokenize("train", rows, prepared, settings) for rows in tables], sources, settings.seed)
         batches, data = lay_out(samples, prepared, settings), {"data": samples.checksum()}
-    parts = [tokenize("held out", rows, prepared, settings) for rows in heldout_tables]
-    heldout: Sequence[Sample] = parts[0] if len(parts) == 1 else mix(parts, None, 0)[0] if parts else []
+    kept = [tokenize("held out", rows, prepared, settings) for rows in heldout_tables]
+    heldout: Sequence[Sample] = kept[0] if len(kept) == 1 else mix(kept, None, 0)[0] if kept else []
     say_model(prepared)
     run = make_run(settings, prepared, directory, batches, data, heldout)
     if settings.dry_run or settings.memory_budget:
