@@ -12,6 +12,7 @@ import numpy as np
 
 from jaxft.convert import bnb, hf, peft
 from jaxft.errors import InputError, RunError
+from jaxft.generate import stop_token_ids
 from jaxft.load import (
     adapter_tokenizer,
     base_changes,
@@ -25,6 +26,7 @@ from jaxft.lora import Branch, branches, with_lora
 from jaxft.models import Model, describe_model, read_hf_config
 from jaxft.models.extension import Changes, with_changes
 from jaxft.quant import Quantized, dense, kind_of
+from jaxft.templates import write_template
 from jaxft.trees import Tree, flatten, unflatten
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -137,9 +139,11 @@ def merge(model: str, adapter: str, out: Path, dtype: str | None, say: Callable[
         say(f"{directory} is quantised ({kinds}): merging onto its dequantised weights; the weights that it was made "
             "from would lose less")  # fmt: skip
     new_tokens: tuple[str, ...] = ()
+    tokenizer, own_template = None, None
     if has_tokenizer(directory):
-        base = describe_model(read_hf_config(directory))
-        tokenizer, new_tokens = adapter_tokenizer(adapter_directory, base, load_tokenizer(directory))
+        base, tokenizer = describe_model(read_hf_config(directory)), load_tokenizer(directory)
+        own_template = tokenizer.chat_template
+        tokenizer, new_tokens = adapter_tokenizer(adapter_directory, base, tokenizer)
     names = source.names()
     dtypes = {name: np.dtype(jnp.dtype(dtype)) if dtype else source.dtype(name) for name in names}
     sizes = {name: int(np.prod(shape)) * dtypes[name].itemsize for name, shape in names.items()}
@@ -148,8 +152,10 @@ def merge(model: str, adapter: str, out: Path, dtype: str | None, say: Callable[
         hf.save_shards(temporary, sizes, lambda name: {name: merged_tensor(source, name, dtypes[name])})
         write_config(directory, temporary, source.model, largest.name, base_changes(adapter_directory))
         copy_tokenizer(directory, temporary)
-        if new_tokens:
+        if tokenizer is not None and new_tokens:
             tokenizer.save_pretrained(temporary)
+        if tokenizer is not None and tokenizer.chat_template != own_template:
+            write_template(temporary, tokenizer, stop_token_ids(tokenizer, temporary))
         (temporary / "README.md").write_text(_card(model, adapter), encoding="utf-8")
     return {
         "out": str(out),

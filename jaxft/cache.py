@@ -12,7 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from jaxft import chat, formats, messages, samples
+from jaxft import chat, columns, formats, messages, samples
 from jaxft.errors import RunError
 from jaxft.samples import ARRAYS, Samples, from_directory
 
@@ -21,7 +21,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _FACTS, _SEAL = "facts.json", "seal"
-_MADE_BY = (chat, formats, messages, samples)  # with jaxft.data, which asks: a changed line in any makes a new key
+_MADE_BY = (
+    chat,
+    columns,
+    formats,
+    messages,
+    samples,
+)  # with jaxft.data, which asks: a changed line in any makes a new key
 
 
 def default_directory() -> Path:

@@ -149,8 +149,8 @@ class _Template:
     ) -> None:
         if not tokenizer.chat_template:
             raise InputError(
-                "the tokenizer has no chat template, which messages need; use the instruct model's tokenizer, or put a "
-                "chat_template.jinja beside the model, or give rows as prompt/completion or text"
+                "the tokenizer has no chat template, which messages need; choose one with --chat_template (chatml, "
+                "llama-3, … or a file), use the instruct model's tokenizer, or give rows as prompt/completion or text"
             )
         self._tokenizer, self._tools, self._settings = tokenizer, tools, dict(settings or {})
 

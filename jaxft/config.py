@@ -16,6 +16,7 @@ from jaxft.errors import InputError
 from jaxft.settings import (
     GROUPS,
     SETTINGS,
+    DataSettings,
     EvaluateSettings,
     GenerateSettings,
     JsonObject,
@@ -37,6 +38,8 @@ def parse(command: Literal["train"], argv: list[str] | None = None) -> tuple[Tra
 def parse(command: Literal["evaluate"], argv: list[str] | None = None) -> tuple[EvaluateSettings, dict[str, str]]: ...
 @typing.overload
 def parse(command: Literal["generate"], argv: list[str] | None = None) -> tuple[GenerateSettings, dict[str, str]]: ...
+@typing.overload
+def parse(command: Literal["data"], argv: list[str] | None = None) -> tuple[DataSettings, dict[str, str]]: ...
 def parse(command: str, argv: list[str] | None = None) -> tuple[Any, dict[str, str]]:
     """The settings of `command` from `argv` (None: the process's own): flags win over `--config`, that over defaults.
 
@@ -201,7 +204,7 @@ def _resolve(command: str, values: dict[str, Any]) -> Any:
             values[name] = words[0] if len(words) == 1 else json.dumps(words, ensure_ascii=False)
         elif not isinstance(words, str):
             values[name] = ",".join(" ".join(words).replace(",", " ").split())
-    if command == "train":
+    if command in ("train", "data"):
         values.setdefault("learning_rate", 2e-5 if values.get("full_finetuning") else 2e-4)
         spellings = {"true": "full", "false": "none", "adamw_torch": "adamw"}
         for name in values.keys() & {"gradient_checkpointing", "optim"}:

@@ -91,6 +91,7 @@ def main(argv: list[str] | None = None) -> int:
     samples, report = tokenize_dataset(
         rows, prepared.tokenizer, max_length=settings.max_length, vocab_size=prepared.model.config.vocab_size,
         train_on=settings.train_on, template_kwargs=settings.chat_template_kwargs, cache=settings.cache_directory,
+        columns=settings.columns,
     )  # fmt: skip
     for line in report.lines():
         print(line, file=sys.stderr)

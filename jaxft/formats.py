@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from jaxft.chat import Rendered, left_out, render_conversation, trained_tokens
+from jaxft.columns import Columns
 from jaxft.errors import InputError
 from jaxft.messages import function_of, parse_json, shown, without_none
 from jaxft.samples import Document
@@ -36,6 +37,7 @@ class Format:
 
 
 # In order: a set with several kinds of columns at once (Alpaca's own has `text` too) is read as the first that fits.
+SINGLE = ("template", "question/answer", "prompt/completion", "Alpaca")  # formats of one question and one answer
 FORMATS = (
     Format("tokenised", ("input_ids",), ("labels", "attention_mask")),
     Format("messages", ("messages",), CHAT_EXTRAS),
@@ -53,11 +55,35 @@ def detect_format(columns: Sequence[str]) -> Format:
         if set(form.needs) <= set(columns):
             return form
     understood = "; ".join(", ".join([*form.needs, *(f"[{column}]" for column in form.may)]) for form in FORMATS)
-    raise InputError(f"no format has the columns seen ({', '.join(columns)}); understood: {understood}")
+    raise InputError(
+        f"no format has the columns seen ({', '.join(columns)}); understood: {understood}; "
+        "other columns are named by --template and --response_template"
+    )
+
+
+def format_of(columns: Sequence[str], templates: Columns) -> tuple[Format, Columns]:
+    """The format of a table with these columns, and the templates with what they left to it filled in.
+
+    Raises InputError where a template names a column that is not there, and where rows cannot be joined.
+    """
+    templates = templates.fitted(columns)
+    if templates.question is None or templates.answer is None:
+        form = detect_format(columns)
+    else:
+        form = Format("template", tuple(dict.fromkeys((*templates.question.columns, *templates.answer.columns))))
+    if templates.turns > 1 and form.name not in SINGLE:
+        raise InputError(
+            f"--conversation_extension joins rows of a question and an answer ({', '.join(SINGLE)}); these are "
+            f"{form.name}; leave it out"
+        )
+    return form, templates
 
 
 class Reader:
-    """Rows of one format as tokenised documents, each row with the facts that the report counts."""
+    """Rows of one format as tokenised documents, each row with the facts that the report counts.
+
+    templates: of `format_of`. order: the place in the file of each row, where they are read in another order.
+    """
 
     def __init__(
         self,
@@ -65,8 +91,11 @@ class Reader:
         tokenizer: "PreTrainedTokenizerBase",
         train_on: str,
         template_kwargs: Mapping[str, Any] | None,
+        templates: Columns | None = None,
+        order: np.ndarray | None = None,
     ) -> None:
         self.form, self._tokenizer, self._train_on = form, tokenizer, train_on
+        self._templates, self._order = templates or Columns(), order
         self._template_kwargs = dict(template_kwargs or {})
         conversations = form.name in ("messages", "ShareGPT")
         self._plain = form.name == "text" or not (conversations or tokenizer.chat_template)
@@ -76,24 +105,68 @@ class Reader:
         self.layout = plain if self._plain else "rendered with the chat template"
         if form.name == "tokenised":
             self.layout = "taken as they are"
+        if self._templates.turns > 1:
+            if self._plain:
+                raise InputError("--conversation_extension needs a chat template; choose one with --chat_template")
+            self.layout += f", {self._templates.turns} rows a conversation"
 
     def read(self, rows: Sequence[Row], first: int) -> list[tuple[list[Document], dict[str, int]]]:
-        """Each row's documents; `first` is the 0-based number of the first row, for messages."""
+        """Each row's documents; `first` is the 0-based number of the first row, for messages.
+
+        Of rows that make one conversation the first has its documents, and the others have none.
+        """
         if self.form.name == "tokenised":
             return [self._named(first + at, _tokenised, row) for at, row in enumerate(rows)]
-        rendered = [self._named(first + at, self._render, row) for at, row in enumerate(rows)]
+        if self._templates.turns > 1:
+            rendered = self._joined(rows, first)
+        else:
+            rendered = [self._named(first + at, self._render, row) for at, row in enumerate(rows)]
         flat = [text for texts, _ in rendered for text in texts]
         documents = iter(trained_tokens(self._tokenizer, flat, special_tokens=self._plain))
         if self._plain:
             documents = map(self._ended, documents)
         return [([next(documents) for _ in texts], facts) for texts, facts in rendered]
 
-    @staticmethod
-    def _named(number: int, function: Callable[[Row], Any], row: Row) -> Any:
+    def _named(self, number: int, function: Callable[[Row], Any], row: Row) -> Any:
         try:
             return function(row)
         except InputError as failure:
-            raise InputError(f"row {number + 1}: {failure}") from failure
+            place = number if self._order is None else self._order[number]
+            raise InputError(f"row {place + 1}: {failure}") from failure
+
+    def _joined(self, rows: Sequence[Row], first: int) -> list[tuple[list[Rendered], dict[str, int]]]:
+        """Conversations of several rows each; what is wrong with one is said of its first row."""
+        turns, found = self._templates.turns, []
+        for start in range(0, len(rows), turns):
+            group = rows[start : start + turns]
+            pairs = [self._named(first + start + at, self._pair, row) for at, row in enumerate(group)]
+            joined = {"messages": [message for pair in pairs for message in pair]}
+            found.append(self._named(first + start, lambda row: self._conversation({}, row["messages"], 0), joined))
+            found += [([], {})] * (len(group) - 1)
+        return found
+
+    def _pair(self, row: Row) -> list[dict[str, str]]:
+        """A row's question and answer as messages."""
+        asked, answer, _ = self._question(row)
+        return [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]
+
+    def _question(self, row: Row) -> tuple[str, str, str]:
+        """(what is asked, what is answered, what joins them in plain text) of a row that has one of each."""
+        if self._templates.question is not None and self._templates.answer is not None:
+            return self._templates.question.fill(row), self._templates.answer.fill(row), ""
+        if self.form.name == "Alpaca":
+            asked, given = _text(row, "instruction"), row.get("input") or ""
+            if not isinstance(given, str):
+                raise InputError(f"input is {shown(given)}; must be a string")
+            answer = _text(row, "output")
+            if self._plain:
+                sections = [("Instruction", asked), *([("Input", given)] if given else []), ("Response", "")]
+                asked = "\n\n".join(f"### {title}:\n{body}" for title, body in sections)
+            elif given:
+                asked = f"{asked}\n\n{given}"
+            return asked, answer, ""
+        asked, answer = (_text(row, column) for column in self.form.needs)
+        return asked, answer, "\n" if self.form.name == "question/answer" else ""
 
     def _render(self, row: Row) -> tuple[list[Rendered], dict[str, int]]:
         name = self.form.name
@@ -111,19 +184,7 @@ class Reader:
             if not isinstance(prompt, list) or not isinstance(completion, list):
                 raise InputError(f"prompt is {shown(prompt)}; prompt and completion must both be strings or messages")
             return self._conversation(row, prompt + completion, len(prompt))
-        if name == "Alpaca":
-            asked, given = _text(row, "instruction"), row.get("input") or ""
-            if not isinstance(given, str):
-                raise InputError(f"input is {shown(given)}; must be a string")
-            answer, joint = _text(row, "output"), ""
-            if self._plain:
-                sections = [("Instruction", asked), *([("Input", given)] if given else []), ("Response", "")]
-                asked = "\n\n".join(f"### {title}:\n{body}" for title, body in sections)
-            elif given:
-                asked = f"{asked}\n\n{given}"
-        else:
-            asked, answer = (_text(row, column) for column in self.form.needs)
-            joint = "\n" if name == "question/answer" else ""
+        asked, answer, joint = self._question(row)
         if not self._plain:
             turns = [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]
             return self._conversation(row, turns, 0)

@@ -24,6 +24,7 @@ from jaxft.models.extension import Changes, with_changes
 from jaxft.models.quantized import all_linears, linear_weights, with_quantized
 from jaxft.quant import is_quantized, kind_of
 from jaxft.sharding import shardings
+from jaxft.templates import saved_template
 from jaxft.trees import Tree, flatten, join, like
 
 BASE_CONFIG = "base_config.json"  # beside an adapter: fields that its base's config.json must have otherwise
@@ -229,10 +230,12 @@ def adapter_tokenizer(
 ) -> tuple[PreTrainedTokenizerBase, tuple[str, ...]]:
     """The tokenizer to use with an adapter, and the tokens that it has beside those of the model's own `tokenizer`.
 
-    It is the adapter's own where the adapter holds an embedding and its tokenizer more tokens than the model's. Raises
-    InputError where the adapter has an embedding for other tokens and no tokenizer.
+    It is the adapter's own where the adapter holds an embedding and its tokenizer more tokens than the model's; else
+    `tokenizer`, which gets the chat template that was saved with the adapter, where one was. Raises InputError where
+    the adapter has an embedding for other tokens and no tokenizer.
     """
     directory = find_directory(str(name))
+    tokenizer.chat_template = saved_template(directory) or tokenizer.chat_template
     where = peft.open_adapter(directory, model.family.passed_over)
     whole = peft.whole_tensors(where, model.family.names)
     rows = {peft.shape_of(where, tensor)[0] for tensor in whole.values()}

@@ -13,6 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxft.cards import COMPILER_OPTIONS, MEMORY, PREALLOCATED, is_absent, step_options
 from jaxft.errors import InputError, RunError
+from jaxft.estimate import estimate
 from jaxft.kernels.gpu import compiling_for
 from jaxft.kernels.linear_cross_entropy import tile_rows
 from jaxft.loop import Run
@@ -215,6 +216,8 @@ def plan_run(run: Run, prepared: Prepared, say: Callable[[str], None]) -> Plan:
         planned = make(settings.gradient_checkpointing, settings.mlp_tiles)
     if settings.dry_run:
         print("\n".join([*planned.lines(), f"{run.total_steps} steps of {run.batches.rows_per_step} rows"]))
+        for line in time_lines(run, prepared, planned):
+            print(line)
         if limit is not None and planned.total > limit:
             raise RunError(
                 f"{planned.policy} needs {gib(planned.total)}, more than {gib(limit)} ({source}). What helps: "
@@ -222,6 +225,18 @@ def plan_run(run: Run, prepared: Prepared, say: Callable[[str], None]) -> Plan:
             )
         print("fits" if limit is not None else "whether it fits is not known: name a --memory_budget")
     return planned
+
+
+def time_lines(run: Run, prepared: Prepared, planned: Plan) -> list[str]:
+    """How long the run would take, as lines; a line that says why it is not known."""
+    devices = prepared.mesh.devices
+    here = [device for device in devices.flat if not is_absent(device) and device in jax.local_devices()]
+    found = estimate(
+        prepared.model, run.batches, steps=run.total_steps, device=(here or devices.flat)[0], devices=devices.size,
+        gradient_checkpointing=planned.gradient_checkpointing, full_finetuning=prepared.lora is None,
+        dtype=prepared.compute_dtype, rank=prepared.lora.r if prepared.lora else None,
+    )  # fmt: skip
+    return [found] if isinstance(found, str) else found.lines()
 
 
 def with_plan(run: Run, planned: Plan) -> Run:

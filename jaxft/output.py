@@ -13,11 +13,13 @@ from safetensors import SafetensorError
 from jaxft.config import to_yaml
 from jaxft.convert import peft
 from jaxft.errors import InputError, RunError
+from jaxft.generate import stop_token_ids
 from jaxft.load import copy_tokenizer, write_changes, write_model
 from jaxft.models.extension import describe_changes
 from jaxft.prepare import Prepared
 from jaxft.processes import ENVIRONMENT
 from jaxft.settings import TrainSettings
+from jaxft.templates import write_template
 from jaxft.trees import Tree
 
 CONFIG, METRICS, CHECKPOINTS = "config.yaml", "metrics.jsonl", "checkpoints"
@@ -90,6 +92,8 @@ def write_result(directory: Path, prepared: Prepared, trainable: Tree, settings:
         copy_tokenizer(prepared.directory, temporary)
         if prepared.new_tokens:
             prepared.tokenizer.save_pretrained(temporary)
+        if prepared.new_template:
+            write_template(temporary, prepared.tokenizer, stop_token_ids(prepared.tokenizer, temporary))
         (temporary / "README.md").write_text(card, encoding="utf-8")
         for file in temporary.iterdir():
             if (directory / file.name).is_dir():  # a rename replaces a file, but not a directory

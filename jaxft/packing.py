@@ -103,6 +103,7 @@ class Batches:
                 raise InputError(f"{name} is {value}; it must be 1 or more")
         self._samples, self._plan = samples, plan
         self._shape = (accumulation, batch_size, max_length)
+        self.max_length = max_length
         self._seed, self._shuffle = seed, shuffle
         self._order: tuple[int, np.ndarray] = (-1, np.arange(0))
         self.rows = len(plan)

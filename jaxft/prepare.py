@@ -37,6 +37,7 @@ from jaxft.models.extension import Changes, describe_changes, extend_positions, 
 from jaxft.quant import is_quantized
 from jaxft.settings import GenerateSettings, Settings, TrainSettings
 from jaxft.sharding import make_mesh, mesh_sizes
+from jaxft.templates import set_template
 from jaxft.trees import Tree, flatten
 from jaxft.vocabulary import add_tokens, read_tokens, resized, resized_params
 
@@ -45,7 +46,8 @@ from jaxft.vocabulary import add_tokens, read_tokens, resized, resized_params
 class Prepared:
     """A model ready to run. trainable is {} where nothing is trained; lora is None without an adapter.
 
-    new_tokens: what the tokenizer has that the model directory's own has not.
+    new_tokens: what the tokenizer has that the model directory's own has not. new_template: whether its chat template
+    is another one than that.
     """
 
     directory: Path
@@ -58,13 +60,19 @@ class Prepared:
     compute_dtype: jnp.dtype
     changes: Changes  # of the base's configuration, {} where it is as its config.json says
     new_tokens: tuple[str, ...] = ()
+    new_template: bool = False
+
+
+def compile_cache_directory() -> Path:
+    """Where compiled programs are kept: `JAX_COMPILATION_CACHE_DIR`, or ~/.cache/jaxft/xla."""
+    return Path(os.environ.get("JAX_COMPILATION_CACHE_DIR") or Path.home() / ".cache" / "jaxft" / "xla")
 
 
 def use_compile_cache() -> None:
     """Keeps compiled programs between runs, on accelerators; JAX_COMPILATION_CACHE_DIR says where else."""
     # a CPU program may not run on another CPU of the same name, and compiles in seconds anyway
     if jax.default_backend() != "cpu" and not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
-        jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "jaxft" / "xla"))
+        jax.config.update("jax_compilation_cache_dir", str(compile_cache_directory()))
 
 
 def prepare(settings: Settings, model_name: str, *, weights: bool = True) -> Prepared:
@@ -83,6 +91,7 @@ def prepare(settings: Settings, model_name: str, *, weights: bool = True) -> Pre
     changes = config_changes(settings, directory)
     described = describe_model(with_changes(read_hf_config(directory), changes))
     tokenizer = load_tokenizer(directory)
+    known_template = tokenizer.chat_template
     new_tokens: tuple[str, ...] = ()
     lora: LoraConfig | None = None
     if settings.adapter is not None:
@@ -110,6 +119,7 @@ def prepare(settings: Settings, model_name: str, *, weights: bool = True) -> Pre
             params, _ = on_mesh(model, resized_params(params, rows, min(known, described.config.vocab_size)), {}, mesh)
         elif new_tokens:
             params = held_shapes(model, param_dtype, mesh)
+    choose_template(settings, tokenizer, known_template)
     trainable: Tree
     if settings.adapter is not None and weights:
         model, trainable, frozen, lora = load_adapter(settings.adapter, model, params, mesh=mesh)
@@ -132,7 +142,20 @@ def prepare(settings: Settings, model_name: str, *, weights: bool = True) -> Pre
     own_rate = isinstance(settings, TrainSettings) and settings.embedding_learning_rate is not None
     if own_rate and not trainable.keys() & SAVABLE:
         raise InputError(f"--embedding_learning_rate: --adapter {settings.adapter} trains neither embedding nor head")
-    return Prepared(directory, model, trainable, frozen, lora, tokenizer, mesh, compute_dtype, changes, new_tokens)
+    return Prepared(
+        directory, model, trainable, frozen, lora, tokenizer, mesh, compute_dtype, changes, new_tokens,
+        tokenizer.chat_template != known_template,
+    )  # fmt: skip
+
+
+def choose_template(settings: Settings, tokenizer: PreTrainedTokenizerBase, known: Any) -> None:
+    """Puts `--chat_template` on the tokenizer; without it says so where an adapter brought another one than `known`."""
+    if settings.chat_template is not None:
+        end = set_template(tokenizer, settings.chat_template)
+        instead = " in place of the tokenizer's own" if known else ""
+        print(f"chat template: {settings.chat_template}{instead}, turns end with {end}", file=sys.stderr)
+    elif tokenizer.chat_template != known:
+        print(f"chat template: that of {settings.adapter}", file=sys.stderr)
 
 
 def config_changes(settings: Settings, directory: Path) -> Changes:

@@ -117,7 +117,8 @@ def _render(asked: Asked, tokenizer: PreTrainedTokenizerBase) -> str:
     """The conversation up to the opening of the assistant's turn."""
     if not tokenizer.chat_template:
         raise InputError(
-            f"{asked.where}: this tokenizer has no chat template; use --prompt without --chat, or an instruct model"
+            f"{asked.where}: this tokenizer has no chat template; choose one with --chat_template, or use --prompt "
+            "without --chat, or an instruct model"
         )
     messages: Any = asked.row.get("messages", asked.row.get("prompt"))
     if isinstance(messages, str):

@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from jaxft.cache import default_directory
+from jaxft.columns import Columns, parse_template
 from jaxft.errors import InputError
 from jaxft.mixture import Source, parse_sources
 from jaxft.sharding import MESH_AXES
+from jaxft.templates import read_template
 
 SCHEDULES = (
     *("linear", "constant", "constant_with_warmup", "cosine", "cosine_with_restarts", "cosine_with_min_lr"),
@@ -60,6 +62,11 @@ class ModelArguments:
     max_length: int = _flag(1024, "longest row in tokens; asked for beyond the model's positions, its rope is scaled")
     load_in_4bit: bool = _flag(False, "hold the base's linear layers in 4 bits (NF4, double quantisation)")
     load_in_8bit: bool = _flag(False, "hold the base's linear layers in 8 bits")
+    chat_template: str | None = _flag(
+        None,
+        "in place of the tokenizer's: chatml, llama-3, llama-3.1, qwen-2.5, qwen-3, gemma, mistral, phi-3, phi-4, "
+        "alpaca, vicuna, zephyr or a FILE.jinja",
+    )
     mesh: str | None = _flag(None, "devices by axis, such as data=2,fsdp=4; without it all local devices are data")
     debug: bool = _flag(False, "show the traceback of an error")
 
@@ -151,6 +158,13 @@ class DataArguments:
     dataset: str | None = _flag(None, "local files, directories, or names on the hub; several are mixed", nargs="+")
     dataset_weights: str | None = _flag(None, "share of each of several data sets, such as 0.7 0.3", nargs="+")
     eval_dataset: str | None = _flag(None, "the same, held out for evaluation")
+    template: str | None = _flag(
+        None,
+        "what is asked, made of any columns, such as 'Q: {question}[[\\nHint: {hint}]]'; [[…]] is left out where its "
+        "column is empty",
+    )
+    response_template: str | None = _flag(None, "what is answered, such as '{answer}'; goes with --template")
+    conversation_extension: int = _flag(1, "rows with one question each that are joined into one conversation")
     dataset_config: str | None = _flag(None, "configuration of a hub dataset")
     dataset_train_split: str = _flag("train", "split to train on")
     dataset_test_split: str = _flag("test", "split to evaluate on")
@@ -169,6 +183,15 @@ class DataArguments:
     def sources(self) -> tuple[Source, ...]:
         """The data sets that `dataset` names, with their weights; () where it names none."""
         return () if self.dataset is None else parse_sources(self.dataset, self.dataset_weights)
+
+    @property
+    def columns(self) -> Columns:
+        """How rows become conversations. Raises InputError where a template cannot be read."""
+        both = [
+            None if text is None else parse_template(text, flag)
+            for text, flag in ((self.template, "--template"), (self.response_template, "--response_template"))
+        ]
+        return Columns(both[0], both[1], self.conversation_extension, getattr(self, "seed", 0))
 
     @property
     def cache_directory(self) -> Path | None:
@@ -212,7 +235,9 @@ class TrainArguments:
     memory_budget: str | None = _flag(
         None, "most bytes of a device, such as 11GiB, or auto: take the fastest gradient_checkpointing that fits"
     )
-    dry_run: bool = _flag(False, "say what a step needs and whether it fits; train and write nothing")
+    dry_run: bool = _flag(
+        False, "say what a step needs, whether it fits and how long the run would take; train and write nothing"
+    )
     device: str | None = _flag(None, "with --dry_run: plan for a card that is not here, h200")
     optim: Literal["adamw", "adamw_torch", "adamw_8bit"] = _flag("adamw", "adamw_torch is adamw; 8bit: its moments")
     logging_steps: int = _flag(1, "steps a line of metrics")
@@ -222,6 +247,9 @@ class TrainArguments:
     sample_prompts: int = _flag(0, "answer the first N held-out prompts before and after the run")
     streaming: bool = _flag(False, "read the data while training, for --max_steps; nothing of it is kept")
     buffer_size: int = _flag(10_000, "rows that --streaming reads ahead, to shuffle and pack them together")
+    eval_split: float | None = _flag(
+        None, "hold out this share (0.05) or number (200) of the rows, drawn by --seed, in place of --eval_dataset"
+    )
     eval_steps: int = _flag(0, "steps an evaluation; 0 evaluates at the end only")
     seed: int = _flag(0, "seed of everything random")
     add_tokens: str | None = _flag(
@@ -272,6 +300,13 @@ class GenerateArguments:
 
 
 @dataclasses.dataclass(frozen=True)
+class ShowArguments:
+    _argument_group_name: ClassVar[str] = "what is shown"
+    show_samples: int = _flag(3, "render the first N samples with what is trained in colour")
+    json: bool = _flag(False, "one JSON object on stdout instead of text")
+
+
+@dataclasses.dataclass(frozen=True)
 class _Origin:
     """`settings_given`: names that were set by a flag or YAML; `settings_ignored`: YAML keys of other commands."""
 
@@ -296,6 +331,11 @@ class GenerateSettings(_Origin, GenerateArguments, ModelArguments):
     """Everything `jaxft.generate` can be told."""
 
 
+@dataclasses.dataclass(frozen=True)
+class DataSettings(ShowArguments, TrainSettings):
+    """Everything `jaxft.data` can be told: all that a training run can, as it shows what that run would see."""
+
+
 Settings = TrainSettings | EvaluateSettings | GenerateSettings
 
 GROUPS: dict[str, tuple[Any, ...]] = {
@@ -303,13 +343,22 @@ GROUPS: dict[str, tuple[Any, ...]] = {
     "evaluate": (ModelArguments, DataArguments),
     "generate": (ModelArguments, GenerateArguments),
 }
-SETTINGS: dict[str, type] = {"train": TrainSettings, "evaluate": EvaluateSettings, "generate": GenerateSettings}
+GROUPS["data"] = (*GROUPS["train"], ShowArguments)
+SETTINGS: dict[str, type] = {
+    "train": TrainSettings, "evaluate": EvaluateSettings, "generate": GenerateSettings, "data": DataSettings,
+}  # fmt: skip
 
 RANGES: list[tuple[str, str, Callable[[float], bool]]] = [
     ("learning_rate embedding_learning_rate weight_decay max_grad_norm temperature", "at least 0", lambda x: x >= 0),
     ("warmup_steps save_steps eval_steps sample_prompts", "at least 0", lambda x: x >= 0),
     ("lora_r lora_alpha logging_steps save_total_limit gradient_accumulation_steps", "at least 1", lambda x: x >= 1),
-    ("buffer_size mlp_tiles", "at least 1", lambda x: x >= 1),
+    ("buffer_size mlp_tiles conversation_extension", "at least 1", lambda x: x >= 1),
+    ("show_samples", "at least 0", lambda x: x >= 0),
+    (
+        "eval_split",
+        "a share between 0 and 1, or a whole number of rows",
+        lambda x: 0 < x < 1 or (x >= 1 and x % 1 == 0),
+    ),
     ("max_new_tokens per_device_train_batch_size per_device_eval_batch_size", "at least 1", lambda x: x >= 1),
     ("lora_dropout adam_beta1 adam_beta2", "at least 0 and below 1", lambda x: 0 <= x < 1),
     ("adam_epsilon num_train_epochs", "above 0", lambda x: x > 0),
@@ -334,7 +383,7 @@ def check(settings: Any, where: dict[str, str]) -> None:
     exclusive = (
         *(("bf16", "fp16"), ("warmup_steps", "warmup_ratio"), ("prompt", "messages"), ("load_in_4bit", "load_in_8bit")),
         *(("load_in_4bit", "full_finetuning"), ("load_in_8bit", "full_finetuning")),
-        *(("prompt", "prompts"), ("messages", "prompts")),
+        *(("prompt", "prompts"), ("messages", "prompts"), ("eval_split", "eval_dataset"), ("eval_split", "streaming")),
     )
     for one, two in exclusive:
         if getattr(settings, one, None) and getattr(settings, two, None):
@@ -345,9 +394,16 @@ def check(settings: Any, where: dict[str, str]) -> None:
             value = str(getattr(settings, name)).lower()
             raise InputError(f"{where['dtype']} {dtype} and {where[name]} {value} contradict each other; choose one")
     _ = settings.mesh_axes  # raises where it cannot be read
+    if settings.chat_template is not None:
+        read_template(settings.chat_template)
     if isinstance(settings, DataArguments):
         if settings.dataset is None and settings.dataset_weights is not None:
             raise InputError(f"{where['dataset_weights']} has no meaning without --dataset")
+        _ = settings.columns  # raises where a template cannot be read
+        if settings.response_template is not None and settings.template is None:
+            raise InputError(
+                f"{where['response_template']} says what is answered, and --template is missing: it says what is asked"
+            )
         try:
             _ = settings.sources
         except InputError as failure:
@@ -368,6 +424,13 @@ def check(settings: Any, where: dict[str, str]) -> None:
             )
         if settings.streaming and settings.max_steps < 0:
             raise InputError("--streaming does not know how long an epoch is; set --max_steps")
+        if settings.streaming and settings.conversation_extension > 1:
+            raise InputError(f"{where['conversation_extension']} draws from the whole set; --streaming never has it")
+        if settings.eval_split is not None and settings.eval_split >= 1 and len(settings.sources) > 1:
+            raise InputError(
+                f"{where['eval_split']} is a number of rows and there are {len(settings.sources)} data sets; give a "
+                "share such as 0.05, of each"
+            )
         if settings.streaming and len(settings.sources) > 1:
             raise InputError("--streaming reads one data set; mix several ones without it")
         _check_lora(settings, where)

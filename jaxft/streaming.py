@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from jaxft.cache import writes_date
 from jaxft.chat import check_train_on
+from jaxft.columns import Columns
 from jaxft.data import CHUNK, Report, documents_of
 from jaxft.errors import InputError
-from jaxft.formats import Reader, detect_format
+from jaxft.formats import Reader, format_of
 from jaxft.packing import Batch, lay_rows, make_plan, permutation
 from jaxft.samples import Sample, lengths_of, weighted
 
@@ -60,15 +61,16 @@ class StreamBatches:
         shuffle: bool = True,
         train_on: str = "responses",
         template_kwargs: Mapping[str, Any] | None = None,
+        columns: Columns | None = None,
     ) -> None:
         check_train_on(train_on)
         with _named_failures("at its beginning"):
             stream = open_rows()
-            columns = stream.column_names or list(next(iter(stream), {}))
-        form = detect_format(columns)
-        self._columns = [column for column in (*form.needs, *form.may) if column in columns]
-        self._open, self._reader = open_rows, Reader(form, tokenizer, train_on, template_kwargs)
-        self._max_length, self._vocab_size, self._buffer = max_length, vocab_size, buffer_size
+            names = stream.column_names or list(next(iter(stream), {}))
+        form, columns = format_of(names, columns or Columns())
+        self._columns = [name for name in (*form.needs, *form.may) if name in names]
+        self._open, self._reader = open_rows, Reader(form, tokenizer, train_on, template_kwargs, columns)
+        self.max_length, self._vocab_size, self._buffer = max_length, vocab_size, buffer_size
         self._seed, self._packing, self._shuffle = seed, packing, shuffle
         self._shape = (accumulation, batch_size, max_length)
         self.rows_per_step = accumulation * batch_size
@@ -146,14 +148,14 @@ class StreamBatches:
         total: Counter[str] = Counter({"rows": first})  # so that messages name a row by its place in the stream
         count = len(table[self._columns[0]])
         chunks = ({name: values[at : at + CHUNK] for name, values in table.items()} for at in range(0, count, CHUNK))
-        documents = documents_of(chunks, self._reader, self._max_length, self._vocab_size, total)
+        documents = documents_of(chunks, self._reader, self.max_length, self._vocab_size, total)
         samples = [weighted(ids, trained) for ids, trained in documents]
         lengths = lengths_of(samples)
         total["rows"], total["samples"], total["tokens"] = count, len(samples), int(lengths.sum())
         total["target_tokens"] = sum(int((sample.loss_weights > 0).sum()) for sample in samples)
         if not samples:
             return _Window(epoch, first, [], total)
-        plan = make_plan(lengths, self._max_length, packing=self._packing, shuffle=self._shuffle, seed=self._seed)
+        plan = make_plan(lengths, self.max_length, packing=self._packing, shuffle=self._shuffle, seed=self._seed)
         order: Iterable[int] = range(len(plan))
         if self._shuffle:
             order = permutation(len(plan), self._seed, _WINDOW_STREAM, epoch, first)

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from jaxft.config import describe, parse
-from jaxft.data import tokenize_dataset
+from jaxft.data import shape_line, split_rows, tokenize_dataset
 from jaxft.decode import generate
 from jaxft.errors import InputError, run_command
 from jaxft.evaluate import held_out_split, read_from
@@ -52,22 +52,26 @@ def train(settings: TrainSettings) -> int:
     if finished:
         say(f"{directory} holds the finished run of these settings; there is nothing left to do")
         return 0
-    split = settings.dataset_train_split if "dataset_train_split" in settings.settings_given else None
+    named = settings.dataset_train_split if "dataset_train_split" in settings.settings_given else None
     sources = settings.sources
-    tables = [read("train", source, source.split or split, settings) for source in sources if not settings.streaming]
+    tables = [read("train", source, source.split or named, settings) for source in sources if not settings.streaming]
     heldout_rows = settings.eval_dataset and read(
         "held out", Source(settings.eval_dataset), held_out_split(settings.eval_dataset, settings), settings
     )
+    heldout_tables = [heldout_rows] if heldout_rows else []
+    if settings.eval_split is not None:
+        tables, heldout_tables = split(tables, settings)
     if settings.streaming:
-        say(f"train: a stream of {read_from(sources[0].path, sources[0].split or split)}, read while training")
+        say(f"train: a stream of {read_from(sources[0].path, sources[0].split or named)}, read while training")
     prepared = prepare(settings, settings.model_name_or_path, weights=not settings.dry_run)
     batches: Batches | StreamBatches
     if settings.streaming:
-        batches, data = stream(sources[0], sources[0].split or split, prepared, settings)
+        batches, data = stream(sources[0], sources[0].split or named, prepared, settings)
     else:
         samples = mixed([tokenize("train", rows, prepared, settings) for rows in tables], sources, settings.seed)
         batches, data = lay_out(samples, prepared, settings), {"data": samples.checksum()}
-    heldout = tokenize("held out", heldout_rows, prepared, settings) if heldout_rows else []
+    kept = [tokenize("held out", rows, prepared, settings) for rows in heldout_tables]
+    heldout: Sequence[Sample] = kept[0] if len(kept) == 1 else mix(kept, None, 0)[0] if kept else []
     say_model(prepared)
     run = make_run(settings, prepared, directory, batches, data, heldout)
     if settings.dry_run or settings.memory_budget:
@@ -127,13 +131,14 @@ def read_settings(argv: list[str]) -> tuple[TrainSettings, dict[str, str]]:
             chosen["gradient_checkpointing"] = flags.gradient_checkpointing
             embedded = embedded - {"gradient_checkpointing"}
         settings = replace(settings, **chosen, settings_given=given | embedded)
+        heldout = None if settings.eval_split else str(EMBEDDED / "problems_heldout.jsonl")
         settings = replace(
             settings,
             model_name_or_path=str(EMBEDDED / "base"),
             dataset=str(EMBEDDED / "problems_train.jsonl"),
-            eval_dataset=settings.eval_dataset or str(EMBEDDED / "problems_heldout.jsonl"),
+            eval_dataset=settings.eval_dataset or heldout,
         )
-        names = sorted(embedded | {"model_name_or_path", "dataset"} | ({"eval_dataset"} - given))
+        names = sorted(embedded | {"model_name_or_path", "dataset"} | ({"eval_dataset"} - given if heldout else set()))
         provenance = provenance | dict.fromkeys(names, "embedded default")
     if settings.model_name_or_path is None or settings.dataset is None:
         missing = "--model_name_or_path" if settings.model_name_or_path is None else "--dataset"
@@ -151,8 +156,9 @@ def tokenize(what: str, rows: Any, prepared: Prepared, settings: TrainSettings) 
     samples, report = tokenize_dataset(
         rows, prepared.tokenizer, max_length=settings.max_length, vocab_size=prepared.model.config.vocab_size,
         train_on=settings.train_on, template_kwargs=settings.chat_template_kwargs, cache=settings.cache_directory,
+        columns=settings.columns,
     )  # fmt: skip
-    for line in report.lines():
+    for line in (*report.lines(), shape_line(samples, report)):
         say(f"{what}: {line}")
     return samples
 
@@ -199,13 +205,24 @@ def stream(
         batch_size=settings.per_device_train_batch_size * data_parallel_size(prepared.mesh),
         accumulation=settings.gradient_accumulation_steps, buffer_size=settings.buffer_size,
         packing=settings.packing, shuffle=settings.shuffle_dataset, train_on=settings.train_on,
-        template_kwargs=settings.chat_template_kwargs,
+        template_kwargs=settings.chat_template_kwargs, columns=settings.columns,
     )  # fmt: skip
     path = Path(source.path).expanduser()
     files = [file.name for file in find_files(path, split)] if path.exists() else []
     read_alike: dict[str, Any] = {"dataset": files or source.path, "split": split, "config": config}
-    read_alike |= {name: getattr(settings, name) for name in ("buffer_size", "train_on")}
+    read_alike |= {
+        name: getattr(settings, name) for name in ("buffer_size", "train_on", "template", "response_template")
+    }
     return batches, read_alike | {"chat_template_kwargs": dict(settings.chat_template_kwargs)}
+
+
+def split(tables: list[Any], settings: TrainSettings) -> tuple[list[Any], list[Any]]:
+    """Of every data set the rows to train on and those that `--eval_split` holds out; says how many."""
+    assert settings.eval_split is not None
+    pairs = [split_rows(rows, settings.eval_split, settings.seed) for rows in tables]
+    for rows, heldout in pairs:
+        say(f"held out: {len(heldout)} of {len(rows) + len(heldout)} rows, drawn by seed {settings.seed}")
+    return [rows for rows, _ in pairs], [heldout for _, heldout in pairs]
 
 
 def say_model(prepared: Prepared) -> None:
@@ -261,6 +278,7 @@ def fingerprint(
         "full_finetuning", "max_length", "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps",
         "warmup_ratio", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "seed",
         "shuffle_dataset", "packing", "optim", "load_in_4bit", "load_in_8bit", "embedding_learning_rate", "add_tokens",
+        "chat_template", "eval_split",
     )  # fmt: skip
     found: dict[str, Any] = {name: getattr(settings, name) for name in names}
     if prepared.lora is not None:

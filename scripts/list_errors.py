@@ -25,8 +25,8 @@ GROUPS = {
     ),
     "Reading and writing weight files": ("convert/",),
     "Naming an adapter": ("jaxft/lora.py", "convert/peft.py"),
-    "Reading data": ("jaxft/data.py", "jaxft/files.py", "jaxft/packing.py"),
-    "Rendering conversations": ("jaxft/chat.py",),
+    "Reading data": ("jaxft/data", "jaxft/columns.py", "jaxft/files.py", "jaxft/packing.py"),
+    "Rendering conversations": ("jaxft/chat.py", "jaxft/templates.py"),
     "Training": (
         "jaxft/train.py", "jaxft/loop.py", "jaxft/optim", "jaxft/metrics.py", "jaxft/step.py", "jaxft/loss.py",
     ),

@@ -101,7 +101,7 @@ def test_a_data_set_that_cannot_be_used_is_refused_with_its_file_and_place(conte
 def test_messages_without_a_chat_template_are_refused(refused, tmp_path):
     rows = [{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}]
     plain = write_base(tmp_path / "plain", template=None)
-    words = "row 1: the tokenizer has no chat template, which messages need; use the instruct model's tokenizer"
+    words = "row 1: the tokenizer has no chat template, which messages need; choose one with --chat_template"
     refused(words, model_name_or_path=plain, dataset=write_rows(tmp_path / "d.jsonl", rows))
 
 

@@ -206,6 +206,7 @@ def test_report_says_the_format_and_counts_tokens(chat):
         "format: question/answer (3 rows), rendered with the chat template",
         # <|im_start|> user ⏎ Q <|im_end|> ⏎ <|im_start|> assistant ⏎ A <|im_end|> ⏎ with a token a byte
         f"samples: 3, {3 * (1 + 4 + 1 + 1 + 1 + 1 + 1 + 9 + 1 + 1 + 1 + 1)} tokens, 6 of them targets",
+        "2 samples whose tokens are exactly those of another one: they count twice",
     ]
     assert (
         run([{"text": "a"}], chat)[1].lines()[0]

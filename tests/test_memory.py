@@ -195,7 +195,7 @@ def test_a_dry_run_needs_no_weights_and_writes_nothing(command, tmp_path):
     code, out, said = command("--dry_run", base="described", memory_budget="1GiB", mlp_tiles=8, output_dir="out")
     assert code == 0, said
     assert re.search(r"^together +\d+\.\d+ MiB  --gradient_checkpointing full --mlp_tiles 8$", out, re.MULTILINE)
-    assert out.endswith("1 steps of 4 rows\nfits\n") and "% filled" in said
+    assert "1 steps of 4 rows\ntime: about " in out and out.endswith("\nfits\n") and "% filled" in said
     assert not any(tmp_path.iterdir())
 
 

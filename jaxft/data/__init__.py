@@ -1,8 +1,10 @@
 """Turns rows of any known format into samples, and counts whatever does not come through."""
 
+import hashlib
 import itertools
+from array import array
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -11,11 +13,12 @@ import numpy as np
 
 from jaxft.cache import fetch, key_of, store, writes_date
 from jaxft.chat import check_train_on
+from jaxft.columns import Columns
 from jaxft.errors import InputError, RunError
 from jaxft.files import find_files, load_rows
-from jaxft.formats import FORMATS, ROLES, Format, Reader, detect_format
-from jaxft.packing import Batches, make_plan
-from jaxft.samples import Document, Samples, from_memory, in_memory, lengths_of, write
+from jaxft.formats import FORMATS, ROLES, Format, Reader, detect_format, format_of
+from jaxft.packing import Batches, make_plan, permutation
+from jaxft.samples import Document, Sample, Samples, from_memory, in_memory, lengths_of, write
 
 if TYPE_CHECKING:
     import datasets
@@ -23,6 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = ["FORMATS", "Format", "Report", "detect_format", "find_files", "load_rows", "tokenize_dataset"]
 
+_JOIN_STREAM, _SPLIT_STREAM = 5, 6  # of `permutation`
 CHUNK = 1000  # rows tokenised in one call: enough to keep the tokenizer's threads busy, few enough to stay small
 
 
@@ -46,6 +50,7 @@ class Report:
     left_out: int = 0
     tools_left_out: int = 0
     unknown_roles: int = 0
+    duplicates: int = 0
     dated: bool = False
     kept_in: str = ""
     reused: bool = False
@@ -62,6 +67,7 @@ class Report:
             (self.left_out, "messages that the chat template does not show in full (thinking, for example)"),
             (self.unknown_roles, f"messages of a role that is none of {', '.join(ROLES)}: read, but not trained"),
             (self.tools_left_out, "rows with tools that the chat template does not show"),
+            (self.duplicates, "samples whose tokens are exactly those of another one: they count twice"),
         )
         notes = []
         if self.dated:
@@ -86,6 +92,7 @@ def tokenize_dataset(
     vocab_size: int,
     train_on: str = "responses",
     template_kwargs: Mapping[str, Any] | None = None,
+    columns: Columns | None = None,
     cache: Path | None = None,
 ) -> tuple[Samples, Report]:
     """All samples of a data set, in its order, each of 1 to `max_length` tokens, and the report of what happened.
@@ -98,6 +105,7 @@ def tokenize_dataset(
     its end. Tokenised rows follow transformers: `labels` stand at the positions of `input_ids`, -100 is not trained.
 
     template_kwargs go to every rendering, as `apply_chat_template` takes them; a row's own `chat_template_kwargs` win.
+    columns: templates that make questions and answers of any columns, and how many rows a conversation has.
     With a directory `cache` the samples are written there while they are made, under a key of everything that makes
     them, and read back through a memory map, at once where the same were made before; memory stays small either way.
 
@@ -107,18 +115,25 @@ def tokenize_dataset(
     if max_length < 2:
         raise InputError(f"max_length is {max_length}; a sample needs 2 tokens to learn anything")
     check_train_on(train_on)
-    form = detect_format(dataset.column_names)
-    reader = Reader(form, tokenizer, train_on, template_kwargs)
+    form, columns = format_of(dataset.column_names, columns or Columns())
     rows = dataset.select_columns([c for c in (*form.needs, *form.may) if c in dataset.column_names])
+    order = None
+    if columns.turns > 1:
+        order = permutation(len(rows), columns.seed, _JOIN_STREAM)
+        rows = rows.select(order)
+    reader = Reader(form, tokenizer, train_on, template_kwargs, columns, order)
 
     def make(streams: Mapping[str, IO[bytes]]) -> dict[str, Any]:
         total: Counter[str] = Counter()
-        chunks = rows.iter(CHUNK)
-        samples, tokens, targets = write(documents_of(chunks, reader, max_length, vocab_size, total), streams)
+        chunks = rows.iter(-(-CHUNK // columns.turns) * columns.turns)  # a conversation lies in one chunk
+        seen = array("Q")
+        documents = _noted(documents_of(chunks, reader, max_length, vocab_size, total), seen)
+        samples, tokens, targets = write(documents, streams)
+        duplicates = len(seen) - len(np.unique(np.array(seen, np.uint64)))
         dated = reader.templated and writes_date(tokenizer)
         report = Report(
             form.name, total.pop("rows"), reader.layout, samples=samples, tokens=tokens, target_tokens=targets,
-            dated=dated, **dict[str, Any](total),
+            duplicates=duplicates, dated=dated, **dict[str, Any](total),
         )  # fmt: skip
         if not samples:
             raise InputError(
@@ -134,7 +149,7 @@ def tokenize_dataset(
         return from_memory(memory), Report(**report)
     key = key_of(
         rows, None if form.name == "tokenised" else tokenizer, (Path(__file__),), max_length=max_length,
-        vocab_size=vocab_size, train_on=train_on, template_kwargs=dict(template_kwargs or {}),
+        vocab_size=vocab_size, train_on=train_on, template_kwargs=dict(template_kwargs or {}), columns=columns.key(),
     )  # fmt: skip
     found = fetch(cache, key)
     reused = found is not None
@@ -144,6 +159,27 @@ def tokenize_dataset(
     if found is None:
         raise RunError(f"{cache / key} does not hold what was just written to it; is the disk sound?")
     return found[0], replace(Report(**found[1]), kept_in=str(cache / key), reused=reused)
+
+
+def shape_line(samples: Sequence[Sample], report: Report) -> str:
+    """How long the samples are and how much of them is trained; costs nothing where they come from a cache."""
+    lengths = lengths_of(samples)
+    return (
+        f"lengths: {lengths.min()} to {lengths.max()} tokens, half of them up to {int(np.median(lengths))}; "
+        f"{report.target_tokens / report.tokens:.1%} of the tokens are trained"
+    )
+
+
+def _noted(documents: Iterable[Document], seen: "array[int]") -> Iterator[Document]:
+    """The documents as they are; 8 bytes of a digest of each go to `seen`."""
+    for ids, trained in documents:
+        seen.append(int.from_bytes(digest_of(ids), "little"))
+        yield ids, trained
+
+
+def digest_of(ids: np.ndarray) -> bytes:
+    """8 bytes that stand for the tokens of a sample."""
+    return hashlib.blake2b(ids.astype(np.int32).tobytes(), digest_size=8).digest()
 
 
 def documents_of(
@@ -166,6 +202,23 @@ def documents_of(
                         f"{vocab_size} (0 to {vocab_size - 1}); is this the model's own tokenizer?"
                     )
                 yield from _cut(reader.form, ids, trained, max_length, total)
+
+
+def split_rows(
+    dataset: "datasets.Dataset", held_out: float, seed: int
+) -> tuple["datasets.Dataset", "datasets.Dataset"]:
+    """(rows to train on, rows held out), drawn by `seed`, each in the order of the file.
+
+    held_out: a share below 1, of which the nearest whole number of rows is taken and at least one, or that number
+    itself. Raises InputError where no row would be left to train on.
+    """
+    total = len(dataset)
+    count = max(1, round(held_out * total)) if held_out < 1 else int(held_out)
+    if count >= total:
+        raise InputError(f"--eval_split {held_out:g} holds out {count} of {total} rows, and leaves none to train on")
+    drawn = np.zeros(total, bool)
+    drawn[permutation(total, seed, _SPLIT_STREAM)[:count]] = True
+    return dataset.select(np.flatnonzero(~drawn)), dataset.select(np.flatnonzero(drawn))
 
 
 def load_batches(

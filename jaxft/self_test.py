@@ -1,0 +1,237 @@
+"""Each op of `kernels/` at a tiny shape: every way that serves here, forward and backward, against its definition."""
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache, partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxft.kernels.attention import attention, documents, key_range
+from jaxft.kernels.linear import Weights, linears
+from jaxft.kernels.linear_cross_entropy import linear_cross_entropy
+from jaxft.kernels.mlp import mlp
+from jaxft.kernels.norm_rope import norm_rope
+from jaxft.kernels.rms_norm import residual_rms_norm
+from jaxft.kernels.rope import apply_rope
+from jaxft.quant import dense, quantize_nf4
+
+# B, T, N, K, H, D, F, V and R of the legend; the largest sum is over 144 numbers. Widths below 128 the norm's kernel
+# refuses, and T is no multiple of any tile
+B, T, N, K, H, D, F, V, R = 2, 72, 4, 2, 32, 128, 144, 250, 8
+DOCUMENTS = ((30, 42), (7, 61, 4))  # lengths in each row
+
+
+@dataclass(frozen=True)
+class Case:
+    """An op, the arrays of one call, which of them are differentiated, its ways by name, and its definition.
+
+    definition: the same function in plain jnp; it is given the same numbers in float32.
+    """
+
+    op: str
+    arguments: tuple
+    of: tuple[int, ...]
+    ways: Mapping[str, Callable]
+    definition: Callable
+
+
+@dataclass(frozen=True)
+class Result:
+    """What became of one way: "PASS" or "FAIL" with the largest relative distance, or "-" where it does not serve.
+
+    distance: ‖got − want‖ / ‖want‖, the largest of output and gradients. reason: why it failed or does not serve.
+    """
+
+    op: str
+    way: str
+    verdict: str
+    distance: float | None = None
+    tolerance: float | None = None
+    reason: str | None = None
+    seconds: float | None = None
+
+    def line(self) -> str:
+        head = f"{self.verdict:4}  {self.op:20} {self.way:10}"
+        if self.distance is None:
+            return f"{head} {self.reason}"
+        found = f"{head} {self.distance:.1e} of at most {self.tolerance:.1e}"
+        return f"{found}: {self.reason}" if self.reason else found
+
+
+def tolerance(dtype: Any) -> float:
+    """The largest relative distance: a few roundings to a 16-bit type, or the roundings of sums in float32."""
+    eps = float(jnp.finfo(dtype).eps)
+    return 2 * eps if jnp.dtype(dtype).itemsize == 2 else 100 * eps
+
+
+def self_test(dtype: Any) -> Iterator[Result]:
+    """The results of every way of every op in a compute dtype, one after the other, on jax's default device.
+
+    The definition is computed in float32 by the host's CPU where jax has it beside the device.
+    """
+    device = jax.local_devices()[0]
+    try:
+        host = jax.local_devices(backend="cpu")[0]
+    except RuntimeError:  # JAX_PLATFORMS names the accelerator alone
+        host = device
+    for case in cases(dtype):
+        dy = _upstream(case)
+        wanted = cache(partial(_wanted, case, dy, host))  # not where no way serves
+        alone = True
+        for way, function in case.ways.items():
+            if way != "reference" or device.platform != "cpu":
+                yield (result := _tested(case, way, function, dy, wanted, tolerance(dtype)))
+                alone = alone and result.verdict == "-"
+            elif alone:
+                yield Result(
+                    case.op, way, "-", reason="runs here; it is the definition, so there is nothing to compare"
+                )
+
+
+def _wanted(case: Case, dy: Any, host: jax.Device) -> list[np.ndarray]:
+    with jax.default_device(host):
+        return _flat(jax.jit(partial(_both, case.definition, case.of))(_raised(case.arguments), _raised(dy)))
+
+
+def _tested(
+    case: Case, way: str, function: Callable, dy: Any, wanted: Callable[[], list[np.ndarray]], most: float
+) -> Result:
+    began = time.perf_counter()
+    try:
+        got = _flat(jax.jit(partial(_both, function, case.of))(case.arguments, dy))
+    except NotImplementedError as refusal:
+        return Result(case.op, way, "-", reason=str(refusal).rpartition(f" by {way}: ")[2])
+    except Exception as error:  # whatever a broken install raises is what is to be told
+        text = " ".join(f"{type(error).__name__}: {error}".split())
+        return Result(case.op, way, "FAIL", reason=text if len(text) < 300 else f"{text[:297]}...")
+    pairs = zip(got, wanted(), strict=True)
+    distances = [float(np.linalg.norm(one - other) / np.linalg.norm(other)) for one, other in pairs]
+    worst = max(distances, key=lambda x: np.inf if np.isnan(x) else x)
+    verdict = "PASS" if worst <= most else "FAIL"  # not so for NaN
+    reason = None if verdict == "PASS" else f"output and gradients: {', '.join(f'{x:.1e}' for x in distances)}"
+    return Result(case.op, way, verdict, worst, most, reason, time.perf_counter() - began)
+
+
+def cases(dtype: Any) -> Iterator[Case]:
+    """One case an op, of numbers that `dtype` holds."""
+    random = np.random.default_rng(0)
+
+    def normal(*shape: int, scale: float = 1.0, dtype: Any = dtype) -> jax.Array:
+        return jnp.asarray(scale * random.standard_normal(shape), dtype)
+
+    def low_rank(rows: int, columns: int) -> tuple[jax.Array, jax.Array]:
+        both = normal(R, columns, scale=0.1), normal(rows, R, scale=0.1)
+        return both[0].astype(jnp.float32), both[1].astype(jnp.float32)  # as adapters are held
+
+    segments = np.stack([np.repeat(np.arange(1, len(row) + 1), row) for row in DOCUMENTS]).astype(np.int32)
+    first_key = key_range(jnp.asarray(segments))
+    angle = random.uniform(0, 6, (B, T, H // 2)).astype(np.float32)
+    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    near_one = jnp.asarray(1 + 0.1 * random.standard_normal(D), dtype)
+
+    def attend(way: str, q, k, v, first_key):
+        known = documents(first_key, max(map(len, DOCUMENTS))) if way == "cudnn" else None
+        return attention(q, k, v, first_key=first_key, scale=H**-0.5, documents=known, implementation=way)
+
+    yield Case(
+        "attention", (normal(B, T, N, H), normal(B, T, K, H), normal(B, T, K, H), first_key), (0, 1, 2),
+        {way: partial(attend, way) for way in ("cudnn", "triton", "chunked", "reference")},
+        partial(attend, "reference"),
+    )  # fmt: skip
+
+    def layers(loras, weights) -> tuple[Weights, ...]:
+        return tuple(Weights(w, None, (a, b, jnp.float32(2))) for (a, b), w in zip(loras, weights, strict=True))
+
+    def linear(way: str, x, loras, weights):
+        return linears(x, layers(loras, weights), implementation=way)
+
+    x, sizes = normal(B, T, D), ((F, D), (D, D))
+    weights, loras = [normal(*size, scale=D**-0.5) for size in sizes], [low_rank(*size) for size in sizes]
+    ways = {way: partial(linear, way) for way in ("fused", "reference")}
+    yield Case("linear", (x, loras, weights), (0, 1), ways, partial(linear, "reference"))
+    held = [jax.jit(quantize_nf4)(weight) for weight in weights]
+
+    def linear_of_nf4(x, loras, held):
+        plain = [dense(weight, x.dtype, implementation="reference") for weight in held]  # never the device's own kernel
+        return linear("reference", x, loras, plain)
+
+    yield Case("linear, NF4", (x, loras, held), (0, 1), ways, linear_of_nf4)
+
+    def dequantized(way: str, leaf):
+        return dense(leaf, dtype, implementation=way)
+
+    yield Case(
+        "dequantize", (held[0],), (), {way: partial(dequantized, way) for way in ("triton", "reference")},
+        lambda leaf: dense(leaf, jnp.float32, implementation="reference"),
+    )  # fmt: skip
+
+    def block(way: str, x, loras, weights):
+        return mlp(x, *layers(loras, weights), activation="silu", implementation=way)
+
+    inner = ((F, D), (F, D), (D, F))
+    weights, loras = [normal(*size, scale=D**-0.5) for size in inner], [low_rank(*size) for size in inner]
+    ways = {way: partial(block, way) for way in ("triton", "fused", "reference")}
+    yield Case("mlp", (x, loras, weights), (0, 1), ways, partial(block, "reference"))
+
+    def norm(way: str, x, weight):
+        return residual_rms_norm(x, weight, eps=1e-6, implementation=way)
+
+    ways = {way: partial(norm, way) for way in ("triton", "reference")}
+    yield Case("rms_norm", (x, near_one), (0, 1), ways, partial(norm, "reference"))
+
+    def norm_rotated(way: str, x, weight, cos, sin):
+        return norm_rope(x, weight, cos, sin, eps=1e-6, implementation=way)
+
+    ways = {way: partial(norm_rotated, way) for way in ("triton", "reference")}
+    q = normal(B, T, N, H)
+    yield Case("norm_rope", (q, near_one[:H], cos, sin), (0, 1), ways, partial(norm_rotated, "reference"))
+    yield Case("rope", (q, cos, sin), (0,), {"reference": apply_rope}, apply_rope)
+
+    def entropy(way: str, hidden, head, targets, weights):
+        return linear_cross_entropy(hidden, head, targets, weights, tile=40, implementation=way)
+
+    targets, share = random.integers(0, V, B * T).astype(np.int32), np.full(B * T, 1 / (B * T), np.float32)
+    share[::5] = 0
+    yield Case(
+        "linear_cross_entropy",
+        (normal(B * T, D), normal(V, D, scale=D**-0.5), jnp.asarray(targets), jnp.asarray(share)), (0, 1),
+        {way: partial(entropy, way) for way in ("tiled", "reference")}, partial(entropy, "reference"),
+    )  # fmt: skip
+
+
+def _both(function: Callable, of: tuple[int, ...], arguments: tuple, dy: Any) -> Any:
+    """The output of a function and the gradients of its arguments `of`."""
+    if not of:
+        return function(*arguments)
+
+    def some(*chosen):
+        every = dict(enumerate(arguments)) | dict(zip(of, chosen, strict=True))
+        return function(*(every[index] for index in range(len(arguments))))
+
+    out, pull = jax.vjp(some, *(arguments[index] for index in of))
+    return out, pull(dy)
+
+
+def _upstream(case: Case) -> Any:
+    """Random arrays like the output."""
+    random = np.random.default_rng(1)
+    shapes = jax.eval_shape(case.definition, *case.arguments)
+    return jax.tree.map(lambda leaf: jnp.asarray(random.standard_normal(leaf.shape), leaf.dtype), shapes)
+
+
+def _raised(tree: Any) -> Any:
+    """On the host, 16-bit floats as float32, the same numbers."""
+
+    def one(leaf):
+        found = np.asarray(leaf)
+        return found.astype(np.float32) if leaf.dtype in (jnp.bfloat16, jnp.float16) else found
+
+    return jax.tree.map(one, tree)
+
+
+def _flat(tree: Any) -> list[np.ndarray]:
+    return [np.asarray(leaf).astype(np.float32).ravel() for leaf in jax.tree.leaves(tree)]

@@ -1,0 +1,127 @@
+"""The doctor: each kernel is held to its definition, a broken one or a broken GPU install is said plainly."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import jax.numpy as jnp
+import pytest
+from packaging.requirements import Requirement
+
+from jaxft import doctor, self_test
+from jaxft.__main__ import main
+from jaxft.doctor import Card
+from tests.tiny_runs import compile_cache
+
+KERNELS = Path(__file__).parent.parent / "kernels"
+H100 = Card("NVIDIA H100", "580.65.06", 80 << 30, 0)
+CUDA = {"jaxlib": "0.11.2", "jax-cuda13-plugin": "0.11.2", "jax-cuda13-pjrt": "0.11.2"}
+ASKED = [
+    Requirement(text)
+    for text in (
+        "jax>=0.10.2",
+        'jax-triton==0.3.1; extra == "cuda"',
+        'triton>=3.6; extra == "cuda"',
+        'x; extra == "test"',
+    )
+]
+
+
+def test_a_sound_cpu_installation_passes_and_says_what_is_not_tested(tmp_path_factory, capsys):
+    with compile_cache(tmp_path_factory.getbasetemp() / "doctor"):
+        assert main(["--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["status"] == "ok" and found["failures"] == []
+    verdicts = {(row["op"], row["way"]): row for row in found["kernels"]}
+    for op, way in (
+        *(("attention", "chunked"), ("linear", "fused"), ("linear, NF4", "fused"), ("mlp", "fused")),
+        *(("linear_cross_entropy", "tiled"),),
+    ):
+        row = verdicts.pop((op, way))
+        assert row["verdict"] == "PASS" and 0 < row["distance"] <= row["tolerance"] < 2e-5, row
+    assert {row["verdict"] for row in verdicts.values()} == {"-"}
+    assert "needs an NVIDIA GPU" in verdicts["attention", "triton"]["reason"]
+    assert "needs an NVIDIA GPU" in verdicts["dequantize", "triton"]["reason"]
+    folders = {folder.name for folder in KERNELS.iterdir() if (folder / "reference.py").exists()}
+    assert folders == {op.partition(",")[0] for op in [row["op"] for row in found["kernels"]]}
+    notes = " ".join(finding["text"] for finding in found["findings"] if finding["status"] == "note")
+    assert "computes on the CPU" in notes and "not tested" in notes
+    assert any("free" in f["text"] for f in found["findings"] if f["heading"] == "cache and disk")
+
+
+@pytest.mark.parametrize(
+    ("broken", "said"),
+    [
+        (lambda hidden, head, targets, weights: 1.01 * jnp.sum(hidden @ head.T), "output and gradients"),
+        (lambda hidden, head, targets, weights: jnp.nan * jnp.sum(hidden), "nan"),
+        (lambda hidden, head, targets, weights: hidden.no_such_attribute, "no_such_attribute"),
+    ],
+)
+def test_a_kernel_that_is_wrong_or_fails_is_a_fail_and_exit_code_1(broken, said, tmp_path_factory, monkeypatch, capsys):
+    (case,) = [case for case in self_test.cases(jnp.float32) if case.op == "linear_cross_entropy"]
+    ways = {"tiled": broken, "fused": case.ways["tiled"]}
+    monkeypatch.setattr(self_test, "cases", lambda dtype: [replace(case, ways=ways)])
+    with compile_cache(tmp_path_factory.getbasetemp() / "doctor"):
+        assert main([]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1] == "FAIL"
+    (failure,) = [line for line in lines if line.startswith("FAIL  linear_cross_entropy by tiled")]
+    assert said in failure
+    assert any("PASS  linear_cross_entropy fused" in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("installed", "environ", "status", "said"),
+    [
+        (CUDA, {"JAX_PLATFORMS": "cpu"}, "note", "JAX_PLATFORMS=cpu says so"),
+        (CUDA, {"CUDA_VISIBLE_DEVICES": ""}, "note", "CUDA_VISIBLE_DEVICES hides"),
+        ({"jaxlib": "0.11.2"}, {}, "FAIL", "without CUDA; pip install 'jaxft[cuda]'"),
+        (CUDA | {"jax-cuda13-plugin": "0.10.2"}, {}, "FAIL", "jax-cuda13-plugin is 0.10.2, jaxlib 0.11.2"),
+        ({**CUDA, "jax-cuda13-pjrt": "0.10.2"}, {}, "FAIL", "jax-cuda13-pjrt is 0.10.2"),
+        (CUDA | {"jax-cuda12-plugin": "0.11.2"}, {}, "FAIL", "both installed; remove one"),
+        (CUDA, {}, "FAIL", "driver 580.65.06: no reason given"),
+    ],
+)
+def test_a_card_that_jax_does_not_see_is_said_with_its_reason(installed, environ, status, said):
+    found = doctor.gpu_finding([H100], ["cpu"], installed, environ)
+    assert found is not None and (found.status, said in found.text) == (status, True), found
+    assert "nvidia-smi lists NVIDIA H100, jax has only cpu" in found.text
+    assert doctor.gpu_finding([H100], ["gpu"], installed, environ) is None
+    assert doctor.gpu_finding([], ["cpu"], installed, environ) is None
+
+
+def test_a_driver_older_than_cuda_needs_is_named():
+    found = doctor.gpu_finding([replace(H100, driver="550.1")], ["cpu"], CUDA, {}, "no device")
+    assert found is not None and "the driver is 550.1, jax-cuda13-plugin needs 580" in found.text
+
+
+def test_missing_and_wrong_packages_of_a_gpu_fail_only_where_there_is_a_gpu():
+    installed = {"jax": "0.11.2", "jaxlib": "0.11.2", "jax-triton": "0.2.0"}
+    (only,) = doctor.package_findings(installed, ASKED, gpu=False)
+    assert only.status == "ok" and "jax 0.11.2" in only.text
+    failures = [f.text for f in doctor.package_findings(installed, ASKED, gpu=True) if f.status == "FAIL"]
+    assert failures == [
+        "jax-triton is 0.2.0, needed is ==0.3.1: pip install 'jaxft[cuda]'",
+        "triton is not installed: pip install 'jaxft[cuda]'",
+    ]
+
+
+def test_a_package_that_cannot_be_imported_is_named_with_its_error(tmp_path, monkeypatch):
+    (tmp_path / "broken_package_xyz.py").write_text("raise OSError('libcuda.so.1: cannot open')")
+    monkeypatch.syspath_prepend(tmp_path)
+    (found,) = doctor.import_findings(["broken_package_xyz"])
+    assert found.status == "FAIL" and "OSError: libcuda.so.1: cannot open" in found.text
+    assert list(doctor.import_findings(["json"])) == []
+
+
+def test_what_is_asked_for_is_read_from_the_package_or_its_pyproject():
+    asked = {requirement.name: requirement for requirement in doctor.requirements() if not requirement.extras}
+    assert "0.10.2" in str(asked["jax"].specifier) and asked["jax"].marker is None
+    marker = asked["jax-triton"].marker
+    assert marker.evaluate({"extra": "cuda"}) and not marker.evaluate({"extra": ""})
+
+
+def test_unknown_flags_are_refused(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["--no_such"])
+    assert ended.value.code == 2 and "--no_such" in capsys.readouterr().err
