@@ -1,6 +1,7 @@
-"""Cards that are not here, described well enough for XLA to compile a step for them: what `--device` plans for."""
+"""What is known of cards: their peaks, and of those that are not here enough for XLA to compile a step for them."""
 
 import jax
+import jax.numpy as jnp
 from jax.experimental import topologies
 
 from jaxft.errors import InputError
@@ -34,6 +35,13 @@ runtime_version { major: 13 minor: 0 patch: 0 }
 """
 CARDS = {"h200": H200}
 MEMORY = {"NVIDIA H200": 150_000_000_000}  # bytes, by the name a device of the card has
+# dense products of 16-bit numbers, accumulated in float32, in FLOP/s by the vendor's data sheets
+PEAKS = {
+    "NVIDIA B200": 2250e12, "NVIDIA H200": 989e12, "NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA A100-SXM4-80GB": 312e12, "NVIDIA A100-SXM4-40GB": 312e12, "NVIDIA A100 80GB PCIe": 312e12,
+    "NVIDIA A100-PCIE-40GB": 312e12, "NVIDIA L40S": 362e12, "NVIDIA A10": 125e12, "NVIDIA L4": 121e12,
+    "NVIDIA GeForce RTX 4090": 165e12, "NVIDIA GeForce RTX 3090": 71e12,
+}  # fmt: skip
 PREALLOCATED = 0.75  # of a card's memory is what XLA takes unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise
 # nothing can be timed where the card is not, so XLA must not ask for it
 COMPILER_OPTIONS = {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False}
@@ -59,3 +67,8 @@ def absent_card(name: str) -> jax.Device:
 def is_absent(device: jax.Device) -> bool:
     """Whether a device is one of `absent_card`'s."""
     return device not in jax.devices()
+
+
+def peak_flops(device: jax.Device, dtype: jnp.dtype | type) -> float | None:
+    """FLOP/s that a device can do at most in products of `dtype`; None where that is not known, as on a CPU."""
+    return PEAKS.get(device.device_kind) if jnp.dtype(dtype).itemsize == 2 else None

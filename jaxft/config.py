@@ -28,7 +28,13 @@ from jaxft.settings import (
 GIVEN_KEY = "settings_given"  # in a written config.yaml: which of its keys were chosen rather than left at defaults
 _UNSET: Any = object()
 # settings that are lists, and what separates their words: a token may hold a space
-LISTS = {"lora_target_modules": ", ", "layers_to_transform": ", ", "modules_to_save": ", ", "add_tokens": ","}
+LISTS = {
+    "lora_target_modules": ", ",
+    "layers_to_transform": ", ",
+    "modules_to_save": ", ",
+    "add_tokens": ",",
+    "report_to": ", ",
+}
 
 
 @typing.overload
@@ -203,6 +209,7 @@ def _resolve(command: str, values: dict[str, Any]) -> Any:
             values[name] = ",".join(" ".join(words).replace(",", " ").split())
     if command == "train":
         values.setdefault("learning_rate", 2e-5 if values.get("full_finetuning") else 2e-4)
+        values.setdefault("eval_strategy", "steps" if values.get("eval_steps") else "no")
         spellings = {"true": "full", "false": "none", "adamw_torch": "adamw"}
         for name in values.keys() & {"gradient_checkpointing", "optim"}:
             values[name] = spellings.get(values[name], values[name])

@@ -21,6 +21,7 @@ from jaxft.settings import TrainSettings
 from jaxft.trees import Tree
 
 CONFIG, METRICS, CHECKPOINTS = "config.yaml", "metrics.jsonl", "checkpoints"
+SAMPLES, REPORT = "samples.jsonl", "report.html"
 RESULTS = ("adapter_config.json", "adapter_model.safetensors", "config.json", "model.safetensors")
 
 

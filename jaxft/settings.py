@@ -49,6 +49,18 @@ def parse_bytes(text: str) -> int:
     return size
 
 
+def parse_seconds(text: str) -> float:
+    """'5400', '90m', '1h30m', '45s' in seconds. Raises InputError for anything else, or no time at all."""
+    found = re.fullmatch(r"(?:(\d+(?:\.\d+)?)s?|(?=\d)(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?)", text.strip())
+    seconds = 0.0
+    if found:
+        parts = zip(found.groups(), (1, 86400, 3600, 60, 1), strict=True)
+        seconds = sum(float(part) * unit for part, unit in parts if part)
+    if not seconds:
+        raise InputError(f"--max_time {text!r}: expected seconds, or a time such as 90m or 1h30m")
+    return seconds
+
+
 @dataclasses.dataclass(frozen=True)
 class ModelArguments:
     _argument_group_name: ClassVar[str] = "model"
@@ -240,6 +252,40 @@ class TrainArguments:
 
 
 @dataclasses.dataclass(frozen=True)
+class WatchArguments:
+    _argument_group_name: ClassVar[str] = "evaluation and reports"
+    eval_strategy: Literal["no", "steps", "epoch"] = _flag(
+        "no", "held-out data are evaluated before and after the run, and every --eval_steps (steps) or every epoch"
+    )
+    eval_metric: str | None = _flag(
+        None,
+        "what counts on the model's answers: gsm8k (last number), or your own MODULE:FUNCTION(answers, references)",
+    )
+    eval_metric_samples: int = _flag(0, "answer only the first N held-out samples for --eval_metric; 0 answers all")
+    eval_max_new_tokens: int | None = _flag(None, "longest answer in evaluations; without it 256, samples alone 64")
+    load_best_model_at_end: bool = _flag(False, "keep the checkpoint of the best evaluation; it becomes the result")
+    metric_for_best_model: str | None = _flag(
+        None, "what is best: loss, perplexity or --eval_metric's; without it loss"
+    )
+    greater_is_better: bool | None = _flag(None, "without it only loss and perplexity are better smaller", nargs="?",
+                                           const=True)  # fmt: skip
+    early_stopping_patience: int | None = _flag(None, "end after N evaluations in a row that are no better")
+    early_stopping_threshold: float = _flag(0.0, "better is what is better by more than this")
+    max_time: str | None = _flag(None, "no step begins after this many seconds (or 90m, 1h30m); the result is written")
+    report_to: str = _flag("none", "beside metrics.jsonl: tensorboard, wandb, both, or none", nargs="+")
+
+    @property
+    def max_seconds(self) -> float | None:
+        """`max_time` in seconds."""
+        return None if self.max_time is None else parse_seconds(self.max_time)
+
+    @property
+    def reporters(self) -> tuple[str, ...]:
+        """`report_to` taken apart; () for none."""
+        return () if self.report_to == "none" else tuple(self.report_to.split(","))
+
+
+@dataclasses.dataclass(frozen=True)
 class ProcessArguments:
     """The names of `jax.distributed.initialize`; the environment variables are in `jaxft.processes`."""
 
@@ -280,7 +326,9 @@ class _Origin:
 
 
 @dataclasses.dataclass(frozen=True)
-class TrainSettings(_Origin, ProcessArguments, TrainArguments, DataArguments, LoraArguments, ModelArguments):
+class TrainSettings(
+    _Origin, ProcessArguments, WatchArguments, TrainArguments, DataArguments, LoraArguments, ModelArguments
+):
     """Everything `jaxft.train` can be told; what depends on other settings is filled in."""
 
     learning_rate: float = 2e-4
@@ -299,7 +347,7 @@ class GenerateSettings(_Origin, GenerateArguments, ModelArguments):
 Settings = TrainSettings | EvaluateSettings | GenerateSettings
 
 GROUPS: dict[str, tuple[Any, ...]] = {
-    "train": (ModelArguments, LoraArguments, DataArguments, TrainArguments, ProcessArguments),
+    "train": (ModelArguments, LoraArguments, DataArguments, TrainArguments, WatchArguments, ProcessArguments),
     "evaluate": (ModelArguments, DataArguments),
     "generate": (ModelArguments, GenerateArguments),
 }
@@ -308,6 +356,8 @@ SETTINGS: dict[str, type] = {"train": TrainSettings, "evaluate": EvaluateSetting
 RANGES: list[tuple[str, str, Callable[[float], bool]]] = [
     ("learning_rate embedding_learning_rate weight_decay max_grad_norm temperature", "at least 0", lambda x: x >= 0),
     ("warmup_steps save_steps eval_steps sample_prompts", "at least 0", lambda x: x >= 0),
+    ("eval_metric_samples early_stopping_threshold", "at least 0", lambda x: x >= 0),
+    ("eval_max_new_tokens early_stopping_patience", "at least 1", lambda x: x >= 1),
     ("lora_r lora_alpha logging_steps save_total_limit gradient_accumulation_steps", "at least 1", lambda x: x >= 1),
     ("buffer_size mlp_tiles", "at least 1", lambda x: x >= 1),
     ("max_new_tokens per_device_train_batch_size per_device_eval_batch_size", "at least 1", lambda x: x >= 1),
@@ -370,7 +420,40 @@ def check(settings: Any, where: dict[str, str]) -> None:
             raise InputError("--streaming does not know how long an epoch is; set --max_steps")
         if settings.streaming and len(settings.sources) > 1:
             raise InputError("--streaming reads one data set; mix several ones without it")
+        _check_watch(settings, where)
         _check_lora(settings, where)
+
+
+def _check_watch(settings: TrainSettings, where: dict[str, str]) -> None:
+    """The part of `check` about evaluations during the run and what follows from them."""
+    _ = settings.max_seconds  # raises where it cannot be read
+    for name in settings.reporters:
+        if name not in ("tensorboard", "wandb"):
+            raise InputError(f"{where['report_to']} is {name!r}; expected tensorboard, wandb, both, or none alone")
+    if settings.eval_strategy == "steps" and not settings.eval_steps:
+        raise InputError(f"{where['eval_strategy']} steps needs --eval_steps N")
+    if settings.eval_strategy != "steps" and settings.eval_steps:
+        raise InputError(f"{where['eval_steps']} and {where['eval_strategy']} {settings.eval_strategy} contradict each "
+                         "other; choose one")  # fmt: skip
+    if settings.eval_strategy == "epoch" and settings.streaming:
+        raise InputError("--streaming does not know how long an epoch is; set --eval_steps")
+    for name in ("load_best_model_at_end", "early_stopping_patience"):
+        if getattr(settings, name) and settings.eval_strategy == "no":
+            raise InputError(f"{where[name]} needs evaluations during the run: --eval_steps N or --eval_strategy epoch")
+    for name in ("metric_for_best_model", "greater_is_better"):
+        if name in where and not (settings.load_best_model_at_end or settings.early_stopping_patience):
+            raise InputError(
+                f"{where[name]} has no meaning without --load_best_model_at_end or --early_stopping_patience"
+            )
+    if "early_stopping_threshold" in where and settings.early_stopping_patience is None:
+        raise InputError(f"{where['early_stopping_threshold']} has no meaning without --early_stopping_patience")
+    if settings.eval_metric is None and "eval_metric_samples" in where:
+        raise InputError(f"{where['eval_metric_samples']} has no meaning without --eval_metric")
+    if settings.eval_metric is not None and settings.train_on == "all":
+        raise InputError(
+            f"{where['eval_metric']} needs questions and answers, which --train_on all does not tell apart; leave one "
+            "of them out"
+        )
 
 
 def _check_lora(settings: TrainSettings, where: dict[str, str]) -> None:

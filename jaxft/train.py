@@ -13,11 +13,9 @@ import numpy as np
 
 from jaxft.config import describe, parse
 from jaxft.data import tokenize_dataset
-from jaxft.decode import generate
 from jaxft.errors import InputError, run_command
 from jaxft.evaluate import held_out_split, read_from
 from jaxft.files import find_files, load_rows, open_stream
-from jaxft.generate import stop_token_ids
 from jaxft.load import EMBEDDED, parameter_count
 from jaxft.loop import Run, run_training
 from jaxft.lora import padding
@@ -28,11 +26,12 @@ from jaxft.output import choose_directory, is_finished, model_card, write_result
 from jaxft.packing import Batches, eval_batches, make_plan
 from jaxft.prepare import Prepared, prepare
 from jaxft.processes import gathered, is_first, joined, leave, meet, on_first
+from jaxft.reporters import check_reporters
 from jaxft.samples import Sample, Samples, Selection
 from jaxft.settings import TrainSettings
 from jaxft.sharding import data_parallel_size
 from jaxft.streaming import StreamBatches
-from jaxft.trees import Tree
+from jaxft.tasks import find_metric, make_task
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -46,6 +45,9 @@ def main(argv: list[str] | None = None) -> int:
 def train(settings: TrainSettings) -> int:
     """The run from its settings to its files; in several processes each of them calls it."""
     assert settings.model_name_or_path is not None and settings.dataset is not None
+    check_reporters(settings)
+    if settings.eval_metric is not None:
+        find_metric(settings.eval_metric)  # raises now what it would raise after the model is loaded
     directory = choose_directory(settings, settings.model_name_or_path)
     finished = settings.resume_from_checkpoint == "auto" and is_finished(directory, settings)
     meet("directory")  # all have seen it before the first process writes
@@ -68,6 +70,7 @@ def train(settings: TrainSettings) -> int:
         samples = mixed([tokenize("train", rows, prepared, settings) for rows in tables], sources, settings.seed)
         batches, data = lay_out(samples, prepared, settings), {"data": samples.checksum()}
     heldout = tokenize("held out", heldout_rows, prepared, settings) if heldout_rows else []
+    check_held_out(settings, heldout)
     say_model(prepared)
     run = make_run(settings, prepared, directory, batches, data, heldout)
     if settings.dry_run or settings.memory_budget:
@@ -76,8 +79,6 @@ def train(settings: TrainSettings) -> int:
             return 0
         run = with_plan(run, planned)
     with jax.set_mesh(prepared.mesh):
-        prompts = sample_prompts(heldout, settings.sample_prompts)
-        before = answer(prepared, prepared.trainable, prompts)
         outcome = run_training(run, prepared)
         seen = sum(map(len, tables))
         if isinstance(batches, StreamBatches):
@@ -88,18 +89,22 @@ def train(settings: TrainSettings) -> int:
             say(f"stopped by {outcome.stopped_by.name} after step {outcome.step} of {run.total_steps}; go on with "
                 f"--output_dir {directory} --resume_from_checkpoint auto")  # fmt: skip
             return 128 + outcome.stopped_by
+        if outcome.ended is not None:
+            say(f"ended after step {outcome.step} of {run.total_steps}: {outcome.ended}")
+        if outcome.result_step != outcome.step:
+            say(f"the best evaluation was after step {outcome.result_step}: its checkpoint is the result")
         facts = {
             "data": ", ".join(source.path for source in sources),
             "rows": seen,
             "steps": outcome.step,
+            **({"result of step": outcome.result_step} if outcome.result_step != outcome.step else {}),
             **outcome.figures,
         }
         whole, card = gathered(outcome.trainable), model_card(prepared, settings, facts)
         on_first(lambda: write_result(directory, prepared, whole, settings, card))
-        after = answer(prepared, outcome.trainable, prompts)
-    for prompt, old, new in zip(prompts, before, after, strict=True):
-        text = str(prepared.tokenizer.decode(prompt, skip_special_tokens=True))
-        say(f"\nprompt: {text.strip()}\nbefore: {old.strip()}\nafter:  {new.strip()}")
+    for before, after in before_and_after(outcome.samples, outcome.result_step):
+        text = f"before: {before['answer'].strip()}\n" if before else ""
+        say(f"\nprompt: {after['prompt'].strip()}\n{text}after:  {after['answer'].strip()}")
     say(f"{'adapter' if prepared.lora else 'model'} written to {directory}")
     return 0
 
@@ -119,7 +124,7 @@ def read_settings(argv: list[str]) -> tuple[TrainSettings, dict[str, str]]:
     if settings.model_name_or_path is None and settings.dataset is None:
         flags, given = settings, settings.settings_given
         settings, _ = parse("train", ["--config", str(EMBEDDED / "config.yaml")])
-        chosen = {name: getattr(flags, name) for name in given}
+        chosen = {name: getattr(flags, name) for name in {*given, "eval_strategy"}}  # which follows from --eval_steps
         embedded = settings.settings_given - given
         if flags.warmup_ratio is not None and "warmup_steps" in embedded:  # it takes the place of the embedded steps
             chosen["warmup_steps"], embedded = 0, embedded - {"warmup_steps"}
@@ -250,6 +255,7 @@ def make_run(
         optimizer=optimizer,
         schedule=schedule,
         fingerprint=fingerprint(settings, prepared, batches, data),
+        task=make_task(settings, prepared, heldout),
     )
 
 
@@ -272,21 +278,23 @@ def fingerprint(
     return json.loads(json.dumps(found))  # as it comes back from a checkpoint: lists, and no tuples
 
 
-def sample_prompts(heldout: Sequence[Sample], count: int) -> list[list[int]]:
-    """The first held-out samples up to where their trained part begins."""
-    starts = [int(np.argmax(sample.loss_weights != 0)) for sample in heldout[:count]]
-    return [sample.input_ids[:start].tolist() for sample, start in zip(heldout, starts, strict=False) if start]
+def check_held_out(settings: TrainSettings, heldout: Sequence[Sample]) -> None:
+    """Raises InputError where something is asked of held-out data and there are none."""
+    names = ("eval_metric", "load_best_model_at_end", "early_stopping_patience")
+    asked = [f"--{name}" for name in names if getattr(settings, name)]
+    if settings.eval_strategy != "no":
+        asked.append("--eval_steps" if settings.eval_steps else "--eval_strategy")
+    if asked and not heldout:
+        raise InputError(f"{asked[0]} needs held-out data; name them by --eval_dataset")
+    if settings.sample_prompts and not heldout:
+        say("sample_prompts has no effect: prompts are taken from the held-out data, and there are none")
 
 
-def answer(prepared: Prepared, trainable: Tree, prompts: list[list[int]]) -> list[str]:
-    """The model's greedy answers to prompts."""
-    if not prompts:
-        return []
-    new = generate(
-        prepared.model, (trainable, prepared.frozen), prompts, max_new_tokens=64,
-        stop_ids=stop_token_ids(prepared.tokenizer, prepared.directory), dtype=prepared.compute_dtype,
-    )  # fmt: skip
-    return [str(prepared.tokenizer.decode(tokens, skip_special_tokens=True)) for tokens in new]
+def before_and_after(lines: Sequence[dict[str, Any]], step: int) -> list[tuple[dict[str, str] | None, dict[str, str]]]:
+    """Samples of the untrained model beside those of `step`; None where the run began elsewhere."""
+    by_step = {line["step"]: line["samples"] for line in lines}
+    after = by_step.get(step, [])
+    return list(zip(by_step.get(0, [None] * len(after)), after, strict=True))
 
 
 if __name__ == "__main__":
