@@ -303,7 +303,10 @@ class GenerateArguments:
     messages: str | None = _flag(None, "JSON file of a conversation, rendered with the chat template")
     prompts: str | None = _flag(None, "JSONL file; each line has a prompt or messages, and is answered")
     output: str | None = _flag(None, "new JSONL file for the answers to --prompts; without it stdout")
-    chat: bool = _flag(False, "a prompt is a user's turn, rendered with the chat template")
+    chat: bool = _flag(
+        False, "a prompt is a user's turn, rendered with the chat template; without a prompt: talk in the terminal"
+    )
+    compare_base: bool = _flag(False, "in a --chat with --adapter, the base answers beside it")
     max_new_tokens: int = _flag(128, "most tokens to generate")
     stop: list[str] = dataclasses.field(
         default_factory=list,
@@ -403,6 +406,13 @@ def check(settings: Any, where: dict[str, str]) -> None:
         except InputError as failure:
             raise InputError(f"{where['dataset']}: {failure}") from failure
     if isinstance(settings, GenerateSettings):
+        if settings.compare_base and settings.adapter is None:
+            raise InputError(f"{where['compare_base']} needs --adapter: the base alone has nothing to be compared with")
+        asked = [where[name] for name in ("prompt", "messages", "prompts") if getattr(settings, name) is not None]
+        if settings.compare_base and (asked or not settings.chat):
+            raise InputError(
+                f"{where['compare_base']} is for --chat in a terminal{', without ' + asked[0] if asked else ''}"
+            )
         if "" in settings.stop:
             raise InputError(f"{where['stop']} is empty; it must be a string that can end an answer")
         if settings.output is not None and settings.prompts is None:

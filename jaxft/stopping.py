@@ -86,7 +86,7 @@ class Course:
             known = ", ".join(name for name in line if name.startswith("eval_"))
             raise InputError(f"--metric_for_best_model {self.rules.metric}: an evaluation here has {known}")
         step, value = line["step"], line[self.rules.metric]
-        if step == 0:
+        if step <= self.counted:  # 0, or what a run resumed in another directory evaluates again
             return False
         self.counted = step
         gain = -math.inf

@@ -2,9 +2,11 @@
 
 import json
 import math
+import platform
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -20,18 +22,21 @@ from jaxft.load import EMBEDDED, parameter_count
 from jaxft.loop import Run, run_training
 from jaxft.lora import padding
 from jaxft.memory import plan_run, with_plan
+from jaxft.metrics import MetricsFile
 from jaxft.mixture import Source, mix
 from jaxft.optim import make_optimizer, make_schedule, with_loss_scale
-from jaxft.output import choose_directory, is_finished, model_card, write_result
+from jaxft.output import METRICS, choose_directory, is_finished, model_card, write_result
 from jaxft.packing import Batches, eval_batches, make_plan
 from jaxft.prepare import Prepared, prepare
 from jaxft.processes import gathered, is_first, joined, leave, meet, on_first
+from jaxft.report import Told, report
 from jaxft.reporters import check_reporters
 from jaxft.samples import Sample, Samples, Selection
 from jaxft.settings import TrainSettings
 from jaxft.sharding import data_parallel_size
 from jaxft.streaming import StreamBatches
 from jaxft.tasks import find_metric, make_task
+from jaxft.usage import usage
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -39,11 +44,14 @@ def main(argv: list[str] | None = None) -> int:
     with joined(settings):
         for line in describe(settings, provenance):
             say(line)
-        return train(settings)
+        return train(settings, provenance)
 
 
-def train(settings: TrainSettings) -> int:
-    """The run from its settings to its files; in several processes each of them calls it."""
+def train(settings: TrainSettings, provenance: dict[str, str]) -> int:
+    """The run from its settings to its files; in several processes each of them calls it.
+
+    provenance: where each setting that is no default came from.
+    """
     assert settings.model_name_or_path is not None and settings.dataset is not None
     check_reporters(settings)
     if settings.eval_metric is not None:
@@ -63,13 +71,15 @@ def train(settings: TrainSettings) -> int:
     if settings.streaming:
         say(f"train: a stream of {read_from(sources[0].path, sources[0].split or split)}, read while training")
     prepared = prepare(settings, settings.model_name_or_path, weights=not settings.dry_run)
+    notes: list[str] = []  # what is said of the data, for the report
     batches: Batches | StreamBatches
     if settings.streaming:
         batches, data = stream(sources[0], sources[0].split or split, prepared, settings)
     else:
-        samples = mixed([tokenize("train", rows, prepared, settings) for rows in tables], sources, settings.seed)
-        batches, data = lay_out(samples, prepared, settings), {"data": samples.checksum()}
-    heldout = tokenize("held out", heldout_rows, prepared, settings) if heldout_rows else []
+        parts = [tokenize("train", rows, prepared, settings, notes) for rows in tables]
+        samples = mixed(parts, sources, settings.seed)
+        batches, data = lay_out(samples, prepared, settings, notes), {"data": samples.checksum()}
+    heldout = tokenize("held out", heldout_rows, prepared, settings, notes) if heldout_rows else []
     check_held_out(settings, heldout)
     say_model(prepared)
     run = make_run(settings, prepared, directory, batches, data, heldout)
@@ -84,7 +94,7 @@ def train(settings: TrainSettings) -> int:
         if isinstance(batches, StreamBatches):
             seen = batches.report().rows
             for line in batches.report().lines():
-                say(f"train: {line}")
+                note(notes, f"train: {line}")
         if outcome.stopped_by is not None:
             say(f"stopped by {outcome.stopped_by.name} after step {outcome.step} of {run.total_steps}; go on with "
                 f"--output_dir {directory} --resume_from_checkpoint auto")  # fmt: skip
@@ -101,7 +111,14 @@ def train(settings: TrainSettings) -> int:
             **outcome.figures,
         }
         whole, card = gathered(outcome.trainable), model_card(prepared, settings, facts)
-        on_first(lambda: write_result(directory, prepared, whole, settings, card))
+        lengths = np.zeros(0) if settings.streaming else samples.lengths
+        told = Told(
+            title=directory.name, settings=settings, provenance=provenance, environment=environment(prepared),
+            data=notes, lengths=lengths, use=usage(prepared, settings, directory), result_step=outcome.result_step,
+            ended=outcome.ended, lora=prepared.lora is not None,
+        )  # fmt: skip
+        page = report(told, MetricsFile(directory / METRICS).lines(), outcome.samples)
+        on_first(lambda: write_result(directory, prepared, whole, settings, card, page))
     for before, after in before_and_after(outcome.samples, outcome.result_step):
         text = f"before: {before['answer'].strip()}\n" if before else ""
         say(f"\nprompt: {after['prompt'].strip()}\n{text}after:  {after['answer'].strip()}")
@@ -152,13 +169,19 @@ def read(what: str, source: Source, split: str | None, settings: TrainSettings) 
     return rows
 
 
-def tokenize(what: str, rows: Any, prepared: Prepared, settings: TrainSettings) -> Samples:
-    samples, report = tokenize_dataset(
+def note(notes: list[str], text: str) -> None:
+    """Says something and keeps it."""
+    notes.append(text)
+    say(text)
+
+
+def tokenize(what: str, rows: Any, prepared: Prepared, settings: TrainSettings, notes: list[str]) -> Samples:
+    samples, found = tokenize_dataset(
         rows, prepared.tokenizer, max_length=settings.max_length, vocab_size=prepared.model.config.vocab_size,
         train_on=settings.train_on, template_kwargs=settings.chat_template_kwargs, cache=settings.cache_directory,
     )  # fmt: skip
-    for line in report.lines():
-        say(f"{what}: {line}")
+    for line in found.lines():
+        note(notes, f"{what}: {line}")
     return samples
 
 
@@ -175,7 +198,7 @@ def mixed(parts: list[Samples], sources: Sequence[Source], seed: int) -> Samples
     return samples
 
 
-def lay_out(samples: Samples | Selection, prepared: Prepared, settings: TrainSettings) -> Batches:
+def lay_out(samples: Samples | Selection, prepared: Prepared, settings: TrainSettings, notes: list[str]) -> Batches:
     """The batches of the run; says how full its rows are."""
     plan = make_plan(
         samples.lengths, settings.max_length, packing=settings.packing,
@@ -186,9 +209,10 @@ def lay_out(samples: Samples | Selection, prepared: Prepared, settings: TrainSet
         batch_size=settings.per_device_train_batch_size * data_parallel_size(prepared.mesh),
         accumulation=settings.gradient_accumulation_steps,
     )  # fmt: skip
-    say(
+    note(
+        notes,
         f"{'packed' if settings.packing else 'padded'}: {batches.rows} rows of {settings.max_length} tokens, "
-        f"{batches.efficiency:.1%} filled, {batches.steps_per_epoch} steps an epoch"
+        f"{batches.efficiency:.1%} filled, {batches.steps_per_epoch} steps an epoch",
     )
     return batches
 
@@ -276,6 +300,17 @@ def fingerprint(
     found["dtype"] = f"{' and '.join(sorted(held))} weights, computed in {prepared.compute_dtype.name}"
     found |= {"rows_per_step": batches.rows_per_step, **data}
     return json.loads(json.dumps(found))  # as it comes back from a checkpoint: lists, and no tuples
+
+
+def environment(prepared: Prepared) -> list[tuple[str, str]]:
+    """With what and on what the run was made, for the report."""
+    devices = prepared.mesh.devices
+    versions = [(name, version(name)) for name in ("jax", "flax", "optax", "transformers")]
+    return [
+        ("computed in", f"{prepared.compute_dtype.name} on {devices.size} × {devices.flat[0].device_kind}"),
+        ("Python", platform.python_version()),
+        *versions,
+    ]
 
 
 def check_held_out(settings: TrainSettings, heldout: Sequence[Sample]) -> None:

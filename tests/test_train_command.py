@@ -42,7 +42,7 @@ STEP_KEYS = {
 }  # fmt: skip
 EVAL_KEYS = {"step", "epoch", "eval_loss", "eval_perplexity", "eval_target_tokens"}
 ALWAYS = {"README.md", "config.yaml", "metrics.jsonl", "checkpoints", "tokenizer.json", "tokenizer_config.json"}
-ALWAYS |= {"chat_template.jinja"}
+ALWAYS |= {"chat_template.jinja", "report.html"}
 
 
 @pytest.fixture(scope="module", autouse=True)
