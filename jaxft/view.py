@@ -116,7 +116,7 @@ class View:
         return f"{clock(statistics.median(self.seconds) * (self.total - self.step))} left"
 
     def __rich__(self) -> Panel:
-        wide = max(12, min(48, self.console.width - 50))
+        wide = max(8, min(48, self.console.width - 74))  # what the names and figures beside it leave
         head = Table.grid(padding=(0, 2), expand=True)
         head.add_column(no_wrap=True)
         head.add_column(ratio=1)
@@ -149,7 +149,10 @@ class View:
             body.add_row("tokens/s", f"{line['tokens_per_second']:,.0f}", speeds, _facts(facts))
         if self.evaluations:
             line = self.evaluations[-1]
-            facts = [("at step", f"{line['step']:,}"), *evaluated(line)[1:]]
+            facts = [
+                ("at step", f"{line['step']:,}"),
+                *((name.removeprefix("eval_"), value) for name, value in evaluated(line)[1:]),
+            ]
             curve = self.drawn(self.evaluations, "eval_loss", wide)
             body.add_row("eval loss", Text(f"{line['eval_loss']:.4f}", "bold"), curve, _facts(facts))
         return Panel(Group(head, body), border_style="grey37", padding=(0, 1))
@@ -158,7 +161,8 @@ class View:
         """The sparkline of a figure; none where the terminal has no such characters."""
         if not (self.console.encoding or "").lower().startswith("utf"):
             return ""
-        return sparkline([line[name] for line in lines if math.isfinite(line[name])], width)
+        values = [line[name] for line in lines if math.isfinite(line[name])]
+        return sparkline(values, width) if len(values) > 1 else ""
 
 
 def _facts(pairs: Sequence[tuple[str, str]]) -> Text:
