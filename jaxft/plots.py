@@ -39,14 +39,14 @@ def ticks(low: float, high: float, most: int = 5) -> list[float]:
 
 
 def short(value: float) -> str:
-    """A number as an axis shows it: 0.25, 1,200, 81k, 2e-04."""
+    """A number as an axis shows it: 0.25, 1,200, 81k, 2e-05."""
     if value == 0:
         return "0"
     if abs(value) >= 1e6:
         return f"{value / 1e6:g}M"
     if abs(value) >= 1e4:
         return f"{value / 1e3:g}k"
-    return f"{value:.0e}" if abs(value) < 1e-3 else f"{value:,.6g}"
+    return f"{value:,.6g}" if abs(value) >= 1e-4 else f"{value:.3g}"
 
 
 def thinned(points: Points) -> tuple[np.ndarray, bool]:

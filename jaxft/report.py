@@ -122,7 +122,7 @@ def _curves(steps: Sequence[Line], evaluations: Sequence[Line], result: int) -> 
              for number, name in enumerate(task_names(evaluations), 1)]  # fmt: skip
     return [
         chart("Loss", losses, mark=mark),
-        chart("Answers", tasks, from_zero=True, mark=mark),
+        chart(f"Answers: {tasks[0].name}" if len(tasks) == 1 else "Answers", tasks, from_zero=True, mark=mark),
         chart("Held-out perplexity", [Curve("held out", points(evaluations, "eval_perplexity"), 1, True)], mark=mark)
         if len(evaluations) > 2 else "",
         chart("Learning rate", [Curve("learning rate", points(steps, "learning_rate"))], from_zero=True),
