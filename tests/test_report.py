@@ -189,11 +189,11 @@ def test_lines_for_other_tools_merge_first_where_they_cannot_take_the_adapter(fi
 
 @pytest.mark.long
 def test_the_report_is_legible_in_a_real_browser_in_light_and_dark(first, tmp_path):
+    image = pytest.importorskip("PIL.Image", reason="the picture is read with Pillow")
     from scripts import screenshots
 
     if screenshots.browser() is None:
         pytest.skip("no chromium on this machine")
-    image = pytest.importorskip("PIL.Image", reason="the picture is read with Pillow")
     for dark, back, curve in ((False, (255, 255, 255), (43, 108, 176)), (True, (21, 23, 27), (108, 171, 238))):
         picture = tmp_path / f"{dark}.png"
         screenshots.page(first / "report.html", picture, dark=dark, height=2000)
