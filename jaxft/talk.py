@@ -87,7 +87,8 @@ def talk(settings: GenerateSettings) -> int:
             "--chat: this tokenizer has no chat template; use --prompt without --chat, or an instruct model"
         )
     console = Console()
-    console.print(f"{model_name}{f' with {settings.adapter}' if settings.adapter else ''}. {HELP}", style="dim")
+    named = f"{model_name} with {settings.adapter}" if settings.adapter else model_name
+    console.print(f"{named}. {HELP}", style="dim", highlight=False, markup=False)
     key, turn = jax.random.key(settings.seed), 0
     with jax.set_mesh(prepared.mesh):
         while True:
@@ -99,7 +100,7 @@ def talk(settings: GenerateSettings) -> int:
                     voice.messages.clear()
                 console.print("a new conversation", style="dim")
             elif said.startswith("/"):
-                console.print(f"there is no {said.split()[0]}; {HELP}", style="dim", markup=False)
+                console.print(f"there is no {said.split()[0]}; {HELP}", style="dim", highlight=False, markup=False)
             elif said:
                 turn += 1
                 _answer(console, voices, said, settings, jax.random.fold_in(key, turn))

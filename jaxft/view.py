@@ -116,7 +116,7 @@ class View:
         return f"{clock(statistics.median(self.seconds) * (self.total - self.step))} left"
 
     def __rich__(self) -> Panel:
-        wide = max(8, min(48, self.console.width - 74))  # what the names and figures beside it leave
+        wide = min(48, self.console.width - 72)  # what the names and figures beside it leave
         head = Table.grid(padding=(0, 2), expand=True)
         head.add_column(no_wrap=True)
         head.add_column(ratio=1)
@@ -162,7 +162,7 @@ class View:
         if not (self.console.encoding or "").lower().startswith("utf"):
             return ""
         values = [line[name] for line in lines if math.isfinite(line[name])]
-        return sparkline(values, width) if len(values) > 1 else ""
+        return sparkline(values, width) if len(values) > 1 and width > 3 else ""
 
 
 def _facts(pairs: Sequence[tuple[str, str]]) -> Text:
