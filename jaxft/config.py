@@ -185,6 +185,8 @@ def _token(key: str, value: Any, kind: Any, path: str) -> str:
     """A YAML value as it would be typed after the flag."""
     if isinstance(value, str):
         return value
+    if value is False and "no" in typing.get_args(kind):
+        return "no"  # as YAML reads a bare one
     if key in LISTS and isinstance(value, list) and all(type(name) in (str, int) for name in value):
         return ",".join(map(str, value))
     if key == "layers_to_transform" and type(value) is int:

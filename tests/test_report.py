@@ -112,6 +112,7 @@ def test_every_curve_has_a_point_for_every_line_it_is_made_of(first):
     assert np.corrcoef(heights, losses)[0, 1] == pytest.approx(-1, abs=1e-3)  # higher is further up
 
 
+@pytest.mark.long
 def test_a_run_without_evaluations_has_a_report_of_what_there_is(place):
     argv = [*flags(model_name_or_path=place / "base", dataset=place / "train.jsonl", output_dir=place / "bare")]
     assert train.main([*argv, *flags(max_length=64, max_steps=2, gradient_checkpointing="none", lora_r=4)]) == 0
@@ -173,6 +174,7 @@ def test_the_line_for_jaxft_answers(first, capsys):
     assert capsys.readouterr().out
 
 
+@pytest.mark.long
 def test_lines_for_other_tools_merge_first_where_they_cannot_take_the_adapter(first, place):
     page = page_of(first)
     base, out = place / "base", first
@@ -310,6 +312,7 @@ def events_of(directory: Path) -> list:
     return found
 
 
+@pytest.mark.long
 def test_tensorboard_has_every_line_and_a_resumed_run_takes_back_what_it_makes_anew(place):
     pytest.importorskip("tensorboardX", reason="the writer of event files is optional")
     out = run(place, "board", report_to="tensorboard", save_steps=2, max_steps=4)

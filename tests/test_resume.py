@@ -143,7 +143,9 @@ def watched(place, cache):
     return place / "watched"
 
 
-@pytest.mark.parametrize("moment", WATCHED_MOMENTS)
+@pytest.mark.parametrize(
+    "moment", [pytest.param(m, marks=[] if "last" in m else pytest.mark.long) for m in WATCHED_MOMENTS]
+)
 def test_best_checkpoint_early_stop_and_samples_are_those_of_the_run_that_was_not_killed(
     moment, processes, place, watched
 ):
@@ -160,6 +162,7 @@ def test_best_checkpoint_early_stop_and_samples_are_those_of_the_run_that_was_no
     assert checkpoints.steps() == [2, 8]
 
 
+@pytest.mark.long
 def test_a_run_resumed_elsewhere_takes_the_best_checkpoint_with_it(place, cache, watched):
     out = place / "watched elsewhere"
     argv = arguments(place, out, *WATCHED, early_stopping_patience=4, resume_from_checkpoint=watched)

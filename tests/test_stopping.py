@@ -127,10 +127,13 @@ def test_settings_that_make_no_sense_together_are_refused(words):
         parse("train", words.split())
 
 
-def test_eval_steps_alone_evaluates_every_so_many_steps():
+def test_eval_steps_alone_evaluates_every_so_many_steps(tmp_path):
     assert parse("train", ["--eval_steps=3"])[0].eval_strategy == "steps"
     assert train.read_settings(["--eval_steps=3"])[0].eval_strategy == "steps"  # with the embedded settings too
     assert parse("train", [])[0].eval_strategy == "no"
+    (tmp_path / "no.yaml").write_text("eval_strategy: no\nreport_to: [tensorboard, wandb]\n")
+    settings, _ = parse("train", ["--config", str(tmp_path / "no.yaml")])
+    assert settings.eval_strategy == "no" and settings.reporters == ("tensorboard", "wandb")
     assert parse("train", ["--report_to", "tensorboard", "wandb"])[0].reporters == ("tensorboard", "wandb")
 
 
@@ -182,6 +185,7 @@ def test_a_sample_is_asked_up_to_its_last_trained_span():
 # In a run
 
 
+@pytest.mark.long
 def test_epochs_are_evaluated_and_the_best_evaluation_is_the_result(place, capsys):
     names = {"eval_dataset": place / "held.jsonl", "eval_strategy": "epoch", "num_train_epochs": 3, "lora_dropout": 0}
     whole = run(place, "whole", **names, save_steps=1)
@@ -220,6 +224,7 @@ def test_max_time_ends_with_a_whole_result_and_a_longer_one_goes_on_bit_for_bit(
     assert samples[0]["samples"][0].keys() == {"prompt", "reference", "answer"}
 
 
+@pytest.mark.long
 def test_a_metric_that_fails_in_the_middle_costs_no_step(place, tmp_path, monkeypatch):
     (tmp_path / "fragile.py").write_text(
         "calls = []\ndef f(a, r):\n    calls.append(1)\n    return 1 / (3 - len(calls))\n"
