@@ -35,7 +35,7 @@ def tiles(facts: Sequence[tuple[str, str, str]]) -> str:
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[Any]], kinds: Sequence[str] = ()) -> str:
-    """A table of texts; kinds: a class for each column, '' for none. '' without rows."""
+    """A table of texts; kinds: a class for each column, '' for none. '' without rows; a header of '' is not shown."""
     kinds = kinds or [""] * len(header)
     cells = [
         "".join(f'<td class="{kind}">{escape(str(cell))}</td>' for cell, kind in zip(row, kinds, strict=True))
@@ -43,7 +43,7 @@ def table(header: Sequence[str], rows: Iterable[Sequence[Any]], kinds: Sequence[
     ]
     if not cells:
         return ""
-    head = "".join(f"<th>{escape(name)}</th>" for name in header)
+    head = "".join(f"<th>{escape(name)}</th>" for name in header if any(header))
     return (
         f"<table><thead><tr>{head}</tr></thead><tbody>"
         + "".join(f"<tr>{row}</tr>" for row in cells)

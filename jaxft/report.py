@@ -3,7 +3,7 @@
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from html import escape
 from typing import Any
 
@@ -36,7 +36,6 @@ class Told:
     result_step: int
     ended: str | None = None
     lora: bool = True
-    left_out: frozenset[str] = field(default=frozenset({"settings_given", "settings_ignored"}))
 
 
 def points(lines: Sequence[Line], name: str, scale: float = 1.0) -> list[tuple[float, float]]:
@@ -150,7 +149,9 @@ def _samples(samples: Sequence[Line], result: int) -> list[str]:
 
 
 def _settings(told: Told) -> list[str]:
-    values = {f.name: getattr(told.settings, f.name) for f in fields(told.settings) if f.name not in told.left_out}
+    values = {
+        f.name: getattr(told.settings, f.name) for f in fields(told.settings) if not f.name.startswith("settings_")
+    }
     chosen = [(name, written(values[name]), told.provenance[name]) for name in values if name in told.provenance]
     rest = [(name, written(value)) for name, value in values.items() if name not in told.provenance]
     return [

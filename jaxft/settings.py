@@ -252,17 +252,22 @@ class TrainArguments:
 
 
 @dataclasses.dataclass(frozen=True)
-class WatchArguments:
-    _argument_group_name: ClassVar[str] = "evaluation and reports"
-    eval_strategy: Literal["no", "steps", "epoch"] = _flag(
-        "no", "held-out data are evaluated before and after the run, and every --eval_steps (steps) or every epoch"
-    )
+class AnswerArguments:
+    _argument_group_name: ClassVar[str] = "answers to held-out prompts"
     eval_metric: str | None = _flag(
         None,
         "what counts on the model's answers: gsm8k (last number), or your own MODULE:FUNCTION(answers, references)",
     )
     eval_metric_samples: int = _flag(0, "answer only the first N held-out samples for --eval_metric; 0 answers all")
     eval_max_new_tokens: int | None = _flag(None, "longest answer in evaluations; without it 256, samples alone 64")
+
+
+@dataclasses.dataclass(frozen=True)
+class WatchArguments:
+    _argument_group_name: ClassVar[str] = "evaluation and reports"
+    eval_strategy: Literal["no", "steps", "epoch"] = _flag(
+        "no", "held-out data are evaluated before and after the run, and every --eval_steps (steps) or every epoch"
+    )
     load_best_model_at_end: bool = _flag(False, "keep the checkpoint of the best evaluation; it becomes the result")
     metric_for_best_model: str | None = _flag(
         None, "what is best: loss, perplexity or --eval_metric's; without it loss"
@@ -330,7 +335,14 @@ class _Origin:
 
 @dataclasses.dataclass(frozen=True)
 class TrainSettings(
-    _Origin, ProcessArguments, WatchArguments, TrainArguments, DataArguments, LoraArguments, ModelArguments
+    _Origin,
+    ProcessArguments,
+    WatchArguments,
+    AnswerArguments,
+    TrainArguments,
+    DataArguments,
+    LoraArguments,
+    ModelArguments,
 ):
     """Everything `jaxft.train` can be told; what depends on other settings is filled in."""
 
@@ -338,7 +350,7 @@ class TrainSettings(
 
 
 @dataclasses.dataclass(frozen=True)
-class EvaluateSettings(_Origin, DataArguments, ModelArguments):
+class EvaluateSettings(_Origin, AnswerArguments, DataArguments, ModelArguments):
     """Everything `jaxft.evaluate` can be told."""
 
 
@@ -350,8 +362,16 @@ class GenerateSettings(_Origin, GenerateArguments, ModelArguments):
 Settings = TrainSettings | EvaluateSettings | GenerateSettings
 
 GROUPS: dict[str, tuple[Any, ...]] = {
-    "train": (ModelArguments, LoraArguments, DataArguments, TrainArguments, WatchArguments, ProcessArguments),
-    "evaluate": (ModelArguments, DataArguments),
+    "train": (
+        ModelArguments,
+        LoraArguments,
+        DataArguments,
+        TrainArguments,
+        AnswerArguments,
+        WatchArguments,
+        ProcessArguments,
+    ),
+    "evaluate": (ModelArguments, DataArguments, AnswerArguments),
     "generate": (ModelArguments, GenerateArguments),
 }
 SETTINGS: dict[str, type] = {"train": TrainSettings, "evaluate": EvaluateSettings, "generate": GenerateSettings}
@@ -405,6 +425,14 @@ def check(settings: Any, where: dict[str, str]) -> None:
             _ = settings.sources
         except InputError as failure:
             raise InputError(f"{where['dataset']}: {failure}") from failure
+    if isinstance(settings, TrainSettings | EvaluateSettings):
+        if settings.eval_metric is None and "eval_metric_samples" in where:
+            raise InputError(f"{where['eval_metric_samples']} has no meaning without --eval_metric")
+        if settings.eval_metric is not None and settings.train_on == "all":
+            raise InputError(
+                f"{where['eval_metric']} needs questions and answers, which --train_on all does not tell apart; leave "
+                "one of them out"
+            )
     if isinstance(settings, GenerateSettings):
         if settings.compare_base and settings.adapter is None:
             raise InputError(f"{where['compare_base']} needs --adapter: the base alone has nothing to be compared with")
@@ -457,13 +485,6 @@ def _check_watch(settings: TrainSettings, where: dict[str, str]) -> None:
             )
     if "early_stopping_threshold" in where and settings.early_stopping_patience is None:
         raise InputError(f"{where['early_stopping_threshold']} has no meaning without --early_stopping_patience")
-    if settings.eval_metric is None and "eval_metric_samples" in where:
-        raise InputError(f"{where['eval_metric_samples']} has no meaning without --eval_metric")
-    if settings.eval_metric is not None and settings.train_on == "all":
-        raise InputError(
-            f"{where['eval_metric']} needs questions and answers, which --train_on all does not tell apart; leave one "
-            "of them out"
-        )
 
 
 def _check_lora(settings: TrainSettings, where: dict[str, str]) -> None:

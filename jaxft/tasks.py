@@ -14,7 +14,7 @@ from jaxft.generate import stop_token_ids
 from jaxft.models.rope import DynamicRope
 from jaxft.prepare import Prepared
 from jaxft.samples import Sample
-from jaxft.settings import TrainSettings
+from jaxft.settings import EvaluateSettings, TrainSettings
 from jaxft.sharding import data_parallel_size
 from jaxft.trees import Tree
 
@@ -121,12 +121,12 @@ class Task:
             ) from failure
 
 
-def make_task(settings: TrainSettings, prepared: Prepared, heldout: Sequence[Sample]) -> Task | None:
+def make_task(settings: TrainSettings | EvaluateSettings, prepared: Prepared, heldout: Sequence[Sample]) -> Task | None:
     """What the settings want answered at each evaluation; None where nothing is.
 
     Raises InputError where the model has no positions for the answers that were asked for.
     """
-    shown = min(settings.sample_prompts, len(heldout))
+    shown = min(settings.sample_prompts, len(heldout)) if isinstance(settings, TrainSettings) else 0
     scored = 0
     if settings.eval_metric is not None:
         scored = min(settings.eval_metric_samples or len(heldout), len(heldout))

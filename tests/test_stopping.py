@@ -13,7 +13,7 @@ from jaxft.errors import InputError, RunError
 from jaxft.samples import Sample
 from jaxft.settings import parse_seconds
 from jaxft.stopping import Course, Rules
-from jaxft.tasks import Task, asked, final_number, find_metric, gsm8k
+from jaxft.tasks import METRICS, Task, asked, final_number, find_metric, gsm8k
 from tests.tiny_runs import compile_cache, flags, lines_of, losses_of, same_tensors, sums, write_base, write_rows
 
 RUN = flags(max_length=64, per_device_train_batch_size=8, learning_rate=0.01, gradient_checkpointing="none", lora_r=4)
@@ -234,6 +234,25 @@ def test_a_metric_that_fails_in_the_middle_costs_no_step(place, tmp_path, monkey
     with pytest.raises(RunError, match="--eval_metric f failed on 8 answers: ZeroDivisionError"):
         run(place, "fragile", **names, eval_metric="fragile:f", save_steps=0)
     assert [entry.name for entry in (place / "fragile" / "checkpoints").iterdir()] == ["4"]
+
+
+def test_evaluate_counts_on_answers_too(place, capsys, monkeypatch):
+    asked = []
+
+    def right(answers, references):
+        asked.append((answers, references))
+        return {"right": 0.25}
+
+    monkeypatch.setitem(METRICS, "right", right)
+    named = {"eval_metric": "right", "eval_metric_samples": 3, "eval_max_new_tokens": 4}
+    said = flags(max_length=64, model_name_or_path=place / "base", dataset=place / "held.jsonl", **named)
+    assert evaluate.main(said) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found.keys() == {"loss", "perplexity", "target_tokens", "right"} and found["right"] == 0.25
+    ((answers, references),) = asked
+    assert references == [row["answer"] for row in sums(3, 40)] and len(answers) == 3
+    with pytest.raises(InputError, match="--eval_metric_samples has no meaning without --eval_metric"):
+        parse("evaluate", ["--eval_metric_samples=3"])
 
 
 def test_what_needs_held_out_data_says_so(place):
