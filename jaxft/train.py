@@ -315,14 +315,15 @@ def environment(prepared: Prepared) -> list[tuple[str, str]]:
 
 def check_held_out(settings: TrainSettings, heldout: Sequence[Sample]) -> None:
     """Raises InputError where something is asked of held-out data and there are none."""
-    names = ("eval_metric", "load_best_model_at_end", "early_stopping_patience")
-    asked = [f"--{name}" for name in names if getattr(settings, name)]
-    if settings.eval_strategy != "no":
-        asked.append("--eval_steps" if settings.eval_steps else "--eval_strategy")
-    if asked and not heldout:
-        raise InputError(f"{asked[0]} needs held-out data; name them by --eval_dataset")
-    if settings.sample_prompts and not heldout:
-        say("sample_prompts has no effect: prompts are taken from the held-out data, and there are none")
+    if heldout:
+        return
+    for name in ("eval_metric", "load_best_model_at_end", "early_stopping_patience"):
+        if getattr(settings, name):
+            raise InputError(f"--{name} needs held-out data; name them by --eval_dataset")
+    idle = [name for name in ("eval_steps", "sample_prompts") if getattr(settings, name)]
+    idle += ["eval_strategy"] if settings.eval_strategy == "epoch" else []
+    if idle:
+        say(f"{', '.join(idle)}: without effect, for there are no held-out data")
 
 
 def before_and_after(lines: Sequence[dict[str, Any]], step: int) -> list[tuple[dict[str, str] | None, dict[str, str]]]:
