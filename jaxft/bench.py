@@ -16,8 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 from transformers import AutoConfig
 
-from jaxft.cards import absent_card, step_options
+from jaxft.cards import absent_card, peak_flops, step_options
 from jaxft.errors import InputError, RunError, run_command
+from jaxft.flops import model_flops
 from jaxft.load import adapter_shapes, held_shapes, new_adapter, parameter_count
 from jaxft.lora import LoraConfig
 from jaxft.memory import Plan, batch_shapes, choose, device_limit, ladder_of, plan
@@ -31,7 +32,7 @@ from jaxft.profile import table
 from jaxft.settings import parse_bytes
 from jaxft.sharding import make_mesh, mesh_sizes
 from jaxft.step import make_train_step
-from jaxft.trees import Tree, flatten
+from jaxft.trees import Tree
 
 # constants of the public configurations of the named models
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -95,9 +96,6 @@ WORKLOADS = {
     "A9": Workload("qwen3-4b", 8, 2048, mean_document=200),
 }
 
-# dense bf16 peaks by the vendor's data sheets, in FLOP/s
-PEAKS = {"NVIDIA H200": 989e12, "NVIDIA H100 80GB HBM3": 989e12, "NVIDIA A100-SXM4-80GB": 312e12}
-
 
 def random_batch(workload: Workload, vocab_size: int, seed: int) -> Batch:
     """Random tokens, every one a target; ragged documents have log-normal lengths (σ 0.8) of the workload's mean."""
@@ -116,18 +114,6 @@ def random_batch(workload: Workload, vocab_size: int, seed: int) -> Batch:
     weights = (positions > 0).astype(np.float32)
     arrays = {"tokens": tokens, "segment_ids": segments, "positions": positions, "loss_weights": weights}
     return {name: array[None] for name, array in arrays.items()}
-
-
-def model_flops(model: Model, batch: Batch, full_finetuning: bool) -> float:
-    """FLOPs of one step without recomputation: products with weights, forward and backward, and attention's pairs."""
-    c = model.config
-    matrices = sum(leaf.size for path, leaf in flatten(model.shapes) if leaf.ndim == 3 and "/lora/" not in path)
-    matrices += c.vocab_size * c.hidden_size
-    passes = 3 if full_finetuning else 2  # forward and dX; dW only where the weight is trained
-    seen = batch["positions"].astype(np.float64) + 1  # keys of each query, where no window hides the first ones
-    pairs = sum(float(np.sum(np.minimum(seen, window or np.inf))) for window in c.layer_window)
-    attention = 4 * c.num_heads * c.head_dim * pairs * 3
-    return 2.0 * matrices * batch["tokens"].size * passes + attention
 
 
 def described(workload: Workload) -> Model:
@@ -235,7 +221,7 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
     flops = model_flops(model, batches[0], workload.full_finetuning)
     device = jax.devices()[0]
     stats = device.memory_stats() or {}
-    peak = PEAKS.get(device.device_kind)
+    peak = peak_flops(device, jnp.bfloat16)
     return {
         "id": name,
         "model": workload.model,

@@ -56,10 +56,11 @@ class Checkpoints:
         """The newest step, None where there is no checkpoint."""
         return max(self.steps(), default=None)
 
-    def save(self, step: int, state: dict[str, Any], meta: dict[str, Any]) -> Path:
+    def save(self, step: int, state: dict[str, Any], meta: dict[str, Any], best: int | None = None) -> Path:
         """Writes `state` (pytrees of arrays, typed PRNG keys included) and `meta` (JSON) as `step`; returns the folder.
 
-        Returns when everything is on the disk. A checkpoint of the same step is replaced.
+        Returns when everything is on the disk. A checkpoint of the same step is replaced. That of the step `best`
+        stays beyond the limit.
 
         Raises:
           RunError: the directory cannot be written or is full. What was there before is still whole.
@@ -79,8 +80,27 @@ class Checkpoints:
                 shutil.rmtree(saving, ignore_errors=True)
         if self.save_total_limit is not None:
             limit = self.save_total_limit
-            on_first(lambda: self._remove(*self.steps()[:-limit]))
+            on_first(lambda: self._remove(*(old for old in self.steps()[:-limit] if old != best)))
         return final
+
+    def adopt(self, other: "Checkpoints", step: int) -> None:
+        """Copies the checkpoint of `step` from another directory, whole or not at all; one that is here stays."""
+
+        def copy() -> None:
+            saving, final = self.directory / f"{SAVING}{step}", self.directory / str(step)
+            if final.exists():
+                return
+            try:
+                shutil.rmtree(saving, ignore_errors=True)
+                shutil.copytree(other.directory / str(step), saving)
+                os.rename(saving, final)
+            except OSError as failure:
+                raise RunError(
+                    f"checkpoint {other.directory / str(step)}, the best one so far, could not be copied to {final}: "
+                    f"{failure}; make room and begin again"
+                ) from failure
+
+        on_first(copy)
 
     def delete(self, step: int) -> None:
         """Removes the checkpoint of `step`; killed half way, it is gone as well."""

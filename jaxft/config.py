@@ -29,7 +29,13 @@ from jaxft.settings import (
 GIVEN_KEY = "settings_given"  # in a written config.yaml: which of its keys were chosen rather than left at defaults
 _UNSET: Any = object()
 # settings that are lists, and what separates their words: a token may hold a space
-LISTS = {"lora_target_modules": ", ", "layers_to_transform": ", ", "modules_to_save": ", ", "add_tokens": ","}
+LISTS = {
+    "lora_target_modules": ", ",
+    "layers_to_transform": ", ",
+    "modules_to_save": ", ",
+    "add_tokens": ",",
+    "report_to": ", ",
+}
 
 
 @typing.overload
@@ -182,6 +188,8 @@ def _token(key: str, value: Any, kind: Any, path: str) -> str:
     """A YAML value as it would be typed after the flag."""
     if isinstance(value, str):
         return value
+    if value is False and "no" in typing.get_args(kind):
+        return "no"  # as YAML reads a bare one
     if key in LISTS and isinstance(value, list) and all(type(name) in (str, int) for name in value):
         return ",".join(map(str, value))
     if key == "layers_to_transform" and type(value) is int:
@@ -206,6 +214,7 @@ def _resolve(command: str, values: dict[str, Any]) -> Any:
             values[name] = ",".join(" ".join(words).replace(",", " ").split())
     if command in ("train", "data"):
         values.setdefault("learning_rate", 2e-5 if values.get("full_finetuning") else 2e-4)
+        values.setdefault("eval_strategy", "steps" if values.get("eval_steps") else "no")
         spellings = {"true": "full", "false": "none", "adamw_torch": "adamw"}
         for name in values.keys() & {"gradient_checkpointing", "optim"}:
             values[name] = spellings.get(values[name], values[name])

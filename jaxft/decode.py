@@ -1,7 +1,7 @@
 """Continues token lists in batches with a key/value cache: few compiled programs, and no answer depends on another."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -107,11 +107,8 @@ def generate(
     static = {"sampling": sampling, "dtype": None if dtype is None else jnp.dtype(dtype)}
     found: dict[int, list[int]] = {}
     for batch in (order[at : at + most] for at in range(0, len(order), most)):
-        B, P = _rows(len(batch)), _slots(len(prompts[batch[0]]))
-        tokens, first_key = np.zeros((B, P), np.int32), np.full(B, P, np.int32)
-        for row, number in enumerate(batch):
-            first_key[row] = P - len(prompts[number])
-            tokens[row, first_key[row] :] = prompts[number]
+        tokens, first_key = _left_padded([prompts[number] for number in batch])
+        B, P = tokens.shape
         row_keys = keys[np.resize(batch, B)]
         state = _prefill(model, trees, tokens, first_key, row_keys, steps=max_new_tokens, **static)
         for until in range(LOOK if stopped else max_new_tokens, max_new_tokens + LOOK, LOOK):
@@ -128,6 +125,54 @@ def generate(
                 break
         found |= dict(zip(batch, new, strict=True))
     return [found[number] for number in range(len(prompts))]
+
+
+def stream(
+    model: Model,
+    trees: tuple[Tree, ...],
+    prompt: Sequence[int],
+    *,
+    max_new_tokens: int,
+    stop_ids: Sequence[int],
+    look: int = 4,
+    temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    repetition_penalty: float = 1.0,
+    key: jax.Array | None = None,
+    dtype: jnp.dtype | None = None,
+) -> Iterator[list[int]]:
+    """Continues one token list as `generate` does, and yields its new tokens so far, `look` more each time.
+
+    The last list is the answer. What is not asked for any more is not computed.
+    """
+    sampling = Sampling(temperature, top_k, top_p, repetition_penalty)
+    keys = prompt_keys(jax.random.key(0), [prompt]) if key is None else key[None]
+    static = {"sampling": sampling, "dtype": None if dtype is None else jnp.dtype(dtype)}
+    tokens, first_key = _left_padded([prompt])
+    row_keys = keys[np.zeros(len(tokens), np.int32)]
+    state = _prefill(model, trees, tokens, first_key, row_keys, steps=max_new_tokens, **static)
+    until = 0
+    while until < max_new_tokens:
+        until = min(until + look, max_new_tokens)
+        state = _decode(
+            model, trees, state, first_key, row_keys, np.int32(until), prompt_slots=tokens.shape[1],
+            stop_ids=tuple(stop_ids), **static,
+        )  # fmt: skip
+        out, done = np.asarray(state["out"])[0], bool(np.asarray(state["done"])[0])
+        yield [int(token) for token in out if token >= 0 and token not in stop_ids]
+        if done:
+            return
+
+
+def _left_padded(prompts: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
+    """Prompts as int32 (B, P), the first the longest, and each one's first slot (B,), P for a row of padding alone."""
+    B, P = _rows(len(prompts)), _slots(len(prompts[0]))
+    tokens, first_key = np.zeros((B, P), np.int32), np.full(B, P, np.int32)
+    for row, prompt in enumerate(prompts):
+        first_key[row] = P - len(prompt)
+        tokens[row, first_key[row] :] = prompt
+    return tokens, first_key
 
 
 def _slots(length: int) -> int:

@@ -21,6 +21,7 @@ from jaxft.prepare import prepare
 from jaxft.settings import EvaluateSettings, TrainSettings
 from jaxft.sharding import data_parallel_size, put_batch
 from jaxft.step import EvalStep, make_eval_step
+from jaxft.tasks import find_metric, make_task
 from jaxft.trees import Tree
 
 
@@ -80,6 +81,8 @@ def main(argv: list[str] | None = None) -> int:
         raise InputError("--model_name_or_path and --dataset go together; name both, or neither for the embedded ones")
     for line in describe(settings, provenance):
         print(line, file=sys.stderr)
+    if settings.eval_metric is not None:
+        find_metric(settings.eval_metric)  # raises now what it would raise after the model is loaded
     model_name = settings.model_name_or_path or str(EMBEDDED / "base")
     sources = settings.sources or (Source(str(EMBEDDED / "problems_heldout.jsonl")),)
     if len(sources) > 1:
@@ -102,6 +105,10 @@ def main(argv: list[str] | None = None) -> int:
     with jax.set_mesh(prepared.mesh):
         step = jax.jit(make_eval_step(prepared.model, dtype=prepared.compute_dtype))
         found = evaluate(step, prepared.trainable, prepared.frozen, batches, prepared.mesh)
+        if (task := make_task(settings, prepared, samples)) is not None:
+            print(f"answering {task.scored} prompts", file=sys.stderr)
+            scores = task.score(task.answers(prepared, prepared.trainable, lambda: False))
+            found |= {name.removeprefix("eval_"): value for name, value in scores.items()}
     if not math.isfinite(found["loss"]):
         raise RunError(f"the loss is {found['loss']}: weights or activations overflow; is --dtype float32 finite?")
     if math.isinf(found["perplexity"]):

@@ -127,6 +127,13 @@ def main(argv: list[str] | None = None) -> int:
         raise InputError(f"--output {output} exists already; name a new file")
     if output is not None and not output.parent.is_dir():
         raise InputError(f"--output {output}: there is no directory {output.parent}; make it first")
+    talks = settings.chat and settings.prompt is None and settings.messages is None and settings.prompts is None
+    if talks and sys.stdin.isatty():
+        from jaxft.talk import talk  # it needs what is in this file
+
+        return talk(settings)
+    if settings.compare_base:
+        raise InputError("--compare_base is for a --chat in a terminal, and stdin is none")
     asked = read_asked(settings)
     prepared = prepare(settings, settings.model_name_or_path or str(EMBEDDED / "base"))
     prompts = [_tokens(one, prepared, settings) for one in asked]

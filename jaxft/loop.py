@@ -1,4 +1,4 @@
-"""The training loop: steps, metrics, evaluations and checkpoints, and an orderly end when a signal comes."""
+"""The training loop: steps, metrics, evaluations, checkpoints, and an orderly end when a signal or the time comes."""
 
 import math
 import signal
@@ -14,21 +14,26 @@ import jax
 import numpy as np
 import optax
 
-from jaxft.cards import step_options
+from jaxft.cards import peak_flops, step_options
 from jaxft.checkpoint import Checkpoints
 from jaxft.errors import InputError, RunError
 from jaxft.evaluate import evaluate
-from jaxft.metrics import Display, Line, MetricsFile, live_display
+from jaxft.flops import model_flops
+from jaxft.metrics import Line, MetricsFile
 from jaxft.optim import LossScale, state_shapes
-from jaxft.output import CHECKPOINTS, METRICS
+from jaxft.output import CHECKPOINTS, METRICS, SAMPLES
 from jaxft.packing import Batches
 from jaxft.prepare import Prepared
 from jaxft.processes import is_first, largest, on_first
+from jaxft.reporters import reporting
 from jaxft.settings import TrainSettings
 from jaxft.sharding import put_batch
 from jaxft.step import TrainStep, make_eval_step, make_train_step
+from jaxft.stopping import Course, Rules
 from jaxft.streaming import StreamBatches
+from jaxft.tasks import Task
 from jaxft.trees import Tree
+from jaxft.view import Display, live_display
 
 
 @dataclass(frozen=True)
@@ -43,17 +48,32 @@ class Run:
     optimizer: optax.GradientTransformation
     schedule: Callable[[int], Any]
     fingerprint: dict[str, Any]
+    task: Task | None = None  # what is answered at each evaluation
     step: TrainStep | None = None  # compiled already, as `--memory_budget` chose it
+
+    def evaluates_after(self, step: int) -> bool:
+        """Whether the held-out data are due: before the first step, after the last, and in between as was asked."""
+        if step == 0 or step >= self.total_steps:
+            return True
+        every = {"no": 0, "steps": self.settings.eval_steps, "epoch": self.batches.steps_per_epoch}
+        period = every[self.settings.eval_strategy]
+        return period > 0 and step % period == 0
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a run ended: after which step, by which signal if any, with which last figures."""
+    """How a run ended: after which step, by which signal if any, or why before its last step, with which figures.
+
+    result_step: of the parameters in `trainable`; samples: the answers at each evaluation, as samples.jsonl has them.
+    """
 
     trainable: Tree
     step: int
+    result_step: int
     stopped_by: signal.Signals | None
+    ended: str | None
     figures: dict[str, Any]
+    samples: list[Line]
 
 
 @dataclass
@@ -65,9 +85,10 @@ class Window:
     targets: int = 0
     tokens: int = 0
     steps: int = 0
+    flops: float = 0.0
     began: float = field(default_factory=time.perf_counter)
 
-    def line(self, step: int, epoch: float, grad_norm: float, learning_rate: float) -> Line:
+    def line(self, step: int, epoch: float, grad_norm: float, learning_rate: float, peak: float | None) -> Line:
         seconds = time.perf_counter() - self.began
         memory = jax.local_devices()[0].memory_stats()
         return {
@@ -80,6 +101,7 @@ class Window:
             "tokens_per_second": self.tokens / seconds,
             "step_seconds": seconds / self.steps,
             "peak_memory_bytes": memory["peak_bytes_in_use"] if memory else None,
+            "mfu": self.flops / seconds / peak if peak else None,
         }
 
 
@@ -96,7 +118,8 @@ def run_training(run: Run, prepared: Prepared) -> Outcome:
     """
     settings = run.settings
     checkpoints = Checkpoints(run.directory / CHECKPOINTS, settings.save_total_limit)
-    metrics = MetricsFile(run.directory / METRICS)
+    metrics, samples = MetricsFile(run.directory / METRICS), MetricsFile(run.directory / SAMPLES)
+    rules, began = Rules.of(settings), time.perf_counter()
     trainable, opt_state = prepared.trainable, initial_optimizer_state(run, prepared)
     key = jax.device_put(jax.random.key(settings.seed), jax.tree.leaves(opt_state)[0].sharding)
     first, step, window = 0, 0, Window()
@@ -115,10 +138,16 @@ def run_training(run: Run, prepared: Prepared) -> Outcome:
         except OSError as failure:
             raise InputError(f"--output_dir {run.directory} cannot be made: {failure}; name another") from failure
         metrics.cut(first if source else -1)
+        evaluated = {line["step"] for line in metrics.lines() if "eval_loss" in line}
+        samples.keep(lambda line: line["step"] in evaluated)  # one that was killed between the two is made anew
 
     on_first(begin)
-    evaluated = {line["step"] for line in metrics.lines() if "eval_loss" in line}
+    evaluations = [line for line in metrics.lines() if "eval_loss" in line]
+    evaluated = {line["step"] for line in evaluations}
+    course = Course.restored(rules, meta.get("course") if source else None, evaluations)
     checkpoints.delete_after(first)  # the run goes on from an earlier one, which was named; it has one course only
+    if source and rules.keep_best and course.best_step is not None:
+        _keep_best(checkpoints, saved, course.best_step)
 
     step_function = run.step or jax.jit(
         make_train_step(
@@ -129,6 +158,8 @@ def run_training(run: Run, prepared: Prepared) -> Outcome:
         out_shardings=(_shardings(trainable), _shardings(opt_state), None),
         compiler_options=step_options(jax.default_backend(), settings.gradient_checkpointing),
     )  # fmt: skip
+    peak = peak_flops(prepared.mesh.devices.flat[0], prepared.compute_dtype)
+    peak = None if peak is None else peak * prepared.mesh.devices.size
     eval_function = jax.jit(make_eval_step(prepared.model, dtype=prepared.compute_dtype))
 
     def save(step: int) -> None:
@@ -137,32 +168,62 @@ def run_training(run: Run, prepared: Prepared) -> Outcome:
         sums = {"loss": window.loss, "weight": window.weight, "targets": window.targets}
         meta = {"fingerprint": run.fingerprint, "total_steps": run.total_steps, "epoch": epoch, "row": row}
         meta["window"] = sums  # so that a line after a resume covers the same steps as without
-        checkpoints.save(step, state, meta)
+        meta["course"] = course.state(time.perf_counter() - began)
+        checkpoints.save(step, state, meta, course.best_step if rules.keep_best else None)
+
+    def tell(line: Line, display: Display) -> None:
+        metrics.write(line)
+        display.show(line)
+        reporters.log(line)
 
     def evaluate_now(step: int, display: Display) -> None:
-        if run.heldout is None:
+        if run.heldout is None or step in evaluated:
             return
-        if step == first:
-            display.say(f"evaluating {run.heldout.rows} rows in {len(run.heldout)} batches")
+        rows = f"{run.heldout.rows} rows in {len(run.heldout)} batches"
+        display.busy(f"evaluating {rows}" if step == first else "evaluating", told=step == first)
         found = evaluate(eval_function, trainable, prepared.frozen, run.heldout, prepared.mesh, stop.asked)
         if stop.agreed is not None:
             return  # half an evaluation is none: the resumed run makes it
         line = {"step": step, "epoch": step / run.batches.steps_per_epoch}
         line |= {f"eval_{name}": value for name, value in found.items()}
-        metrics.write(line)
-        display.show(line)
+        if run.task is not None:
+            answers = run.task.answers(prepared, trainable, stop.asked)
+            if stop.agreed is not None:
+                return
+            try:
+                line |= run.task.score(answers)
+            except RunError:  # what somebody's function does to an answer must not cost the steps before it
+                if step > first and checkpoints.latest() != step:
+                    save(step)
+                raise
+            if run.task.shown:
+                shown = {"step": step, "samples": run.task.samples(prepared.tokenizer, answers)}
+                samples.write(shown)
+                reporters.log_samples(shown)
+        tell(line, display)
+        evaluated.add(step)
+        if course.note(line) and rules.keep_best and step < run.total_steps:
+            save(step)
 
-    with live_display(first, run.total_steps, is_first()) as display, _signals() as stop:
+    with (
+        live_display(first, run.total_steps, metrics.lines(), is_first()) as display,
+        reporting(settings, run.directory, first) as reporters,
+        _signals() as stop,
+    ):
+        for line in reporters.where:
+            display.say(line)
         if source is not None:
             display.say(f"resumed from {saved.directory / str(first)}: {first} of {run.total_steps} steps done")
             if meta["total_steps"] != run.total_steps:
                 display.say(f"{meta['total_steps']} steps were planned: the learning rate follows the new plan")
-        due = first == 0 or first >= run.total_steps or (settings.eval_steps and first % settings.eval_steps == 0)
-        if due and first not in evaluated:
+        if run.evaluates_after(first):
             evaluate_now(first, display)
-        step, window.began = first, time.perf_counter()
+        step, window.began, ended = first, time.perf_counter(), None
         for step in range(first + 1, run.total_steps + 1):
-            if stop.asked():
+            ended = course.over() or (
+                _time_is_up(course, began, step - 1) and f"--max_time {settings.max_time} is over"
+            )
+            if stop.asked() or ended:
                 step -= 1
                 break
             try:
@@ -184,24 +245,35 @@ def run_training(run: Run, prepared: Prepared) -> Outcome:
                 window.weight += weight
             window.targets += int(found["target_tokens"])
             window.tokens += int(np.count_nonzero(batch["segment_ids"]))
+            window.flops += model_flops(prepared.model, batch, prepared.lora is None) if peak else 0.0
             window.steps += 1
             display.advance(step)
             if step % settings.logging_steps == 0 or step == run.total_steps:
-                line = window.line(step, step / run.batches.steps_per_epoch, float(found["grad_norm"]), learning_rate)
-                metrics.write(line)
-                display.show(line)
+                epoch, norm = step / run.batches.steps_per_epoch, float(found["grad_norm"])
+                tell(window.line(step, epoch, norm, learning_rate, peak), display)
                 window = Window()
             pause = time.perf_counter()
-            if settings.eval_steps and step % settings.eval_steps == 0 and step != run.total_steps:
+            if step != run.total_steps and run.evaluates_after(step):
                 evaluate_now(step, display)
-            if settings.save_steps and step % settings.save_steps == 0 and step != run.total_steps:
+            saving = settings.save_steps and step % settings.save_steps == 0 and step != run.total_steps
+            if saving and checkpoints.latest() != step:  # the best one so far is saved already
                 save(step)
             window.began += time.perf_counter() - pause  # evaluations and checkpoints are not the step's time
         if checkpoints.latest() != step:
             save(step)
-        if stop.agreed is None and step > first:
+        if stop.agreed is None:
             evaluate_now(step, display)
-    return Outcome(trainable, step, stop.agreed, metrics.figures())
+    result_step = step
+    if stop.agreed is None and rules.keep_best and course.best_step is not None:
+        result_step = course.best_step
+    if result_step != step:
+        like = jax.tree.map(_described, {"trainable": trainable, "opt_state": opt_state}) | {"key": key}
+        del trainable, opt_state
+        trainable = checkpoints.restore(result_step, like)[0]["trainable"]
+    return Outcome(
+        trainable, step, result_step, stop.agreed, None if stop.agreed else ended or None, metrics.figures(result_step),
+        samples.lines(),
+    )  # fmt: skip
 
 
 def _updates_done(opt_state: optax.OptState, steps_done: int) -> Any:
@@ -209,6 +281,27 @@ def _updates_done(opt_state: optax.OptState, steps_done: int) -> Any:
     if not isinstance(opt_state, LossScale):
         return steps_done
     return int(optax.tree.get(opt_state.inner, "count", filtering=lambda path, _: "ScaleBySchedule" in str(path)))
+
+
+def _time_is_up(course: Course, began: float, steps_done: int) -> bool:
+    """Whether `--max_time` is over in any process, each of which must ask; one step is made in any case."""
+    if course.rules.seconds is None or steps_done == 0:
+        return False
+    return largest(course.too_long(time.perf_counter() - began)) != 0
+
+
+def _described(leaf: jax.Array) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
+
+
+def _keep_best(own: Checkpoints, source: Checkpoints, step: int) -> None:
+    """Has the best checkpoint of a resumed run in its own directory. Raises InputError where there is none any more."""
+    if step not in own.steps() and step not in source.steps():
+        raise InputError(
+            f"--load_best_model_at_end: {source.directory} has no checkpoint of step {step}, the best one before; "
+            "resume without --load_best_model_at_end, or start a new run"
+        )
+    own.adopt(source, step)
 
 
 def _shardings(tree: Any) -> Any:

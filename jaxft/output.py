@@ -21,8 +21,10 @@ from jaxft.processes import ENVIRONMENT
 from jaxft.settings import TrainSettings
 from jaxft.templates import write_template
 from jaxft.trees import Tree
+from jaxft.usage import python_lines
 
 CONFIG, METRICS, CHECKPOINTS = "config.yaml", "metrics.jsonl", "checkpoints"
+SAMPLES, REPORT = "samples.jsonl", "report.html"
 RESULTS = ("adapter_config.json", "adapter_model.safetensors", "config.json", "model.safetensors")
 
 
@@ -72,8 +74,11 @@ def config_text(settings: TrainSettings) -> str:
     return to_yaml(replace(settings, **left_out, settings_given=settings.settings_given - left_out.keys()))
 
 
-def write_result(directory: Path, prepared: Prepared, trainable: Tree, settings: TrainSettings, card: str) -> None:
-    """The tuned adapter (PEFT's layout) or model, tokenizer, model card and config.yaml; nothing half made is left.
+def write_result(
+    directory: Path, prepared: Prepared, trainable: Tree, settings: TrainSettings, card: str, report: str
+) -> None:
+    """The tuned adapter (PEFT's layout) or model, tokenizer, model card, report and config.yaml; nothing half made is
+    left.
 
     Raises RunError where the disk does not take them.
     """
@@ -95,6 +100,7 @@ def write_result(directory: Path, prepared: Prepared, trainable: Tree, settings:
         if prepared.new_template:
             write_template(temporary, prepared.tokenizer, stop_token_ids(prepared.tokenizer, temporary))
         (temporary / "README.md").write_text(card, encoding="utf-8")
+        (temporary / REPORT).write_text(report, encoding="utf-8")
         for file in temporary.iterdir():
             if (directory / file.name).is_dir():  # a rename replaces a file, but not a directory
                 shutil.rmtree(directory / file.name)
@@ -120,25 +126,8 @@ def model_card(prepared: Prepared, settings: TrainSettings, facts: dict[str, Any
     if prepared.changes:
         facts = facts | {"rope of the base": describe_changes(prepared.changes)}
     rows = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
-    lines, imports = ['model = AutoModelForCausalLM.from_pretrained("THIS_DIRECTORY")'], "AutoModelForCausalLM"
-    if prepared.lora is not None:
-        lines = [f"base = AutoModelForCausalLM.from_pretrained({base!r})"]
-        if prepared.changes:
-            imports = f"AutoConfig, {imports}"
-            lines = [
-                f"config = AutoConfig.from_pretrained({base!r})",
-                f"config.get_text_config().update({prepared.changes!r})  # as it was trained",
-                f"base = AutoModelForCausalLM.from_pretrained({base!r}, config=config)",
-            ]
-        if prepared.new_tokens:
-            lines.append("base.resize_token_embeddings(len(tokenizer))")
-        lines.append('model = PeftModel.from_pretrained(base, "THIS_DIRECTORY")')
-    if prepared.new_tokens:
-        imports += ", AutoTokenizer"
-        lines.insert(0, 'tokenizer = AutoTokenizer.from_pretrained("THIS_DIRECTORY")')
-    imports = f"from transformers import {imports}" + ("" if prepared.lora is None else "\nfrom peft import PeftModel")
-    load = "\n".join(lines)
+    load = python_lines(prepared, settings, "THIS_DIRECTORY")
     return (
         f"---\n{header}\n---\n\n# {kind} of {Path(base).name}\n\nTrained with jaxft; `config.yaml` repeats the run.\n\n"
-        f"| | |\n|---|---|\n{rows}\n\n```python\n{imports}\n\n{load}\n```\n"
+        f"| | |\n|---|---|\n{rows}\n\n```python\n{load}\n```\n"
     )

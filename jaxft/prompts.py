@@ -34,7 +34,10 @@ def read_asked(settings: GenerateSettings) -> list[Asked]:
         path = Path(settings.messages).expanduser()
         return [Asked(f"--messages {path}", {"messages": _read_messages(path)})]
     if settings.prompt is None:
-        raise InputError("nothing to continue: give --prompt TEXT, or --messages FILE, or --prompts FILE.jsonl")
+        raise InputError(
+            "nothing to continue: give --prompt TEXT, or --messages FILE, or --prompts FILE.jsonl; --chat alone "
+            "needs a terminal to talk in"
+        )
     return [Asked("--prompt", {"prompt": settings.prompt})]
 
 

@@ -51,6 +51,18 @@ def parse_bytes(text: str) -> int:
     return size
 
 
+def parse_seconds(text: str) -> float:
+    """'5400', '90m', '1h30m', '45s' in seconds. Raises InputError for anything else, or no time at all."""
+    found = re.fullmatch(r"(?:(\d+(?:\.\d+)?)s?|(?=\d)(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?)", text.strip())
+    seconds = 0.0
+    if found:
+        parts = zip(found.groups(), (1, 86400, 3600, 60, 1), strict=True)
+        seconds = sum(float(part) * unit for part, unit in parts if part)
+    if not seconds:
+        raise InputError(f"--max_time {text!r}: expected seconds, or a time such as 90m or 1h30m")
+    return seconds
+
+
 @dataclasses.dataclass(frozen=True)
 class ModelArguments:
     _argument_group_name: ClassVar[str] = "model"
@@ -268,6 +280,45 @@ class TrainArguments:
 
 
 @dataclasses.dataclass(frozen=True)
+class AnswerArguments:
+    _argument_group_name: ClassVar[str] = "answers to held-out prompts"
+    eval_metric: str | None = _flag(
+        None,
+        "what counts on the model's answers: gsm8k (last number), or your own MODULE:FUNCTION(answers, references)",
+    )
+    eval_metric_samples: int = _flag(0, "answer only the first N held-out samples for --eval_metric; 0 answers all")
+    eval_max_new_tokens: int | None = _flag(None, "longest answer in evaluations; without it 256, samples alone 64")
+
+
+@dataclasses.dataclass(frozen=True)
+class WatchArguments:
+    _argument_group_name: ClassVar[str] = "evaluation and reports"
+    eval_strategy: Literal["no", "steps", "epoch"] = _flag(
+        "no", "held-out data are evaluated before and after the run, and every --eval_steps (steps) or every epoch"
+    )
+    load_best_model_at_end: bool = _flag(False, "keep the checkpoint of the best evaluation; it becomes the result")
+    metric_for_best_model: str | None = _flag(
+        None, "what is best: loss, perplexity or --eval_metric's; without it loss"
+    )
+    greater_is_better: bool | None = _flag(None, "without it only loss and perplexity are better smaller", nargs="?",
+                                           const=True)  # fmt: skip
+    early_stopping_patience: int | None = _flag(None, "end after N evaluations in a row that are no better")
+    early_stopping_threshold: float = _flag(0.0, "better is what is better by more than this")
+    max_time: str | None = _flag(None, "no step begins after this many seconds (or 90m, 1h30m); the result is written")
+    report_to: str = _flag("none", "beside metrics.jsonl: tensorboard, wandb, both, or none", nargs="+")
+
+    @property
+    def max_seconds(self) -> float | None:
+        """`max_time` in seconds."""
+        return None if self.max_time is None else parse_seconds(self.max_time)
+
+    @property
+    def reporters(self) -> tuple[str, ...]:
+        """`report_to` taken apart; () for none."""
+        return () if self.report_to == "none" else tuple(self.report_to.split(","))
+
+
+@dataclasses.dataclass(frozen=True)
 class ProcessArguments:
     """The names of `jax.distributed.initialize`; the environment variables are in `jaxft.processes`."""
 
@@ -285,7 +336,10 @@ class GenerateArguments:
     messages: str | None = _flag(None, "JSON file of a conversation, rendered with the chat template")
     prompts: str | None = _flag(None, "JSONL file; each line has a prompt or messages, and is answered")
     output: str | None = _flag(None, "new JSONL file for the answers to --prompts; without it stdout")
-    chat: bool = _flag(False, "a prompt is a user's turn, rendered with the chat template")
+    chat: bool = _flag(
+        False, "a prompt is a user's turn, rendered with the chat template; without a prompt: talk in the terminal"
+    )
+    compare_base: bool = _flag(False, "in a --chat with --adapter, the base answers beside it")
     max_new_tokens: int = _flag(128, "most tokens to generate")
     stop: list[str] = dataclasses.field(
         default_factory=list,
@@ -315,14 +369,23 @@ class _Origin:
 
 
 @dataclasses.dataclass(frozen=True)
-class TrainSettings(_Origin, ProcessArguments, TrainArguments, DataArguments, LoraArguments, ModelArguments):
+class TrainSettings(
+    _Origin,
+    ProcessArguments,
+    WatchArguments,
+    AnswerArguments,
+    TrainArguments,
+    DataArguments,
+    LoraArguments,
+    ModelArguments,
+):
     """Everything `jaxft.train` can be told; what depends on other settings is filled in."""
 
     learning_rate: float = 2e-4
 
 
 @dataclasses.dataclass(frozen=True)
-class EvaluateSettings(_Origin, DataArguments, ModelArguments):
+class EvaluateSettings(_Origin, AnswerArguments, DataArguments, ModelArguments):
     """Everything `jaxft.evaluate` can be told."""
 
 
@@ -339,8 +402,16 @@ class DataSettings(ShowArguments, TrainSettings):
 Settings = TrainSettings | EvaluateSettings | GenerateSettings
 
 GROUPS: dict[str, tuple[Any, ...]] = {
-    "train": (ModelArguments, LoraArguments, DataArguments, TrainArguments, ProcessArguments),
-    "evaluate": (ModelArguments, DataArguments),
+    "train": (
+        ModelArguments,
+        LoraArguments,
+        DataArguments,
+        TrainArguments,
+        AnswerArguments,
+        WatchArguments,
+        ProcessArguments,
+    ),
+    "evaluate": (ModelArguments, DataArguments, AnswerArguments),
     "generate": (ModelArguments, GenerateArguments),
 }
 GROUPS["data"] = (*GROUPS["train"], ShowArguments)
@@ -351,6 +422,8 @@ SETTINGS: dict[str, type] = {
 RANGES: list[tuple[str, str, Callable[[float], bool]]] = [
     ("learning_rate embedding_learning_rate weight_decay max_grad_norm temperature", "at least 0", lambda x: x >= 0),
     ("warmup_steps save_steps eval_steps sample_prompts", "at least 0", lambda x: x >= 0),
+    ("eval_metric_samples early_stopping_threshold", "at least 0", lambda x: x >= 0),
+    ("eval_max_new_tokens early_stopping_patience", "at least 1", lambda x: x >= 1),
     ("lora_r lora_alpha logging_steps save_total_limit gradient_accumulation_steps", "at least 1", lambda x: x >= 1),
     ("buffer_size mlp_tiles conversation_extension", "at least 1", lambda x: x >= 1),
     ("show_samples", "at least 0", lambda x: x >= 0),
@@ -408,7 +481,22 @@ def check(settings: Any, where: dict[str, str]) -> None:
             _ = settings.sources
         except InputError as failure:
             raise InputError(f"{where['dataset']}: {failure}") from failure
+    if isinstance(settings, TrainSettings | EvaluateSettings):
+        if settings.eval_metric is None and "eval_metric_samples" in where:
+            raise InputError(f"{where['eval_metric_samples']} has no meaning without --eval_metric")
+        if settings.eval_metric is not None and settings.train_on == "all":
+            raise InputError(
+                f"{where['eval_metric']} needs questions and answers, which --train_on all does not tell apart; leave "
+                "one of them out"
+            )
     if isinstance(settings, GenerateSettings):
+        if settings.compare_base and settings.adapter is None:
+            raise InputError(f"{where['compare_base']} needs --adapter: the base alone has nothing to be compared with")
+        asked = [where[name] for name in ("prompt", "messages", "prompts") if getattr(settings, name) is not None]
+        if settings.compare_base and (asked or not settings.chat):
+            raise InputError(
+                f"{where['compare_base']} is for --chat in a terminal{', without ' + asked[0] if asked else ''}"
+            )
         if "" in settings.stop:
             raise InputError(f"{where['stop']} is empty; it must be a string that can end an answer")
         if settings.output is not None and settings.prompts is None:
@@ -433,7 +521,33 @@ def check(settings: Any, where: dict[str, str]) -> None:
             )
         if settings.streaming and len(settings.sources) > 1:
             raise InputError("--streaming reads one data set; mix several ones without it")
+        _check_watch(settings, where)
         _check_lora(settings, where)
+
+
+def _check_watch(settings: TrainSettings, where: dict[str, str]) -> None:
+    """The part of `check` about evaluations during the run and what follows from them."""
+    _ = settings.max_seconds  # raises where it cannot be read
+    for name in settings.reporters:
+        if name not in ("tensorboard", "wandb"):
+            raise InputError(f"{where['report_to']} is {name!r}; expected tensorboard, wandb, both, or none alone")
+    if settings.eval_strategy == "steps" and not settings.eval_steps:
+        raise InputError(f"{where['eval_strategy']} steps needs --eval_steps N")
+    if settings.eval_strategy != "steps" and settings.eval_steps:
+        raise InputError(f"{where['eval_steps']} and {where['eval_strategy']} {settings.eval_strategy} contradict each "
+                         "other; choose one")  # fmt: skip
+    if settings.eval_strategy == "epoch" and settings.streaming:
+        raise InputError("--streaming does not know how long an epoch is; set --eval_steps")
+    for name in ("load_best_model_at_end", "early_stopping_patience"):
+        if getattr(settings, name) and settings.eval_strategy == "no":
+            raise InputError(f"{where[name]} needs evaluations during the run: --eval_steps N or --eval_strategy epoch")
+    for name in ("metric_for_best_model", "greater_is_better"):
+        if name in where and not (settings.load_best_model_at_end or settings.early_stopping_patience):
+            raise InputError(
+                f"{where[name]} has no meaning without --load_best_model_at_end or --early_stopping_patience"
+            )
+    if "early_stopping_threshold" in where and settings.early_stopping_patience is None:
+        raise InputError(f"{where['early_stopping_threshold']} has no meaning without --early_stopping_patience")
 
 
 def _check_lora(settings: TrainSettings, where: dict[str, str]) -> None:

@@ -2,9 +2,11 @@
 
 import json
 import math
+import platform
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -13,26 +15,28 @@ import numpy as np
 
 from jaxft.config import describe, parse
 from jaxft.data import shape_line, split_rows, tokenize_dataset
-from jaxft.decode import generate
 from jaxft.errors import InputError, run_command
 from jaxft.evaluate import held_out_split, read_from
 from jaxft.files import find_files, load_rows, open_stream
-from jaxft.generate import stop_token_ids
 from jaxft.load import EMBEDDED, parameter_count
 from jaxft.loop import Run, run_training
 from jaxft.lora import padding
 from jaxft.memory import plan_run, with_plan
+from jaxft.metrics import MetricsFile
 from jaxft.mixture import Source, mix
 from jaxft.optim import make_optimizer, make_schedule, with_loss_scale
-from jaxft.output import choose_directory, is_finished, model_card, write_result
+from jaxft.output import METRICS, choose_directory, is_finished, model_card, write_result
 from jaxft.packing import Batches, eval_batches, make_plan
 from jaxft.prepare import Prepared, prepare
 from jaxft.processes import gathered, is_first, joined, leave, meet, on_first
+from jaxft.report import Told, report
+from jaxft.reporters import check_reporters
 from jaxft.samples import Sample, Samples, Selection
 from jaxft.settings import TrainSettings
 from jaxft.sharding import data_parallel_size
 from jaxft.streaming import StreamBatches
-from jaxft.trees import Tree
+from jaxft.tasks import find_metric, make_task
+from jaxft.usage import usage
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -40,12 +44,18 @@ def main(argv: list[str] | None = None) -> int:
     with joined(settings):
         for line in describe(settings, provenance):
             say(line)
-        return train(settings)
+        return train(settings, provenance)
 
 
-def train(settings: TrainSettings) -> int:
-    """The run from its settings to its files; in several processes each of them calls it."""
+def train(settings: TrainSettings, provenance: dict[str, str]) -> int:
+    """The run from its settings to its files; in several processes each of them calls it.
+
+    provenance: where each setting that is no default came from.
+    """
     assert settings.model_name_or_path is not None and settings.dataset is not None
+    check_reporters(settings)
+    if settings.eval_metric is not None:
+        find_metric(settings.eval_metric)  # raises now what it would raise after the model is loaded
     directory = choose_directory(settings, settings.model_name_or_path)
     finished = settings.resume_from_checkpoint == "auto" and is_finished(directory, settings)
     meet("directory")  # all have seen it before the first process writes
@@ -64,14 +74,17 @@ def train(settings: TrainSettings) -> int:
     if settings.streaming:
         say(f"train: a stream of {read_from(sources[0].path, sources[0].split or named)}, read while training")
     prepared = prepare(settings, settings.model_name_or_path, weights=not settings.dry_run)
+    notes: list[str] = []  # what is said of the data, for the report
     batches: Batches | StreamBatches
     if settings.streaming:
         batches, data = stream(sources[0], sources[0].split or named, prepared, settings)
     else:
-        samples = mixed([tokenize("train", rows, prepared, settings) for rows in tables], sources, settings.seed)
-        batches, data = lay_out(samples, prepared, settings), {"data": samples.checksum()}
-    kept = [tokenize("held out", rows, prepared, settings) for rows in heldout_tables]
+        parts = [tokenize("train", rows, prepared, settings, notes) for rows in tables]
+        samples = mixed(parts, sources, settings.seed)
+        batches, data = lay_out(samples, prepared, settings, notes), {"data": samples.checksum()}
+    kept = [tokenize("held out", rows, prepared, settings, notes) for rows in heldout_tables]
     heldout: Sequence[Sample] = kept[0] if len(kept) == 1 else mix(kept, None, 0)[0] if kept else []
+    check_held_out(settings, heldout)
     say_model(prepared)
     run = make_run(settings, prepared, directory, batches, data, heldout)
     if settings.dry_run or settings.memory_budget:
@@ -80,30 +93,39 @@ def train(settings: TrainSettings) -> int:
             return 0
         run = with_plan(run, planned)
     with jax.set_mesh(prepared.mesh):
-        prompts = sample_prompts(heldout, settings.sample_prompts)
-        before = answer(prepared, prepared.trainable, prompts)
         outcome = run_training(run, prepared)
         seen = sum(map(len, tables))
         if isinstance(batches, StreamBatches):
             seen = batches.report().rows
             for line in batches.report().lines():
-                say(f"train: {line}")
+                note(notes, f"train: {line}")
         if outcome.stopped_by is not None:
             say(f"stopped by {outcome.stopped_by.name} after step {outcome.step} of {run.total_steps}; go on with "
                 f"--output_dir {directory} --resume_from_checkpoint auto")  # fmt: skip
             return 128 + outcome.stopped_by
+        if outcome.ended is not None:
+            say(f"ended after step {outcome.step} of {run.total_steps}: {outcome.ended}")
+        if outcome.result_step != outcome.step:
+            say(f"the best evaluation was after step {outcome.result_step}: its checkpoint is the result")
         facts = {
             "data": ", ".join(source.path for source in sources),
             "rows": seen,
             "steps": outcome.step,
+            **({"result of step": outcome.result_step} if outcome.result_step != outcome.step else {}),
             **outcome.figures,
         }
         whole, card = gathered(outcome.trainable), model_card(prepared, settings, facts)
-        on_first(lambda: write_result(directory, prepared, whole, settings, card))
-        after = answer(prepared, outcome.trainable, prompts)
-    for prompt, old, new in zip(prompts, before, after, strict=True):
-        text = str(prepared.tokenizer.decode(prompt, skip_special_tokens=True))
-        say(f"\nprompt: {text.strip()}\nbefore: {old.strip()}\nafter:  {new.strip()}")
+        lengths = np.zeros(0) if settings.streaming else samples.lengths
+        told = Told(
+            title=directory.name, settings=settings, provenance=provenance, environment=environment(prepared),
+            data=notes, lengths=lengths, use=usage(prepared, settings, directory), result_step=outcome.result_step,
+            ended=outcome.ended, lora=prepared.lora is not None,
+        )  # fmt: skip
+        page = report(told, MetricsFile(directory / METRICS).lines(), outcome.samples)
+        on_first(lambda: write_result(directory, prepared, whole, settings, card, page))
+    for before, after in before_and_after(outcome.samples, outcome.result_step):
+        text = f"before: {before['answer'].strip()}\n" if before else ""
+        say(f"\nprompt: {after['prompt'].strip()}\n{text}after:  {after['answer'].strip()}")
     say(f"{'adapter' if prepared.lora else 'model'} written to {directory}")
     return 0
 
@@ -123,7 +145,7 @@ def read_settings(argv: list[str]) -> tuple[TrainSettings, dict[str, str]]:
     if settings.model_name_or_path is None and settings.dataset is None:
         flags, given = settings, settings.settings_given
         settings, _ = parse("train", ["--config", str(EMBEDDED / "config.yaml")])
-        chosen = {name: getattr(flags, name) for name in given}
+        chosen = {name: getattr(flags, name) for name in {*given, "eval_strategy"}}  # which follows from --eval_steps
         embedded = settings.settings_given - given
         if flags.warmup_ratio is not None and "warmup_steps" in embedded:  # it takes the place of the embedded steps
             chosen["warmup_steps"], embedded = 0, embedded - {"warmup_steps"}
@@ -152,14 +174,20 @@ def read(what: str, source: Source, split: str | None, settings: TrainSettings) 
     return rows
 
 
-def tokenize(what: str, rows: Any, prepared: Prepared, settings: TrainSettings) -> Samples:
-    samples, report = tokenize_dataset(
+def note(notes: list[str], text: str) -> None:
+    """Says something and keeps it."""
+    notes.append(text)
+    say(text)
+
+
+def tokenize(what: str, rows: Any, prepared: Prepared, settings: TrainSettings, notes: list[str]) -> Samples:
+    samples, found = tokenize_dataset(
         rows, prepared.tokenizer, max_length=settings.max_length, vocab_size=prepared.model.config.vocab_size,
         train_on=settings.train_on, template_kwargs=settings.chat_template_kwargs, cache=settings.cache_directory,
         columns=settings.columns,
     )  # fmt: skip
-    for line in (*report.lines(), shape_line(samples, report)):
-        say(f"{what}: {line}")
+    for line in (*found.lines(), shape_line(samples, found)):
+        note(notes, f"{what}: {line}")
     return samples
 
 
@@ -176,7 +204,7 @@ def mixed(parts: list[Samples], sources: Sequence[Source], seed: int) -> Samples
     return samples
 
 
-def lay_out(samples: Samples | Selection, prepared: Prepared, settings: TrainSettings) -> Batches:
+def lay_out(samples: Samples | Selection, prepared: Prepared, settings: TrainSettings, notes: list[str]) -> Batches:
     """The batches of the run; says how full its rows are."""
     plan = make_plan(
         samples.lengths, settings.max_length, packing=settings.packing,
@@ -187,9 +215,10 @@ def lay_out(samples: Samples | Selection, prepared: Prepared, settings: TrainSet
         batch_size=settings.per_device_train_batch_size * data_parallel_size(prepared.mesh),
         accumulation=settings.gradient_accumulation_steps,
     )  # fmt: skip
-    say(
+    note(
+        notes,
         f"{'packed' if settings.packing else 'padded'}: {batches.rows} rows of {settings.max_length} tokens, "
-        f"{batches.efficiency:.1%} filled, {batches.steps_per_epoch} steps an epoch"
+        f"{batches.efficiency:.1%} filled, {batches.steps_per_epoch} steps an epoch",
     )
     return batches
 
@@ -267,6 +296,7 @@ def make_run(
         optimizer=optimizer,
         schedule=schedule,
         fingerprint=fingerprint(settings, prepared, batches, data),
+        task=make_task(settings, prepared, heldout),
     )
 
 
@@ -290,21 +320,35 @@ def fingerprint(
     return json.loads(json.dumps(found))  # as it comes back from a checkpoint: lists, and no tuples
 
 
-def sample_prompts(heldout: Sequence[Sample], count: int) -> list[list[int]]:
-    """The first held-out samples up to where their trained part begins."""
-    starts = [int(np.argmax(sample.loss_weights != 0)) for sample in heldout[:count]]
-    return [sample.input_ids[:start].tolist() for sample, start in zip(heldout, starts, strict=False) if start]
+def environment(prepared: Prepared) -> list[tuple[str, str]]:
+    """With what and on what the run was made, for the report."""
+    devices = prepared.mesh.devices
+    versions = [(name, version(name)) for name in ("jax", "flax", "optax", "transformers")]
+    return [
+        ("computed in", f"{prepared.compute_dtype.name} on {devices.size} × {devices.flat[0].device_kind}"),
+        ("Python", platform.python_version()),
+        *versions,
+    ]
 
 
-def answer(prepared: Prepared, trainable: Tree, prompts: list[list[int]]) -> list[str]:
-    """The model's greedy answers to prompts."""
-    if not prompts:
-        return []
-    new = generate(
-        prepared.model, (trainable, prepared.frozen), prompts, max_new_tokens=64,
-        stop_ids=stop_token_ids(prepared.tokenizer, prepared.directory), dtype=prepared.compute_dtype,
-    )  # fmt: skip
-    return [str(prepared.tokenizer.decode(tokens, skip_special_tokens=True)) for tokens in new]
+def check_held_out(settings: TrainSettings, heldout: Sequence[Sample]) -> None:
+    """Raises InputError where something is asked of held-out data and there are none."""
+    if heldout:
+        return
+    for name in ("eval_metric", "load_best_model_at_end", "early_stopping_patience"):
+        if getattr(settings, name):
+            raise InputError(f"--{name} needs held-out data; name them by --eval_dataset")
+    idle = [name for name in ("eval_steps", "sample_prompts") if getattr(settings, name)]
+    idle += ["eval_strategy"] if settings.eval_strategy == "epoch" else []
+    if idle:
+        say(f"{', '.join(idle)}: without effect, for there are no held-out data")
+
+
+def before_and_after(lines: Sequence[dict[str, Any]], step: int) -> list[tuple[dict[str, str] | None, dict[str, str]]]:
+    """Samples of the untrained model beside those of `step`; None where the run began elsewhere."""
+    by_step = {line["step"]: line["samples"] for line in lines}
+    after = by_step.get(step, [])
+    return list(zip(by_step.get(0, [None] * len(after)), after, strict=True))
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ GROUPS = {
     "Rendering conversations": ("jaxft/chat.py", "jaxft/templates.py"),
     "Training": (
         "jaxft/train.py", "jaxft/loop.py", "jaxft/optim", "jaxft/metrics.py", "jaxft/step.py", "jaxft/loss.py",
+        "jaxft/stopping.py", "jaxft/tasks.py", "jaxft/reporters.py",
     ),
     "Saving and resuming": ("jaxft/checkpoint.py", "jaxft/output.py"),
     "Evaluating": ("jaxft/evaluate.py",),

@@ -109,6 +109,24 @@ def test_a_signal_to_one_stops_both_after_the_same_step_and_one_process_goes_on(
 
 
 @pytest.mark.long
+def test_two_processes_evaluate_answer_and_keep_the_best_as_one_does(two, place, cache):
+    settings = {
+        "eval_dataset": place / "held.jsonl",
+        "eval_steps": 2,
+        "load_best_model_at_end": True,
+        "sample_prompts": 1,
+    }
+    settings |= {"greater_is_better": True, "eval_metric": "gsm8k", "eval_max_new_tokens": 3, "save_total_limit": 1}
+    alone, out = place / "best of one", place / "best of two"
+    assert train.main(arguments(place, output_dir=alone, per_device_train_batch_size=4, **settings)) == 0
+    first, second = two(output_dir=out, per_device_train_batch_size=2, **settings)
+    assert first[0] == second[0] == 0, first[1] + second[1]
+    assert "the best evaluation was after step 2" in first[1] and without_gloo(second[1]) == ""
+    assert Checkpoints(out / "checkpoints").steps() == Checkpoints(alone / "checkpoints").steps() == [2, 5]
+    assert (out / "samples.jsonl").read_text() == (alone / "samples.jsonl").read_text()
+
+
+@pytest.mark.long
 def test_a_process_that_dies_ends_the_other_with_an_error(two, place):
     out, began = place / "dead", time.monotonic()
     first, second = two([("loop.put_batch", 3, signal.SIGKILL, True)], output_dir=out, per_device_train_batch_size=2)

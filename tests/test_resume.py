@@ -123,6 +123,54 @@ def test_a_run_killed_at_a_bad_moment_goes_on_as_if_it_had_not_been(moment, proc
     assert_same_run(out, whole)
 
 
+# evaluations after 2, 4, 6, 8; the first is the best where more loss is better, and three others end the run after 8
+WATCHED = flags(
+    eval_steps=2, save_steps=3, save_total_limit=1, load_best_model_at_end=True, greater_is_better=True,
+    early_stopping_patience=3, sample_prompts=2, eval_metric="gsm8k", eval_max_new_tokens=3,
+)  # fmt: skip
+WATCHED_MOMENTS = {
+    "between the samples and the line of an evaluation": ("metrics.MetricsFile.write", 10, False),
+    "after the last save": ("checkpoint.Checkpoints.save", 4, True),
+}
+
+
+@pytest.fixture(scope="module")
+def watched(place, cache):
+    assert train.main(arguments(place, place / "watched", *WATCHED)) == 0
+    lines = lines_of(place / "watched")
+    assert [line["step"] for line in lines if "eval_loss" in line] == [0, 2, 4, 6, 8] and lines[-1]["step"] == 8
+    assert Checkpoints(place / "watched" / "checkpoints").steps() == [2, 8]
+    return place / "watched"
+
+
+@pytest.mark.parametrize(
+    "moment", [pytest.param(m, marks=[] if "last" in m else pytest.mark.long) for m in WATCHED_MOMENTS]
+)
+def test_best_checkpoint_early_stop_and_samples_are_those_of_the_run_that_was_not_killed(
+    moment, processes, place, watched
+):
+    out = place / f"watched {moment}"
+    function, call, after = WATCHED_MOMENTS[moment]
+    found, _ = processes(out, *WATCHED, act=[(function, call, signal.SIGKILL, after)])
+    assert found == -signal.SIGKILL
+    found, said = processes(out, *WATCHED, "--resume_from_checkpoint=auto")
+    assert found == 0 and "ended after step 8 of 12: 3 evaluations in a row without a better eval_loss" in said
+    assert "the best evaluation was after step 2: its checkpoint is the result" in said
+    assert timeless(out) == timeless(watched) and same_tensors(out / ADAPTER, watched / ADAPTER)
+    assert (out / "samples.jsonl").read_text() == (watched / "samples.jsonl").read_text()
+    checkpoints = Checkpoints(out / "checkpoints")
+    assert checkpoints.steps() == [2, 8]
+
+
+@pytest.mark.long
+def test_a_run_resumed_elsewhere_takes_the_best_checkpoint_with_it(place, cache, watched):
+    out = place / "watched elsewhere"
+    argv = arguments(place, out, *WATCHED, early_stopping_patience=4, resume_from_checkpoint=watched)
+    assert train.main(argv) == 0
+    assert Checkpoints(out / "checkpoints").steps() == [2, 10]
+    assert same_tensors(out / ADAPTER, watched / ADAPTER)
+
+
 @pytest.mark.long
 def test_a_run_killed_again_and_again_at_random_moments_ends_as_if_it_had_not_been(processes, place, whole):
     out, chance = place / "again", random.Random(0)

@@ -38,11 +38,11 @@ RUN += flags(weight_decay=0.1, save_steps=0, gradient_checkpointing="none")
 LORA = flags(lora_r=4, lora_alpha=8)
 STEP_KEYS = {
     "step", "epoch", "loss", "grad_norm", "learning_rate", "target_tokens", "tokens_per_second", "step_seconds",
-    "peak_memory_bytes",
+    "peak_memory_bytes", "mfu",
 }  # fmt: skip
 EVAL_KEYS = {"step", "epoch", "eval_loss", "eval_perplexity", "eval_target_tokens"}
 ALWAYS = {"README.md", "config.yaml", "metrics.jsonl", "checkpoints", "tokenizer.json", "tokenizer_config.json"}
-ALWAYS |= {"chat_template.jinja"}
+ALWAYS |= {"chat_template.jinja", "report.html"}
 
 
 @pytest.fixture(scope="module", autouse=True)
