@@ -26,6 +26,7 @@ from jaxft.errors import InputError, run_command
 from jaxft.load import EMBEDDED, find_directory
 from jaxft.lora import branches
 from jaxft.models import read_hf_config
+from jaxft.quant import dense
 from tests.tiny_models import CONFIGS, hf_config, nonzero_adapter, tiny_model
 from tests.tiny_runs import CHATML, V, make_tokenizer
 
@@ -246,16 +247,15 @@ def test_hf_writes_a_directory_that_is_the_file(tmp_path, capsys):
 
 def test_four_bit_models_are_sources_too(tmp_path):
     directory = tmp_path / "m"
-    model, params = load_model(write_model(tmp_path / "whole", "qwen3", hidden_size=64), quantization="nf4")
+    whole = write_model(tmp_path / "whole", "qwen3", num_hidden_layers=1)
+    model, params = load_model(whole, quantization="nf4")
     save_model(directory, model, params, dtype="bfloat16")
-    export(directory, tmp_path / "m.gguf", "f32")
-    there, back = load_model(directory)[1], load_model(tmp_path / "m.gguf")[1]
-    q = there["layers"]["0"]["self_attn"]["q_proj"]["weight"]
-    from jaxft.quant import dense
-
-    np.testing.assert_array_equal(
-        np.asarray(dense(q[1], np.float32)), back["layers"]["0"]["self_attn"]["q_proj"]["weight"][1]
-    )
+    assert "dequantised" in export(directory, tmp_path / "m.gguf", "f32")[0]
+    name = "model.layers.0.self_attn.v_proj.weight"
+    back = hf.open_model(find_directory(str(tmp_path / "m.gguf")))[name].get_tensor(name)
+    weight = params["layers"]["0"]["self_attn"]["v_proj"]["weight"][0]
+    np.testing.assert_array_equal(back, np.asarray(dense(weight, np.float32)))
+    assert 0 < np.abs(back - load_file(whole / "model.safetensors")[name]).max() < 0.2  # not the weights from before
 
 
 @pytest.mark.parametrize(

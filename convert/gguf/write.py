@@ -64,7 +64,12 @@ def write_files(
     column. Raises InputError for what GGUF or llama.cpp has no way to say; nothing is written then.
     """
     model = origin.model
+    if model.config.model_type not in ARCHITECTURES:
+        raise InputError(f"model_type {model.config.model_type!r} has no architecture of llama.cpp's here")
     kind = ARCHITECTURES[model.config.model_type]
+    if origin.source.stored:
+        say(f"{origin.directory} is quantised by bitsandbytes: its dequantised weights are written; those that it was "
+            "made from would lose less")  # fmt: skip
     for text in check_expressible(model):
         say(f"warning: {text}")
     keys, extra, said = config.describe(model)
