@@ -44,11 +44,13 @@ def test_blocks_are_bit_for_bit_those_of_the_gguf_package(name):
 @pytest.mark.parametrize("name", TYPES)
 def test_random_bytes_are_read_bit_for_bit_as_the_gguf_package_reads_them(name):
     kind = TYPES[name]
-    data = np.random.default_rng(4).integers(0, 256, (3, 256 // kind.block * kind.bytes), np.uint8)
-    with np.errstate(invalid="ignore", over="ignore"):
-        theirs, ours = gguf.dequantize(data, kind.gguf), dequantize(data, name, 256)
-    assert ours.dtype == np.float32 and ours.shape == (3, 256)
-    np.testing.assert_array_equal(ours.view(np.uint32), theirs.reshape(3, 256).view(np.uint32))
+    for count in (3, 5000):  # the larger is read in pieces
+        data = np.random.default_rng(4).integers(0, 256, (count, 1024 // kind.block * kind.bytes), np.uint8)
+        ours = dequantize(data, name, 1024)
+        with np.errstate(invalid="ignore", over="ignore"):
+            theirs = gguf.dequantize(data, kind.gguf).reshape(count, 1024)
+        assert ours.dtype == np.float32 and ours.shape == (count, 1024)
+        np.testing.assert_array_equal(ours.view(np.uint32), theirs.view(np.uint32))
 
 
 @pytest.mark.parametrize("weighted", [False, True], ids=["plain", "weighted"])

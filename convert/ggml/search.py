@@ -180,8 +180,3 @@ def farthest(x: jax.Array) -> jax.Array:
     for k in range(1, len(x)):
         best = jnp.where(jnp.abs(x[k : k + 1]) > jnp.abs(best), x[k : k + 1], best)
     return best
-
-
-def rounded_to(x: jax.Array, step: jax.Array, low: int, high: int) -> jax.Array:
-    """The whole numbers from low to high nearest to x / step; 0 where the step is."""
-    return jnp.clip(jnp.round(x * reciprocal_or_zero(step)), low, high)
