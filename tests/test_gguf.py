@@ -258,6 +258,25 @@ def test_four_bit_models_are_sources_too(tmp_path):
     assert 0 < np.abs(back - load_file(whole / "model.safetensors")[name]).max() < 0.2  # not the weights from before
 
 
+def test_an_importance_matrix_is_held_against_the_model(tmp_path):
+    origin = open_origin(str(write_model(tmp_path / "m", "llama2", num_hidden_layers=1)), None)
+    said: list[str] = []
+    weights = {"blk.0.ffn_up.weight": np.linspace(0, 9, 32, dtype=np.float32), "output.weight": np.ones(32, np.float32)}
+    for name, importance in (("plain", None), ("weighted", weights)):
+        write_files(origin, {"q4_0": tmp_path / f"{name}.gguf"}, None, said.append, importance)
+    assert any("nothing of 6 of 9 matrices" in text for text in said)
+
+    def data(file, tensor):
+        info = read_header(tmp_path / f"{file}.gguf").tensors[tensor]
+        return (tmp_path / f"{file}.gguf").read_bytes()[info.offset : info.offset + info.size]
+
+    assert data("plain", "blk.0.ffn_gate.weight") == data("weighted", "blk.0.ffn_gate.weight")
+    assert data("plain", "blk.0.ffn_up.weight") != data("weighted", "blk.0.ffn_up.weight")
+    for wrong in ({"blk.0.ffn_up.weight": np.ones(7, np.float32)}, {"blk.9.ffn_up.weight": np.ones(32, np.float32)}):
+        with pytest.raises(InputError, match="another model's"):
+            write_files(origin, {"q4_0": tmp_path / "x.gguf"}, None, said.append, wrong)
+
+
 @pytest.mark.parametrize(
     ("argv", "said"),
     [
