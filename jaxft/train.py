@@ -34,6 +34,7 @@ from jaxft.reporters import check_reporters
 from jaxft.samples import Sample, Samples, Selection
 from jaxft.settings import TrainSettings
 from jaxft.sharding import data_parallel_size
+from jaxft.stops import stop_token_ids
 from jaxft.streaming import StreamBatches
 from jaxft.tasks import find_metric, make_task
 from jaxft.usage import usage
@@ -337,7 +338,7 @@ def check_held_out(settings: TrainSettings, heldout: Sequence[Sample]) -> None:
         return
     for name in ("eval_metric", "load_best_model_at_end", "early_stopping_patience"):
         if getattr(settings, name):
-            raise InputError(f"--{name} needs held-out data; name them by --eval_dataset")
+            raise InputError(f"--{name} needs held-out data; name them by --eval_dataset or --eval_split")
     idle = [name for name in ("eval_steps", "sample_prompts") if getattr(settings, name)]
     idle += ["eval_strategy"] if settings.eval_strategy == "epoch" else []
     if idle:
