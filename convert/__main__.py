@@ -1,11 +1,12 @@
-"""`python -m jaxft.convert merge MODEL ADAPTER OUT`: model files out of model files."""
+"""`python -m jaxft.convert merge|gguf|hf …`: model files out of model files."""
 
 import argparse
 import json
 import sys
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
+from jaxft.convert.gguf.command import add_gguf_commands
 from jaxft.convert.merge import DTYPES, compare, merge
 from jaxft.errors import InputError, run_command
 
@@ -34,18 +35,25 @@ def main(argv: list[str] | None = None) -> int:
         help="false leaves out the comparison of logits, which holds the whole model in memory",
     )  # fmt: skip
     own.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    own.set_defaults(run=run_merge)
+    add_gguf_commands(commands)
     options = parser.parse_args(argv)
+    print(json.dumps(options.run(options)), flush=True)
+    return 0
+
+
+def say(text: str) -> None:
+    """Everything but the last line goes to stderr."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def run_merge(options: argparse.Namespace) -> dict[str, Any]:
     out = options.out.expanduser().resolve()
-
-    def say(text: str) -> None:
-        print(text, file=sys.stderr, flush=True)
-
     found = merge(options.model, options.adapter, out, options.dtype, say)
     say(f"{found['merged']} layers merged, {found['replaced']} weights replaced; written to {out}")
     if options.check == "true":
         found |= compare(options.model, options.adapter, out)
-    print(json.dumps(found), flush=True)
-    return 0
+    return found
 
 
 if __name__ == "__main__":

@@ -106,6 +106,10 @@ def open_model(
 
     older: (prefix, prefix of today). passed_over: prefixes. Raises InputError for a file that is not whole or missing.
     """
+    if (directory / "gguf.json").is_file():  # a GGUF file as `jaxft.convert.gguf.directory` stands it in
+        from jaxft.convert.gguf.directory import open_model as open_gguf
+
+        return open_gguf(directory, directory / "gguf.json")
     found: dict[str, Any] = {}
     skipped: dict[str, int] = {}
     for name, handle in open_weights(weight_files(directory)).items():

@@ -23,6 +23,7 @@ from jaxft.prompts import ANSWER_FIELDS, Asked, prompt_tokens, read_asked
 from jaxft.sampling import prompt_keys
 from jaxft.settings import GenerateSettings
 from jaxft.sharding import data_parallel_size
+from jaxft.stops import stop_token_ids
 
 WINDOW = 16  # batches whose prompts are sorted by length together and whose answers are then written
 
@@ -58,22 +59,6 @@ def cut_at_stop(
     count = bisect.bisect_left(range(len(tokens)), True, key=found)
     text = decode(tokens[:count])
     return text[: min(text.find(stop) for stop in stops if stop in text)], count
-
-
-def stop_token_ids(tokenizer: PreTrainedTokenizerBase, directory: Path) -> list[int]:
-    """Where generation ends: the tokenizer's EOS, generation_config.json's, and the chat template's end of turn."""
-    found = {tokenizer.eos_token_id}
-    path = directory / "generation_config.json"
-    if path.is_file():
-        listed = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
-        found.update(listed if isinstance(listed, list) else [listed])
-    if tokenizer.chat_template:
-        turns = [{"role": "user", "content": "0"}, {"role": "assistant", "content": "1"}]
-        text = str(tokenizer.apply_chat_template(turns, tokenize=False))
-        after = tokenizer.encode(text[text.rindex("1") + 1 :], add_special_tokens=False)
-        special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
-        found.update([token for token in after if token in special][:1])
-    return sorted(token for token in found if token is not None)
 
 
 def complete(

@@ -38,11 +38,17 @@ TOKENIZER_FILES = (
 def find_directory(name: str) -> Path:
     """The local directory of a model or adapter: itself where it exists or looks like a path, else the hub's copy.
 
+    Of a GGUF file: one made for this process, with the configuration and the tokenizer that the file describes.
+
     Raises InputError where a local name does not exist, or the hub does not have it or cannot be reached.
     """
     path = Path(name).expanduser()
     if path.is_dir():
         return path
+    if path.suffix == ".gguf" and path.is_file():
+        from jaxft.convert.gguf.directory import directory_of
+
+        return directory_of(path)
     if path.exists():
         raise InputError(f"{name} is a file; a model directory is needed")
     if name.startswith(("/", ".", "~")):

@@ -17,7 +17,6 @@ from jaxft.decode import generate
 from jaxft.errors import InputError, run_command
 from jaxft.evaluate import held_out_split, read_from
 from jaxft.files import find_files, load_rows, open_stream
-from jaxft.generate import stop_token_ids
 from jaxft.load import EMBEDDED, parameter_count
 from jaxft.loop import Run, run_training
 from jaxft.lora import padding
@@ -31,6 +30,7 @@ from jaxft.processes import gathered, is_first, joined, leave, meet, on_first
 from jaxft.samples import Sample, Samples, Selection
 from jaxft.settings import TrainSettings
 from jaxft.sharding import data_parallel_size
+from jaxft.stops import stop_token_ids
 from jaxft.streaming import StreamBatches
 from jaxft.trees import Tree
 

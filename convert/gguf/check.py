@@ -1,0 +1,132 @@
+"""What an export prints at its end: whether the file gives the source's tokens, and how far its logits are from it."""
+
+import json
+import math
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from jaxft.convert.gguf.directory import directory_of, read_vocabulary
+from jaxft.convert.gguf.read import read_header
+from jaxft.convert.gguf.tokenizer_in import write_tokenizer
+from jaxft.convert.gguf.vocabulary import Vocabulary
+from jaxft.errors import InputError, RunError
+from jaxft.load import base_changes, load_adapter, load_model
+from jaxft.models import Model
+from jaxft.trees import Tree
+
+TEXTS = (
+    "The quick brown fox jumps over the lazy dog.",
+    "A train leaves at 9:40 and arrives at 12:15. How long did it take? 2 hours and 35 minutes.",
+    "火车九点四十分出发，十二点十五分到达。走了多久？",
+    "I've been told he's there, you'LL see; it isn't   far\tfrom here.\n\n\nTwo  spaces, then a line's end. \n",
+    "1 12 123 1234 12345 3.14159 -7e10 0xFF ½ ² ٣ 四",
+    "def f(x):\n    return [x**2 for x in range(10) if x % 3 == 0]  # squares\n",
+    "Äpfel, naïve café, смех, γειά σου, नमस्ते, สวัสดี, 안녕하세요, こんにちは",
+    "🚀 (normal) 😶\u200d🌫️ (several joined) ✅ 👩‍👩‍👧",
+    "e\u0301 is not \u00e9 before it is normalised",
+    "!!!???...---===(({[<|>]}))``''\"\"//\\\\ @#$%^&*_+~",
+    " leading and trailing ",
+    "",
+    " ",
+    "\n",
+    "https://example.org/a_b-c?d=1&e=%20#f",
+)
+LONG = 512  # tokens of the text that logits are compared on
+FLOAT32_BYTES = 8 << 30  # up to which models are compared in float32
+
+
+def tokenizer_of(vocabulary: Vocabulary) -> PreTrainedTokenizerBase:
+    """The tokenizer that a vocabulary describes."""
+    with tempfile.TemporaryDirectory() as place:
+        write_tokenizer(vocabulary, Path(place))
+        return AutoTokenizer.from_pretrained(place, local_files_only=True)
+
+
+def probes(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
+    """`TEXTS`, and conversations as the tokenizer's own template writes them."""
+    if not tokenizer.chat_template:
+        return TEXTS
+    turns = [{"role": "user", "content": text} for text in TEXTS[:3]]
+    answer = [{"role": "assistant", "content": "Yes: 2 + 2 = 4."}]
+    rendered = [tokenizer.apply_chat_template([turn, *answer], tokenize=False) for turn in turns]
+    return (*TEXTS, *map(str, rendered))
+
+
+def differing(source: PreTrainedTokenizerBase, found: PreTrainedTokenizerBase) -> list[str]:
+    """The texts of `probes` of which the two make other tokens, with or without those around a text."""
+    return [
+        text
+        for text in probes(source)
+        if any(source.encode(text, add_special_tokens=s) != found.encode(text, add_special_tokens=s) for s in (False, True))
+    ]
+
+
+def check_vocabulary(tokenizer: PreTrainedTokenizerBase, vocabulary: Vocabulary) -> None:
+    """Raises InputError where what GGUF can say of a tokenizer gives other tokens than it."""
+    if wrong := differing(tokenizer, tokenizer_of(vocabulary)):
+        raise InputError(
+            f"GGUF cannot say what this tokenizer does: {len(wrong)} of {len(probes(tokenizer))} texts would have other "
+            f"tokens, e.g. {json.dumps(wrong[0], ensure_ascii=False)}; no file was written"
+        )
+
+
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase, file: Path) -> dict[str, int]:
+    """How many texts were tokenised by the source and by the file read back, and of how many the tokens differ."""
+    wrong = differing(tokenizer, tokenizer_of(read_vocabulary(read_header(file))))
+    return {"texts": len(probes(tokenizer)), "texts_that_differ": len(wrong)}
+
+
+def sample_tokens(tokenizer: PreTrainedTokenizerBase | None, vocabulary: int, positions: int) -> list[int]:
+    """The tokens of `TEXTS`, as many as are compared; without a tokenizer numbers that go through the vocabulary."""
+    if tokenizer is None:
+        return [token * 7919 % vocabulary for token in range(min(64, positions))]
+    return tokenizer.encode("\n".join(TEXTS))[: min(LONG, positions)]
+
+
+def source_logits(model: str, adapter: str | None, tokens: list[int]) -> np.ndarray:
+    """The log-probabilities (T, V) float32 of a model, with an adapter on it or none."""
+    changes = None if adapter is None else base_changes(adapter)
+    described, params = load_model(model, dtype=jnp.float32, changes=changes)
+    trees: tuple[Tree, ...] = (params,)
+    if adapter is not None:
+        described, *found, _ = load_adapter(adapter, described, params)
+        trees = tuple(found)
+    return _log_probabilities(described, trees, tokens)
+
+
+def _log_probabilities(model: Model, trees: tuple[Tree, ...], tokens: list[int]) -> np.ndarray:
+    @jax.jit
+    def run(trees: tuple[Tree, ...], tokens: jax.Array) -> jax.Array:
+        decoder = model.bind(*trees)
+        positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
+        hidden = decoder(tokens, jnp.ones_like(tokens), positions, dtype=jnp.dtype("float32"))
+        return jax.nn.log_softmax(decoder.logits(hidden), axis=-1)
+
+    return np.asarray(run(trees, jnp.asarray([tokens], jnp.int32)))[0]
+
+
+def check_weights(expected: np.ndarray, file: Path, tokens: list[int]) -> dict[str, float]:
+    """Mean and largest KL divergence (nats a token) of the file, read back, from the source, and top-1 agreement."""
+    model, params = load_model(directory_of(file), dtype=jnp.float32)
+    found = _log_probabilities(model, (params,), tokens)
+    if not (np.isfinite(expected).all() and np.isfinite(found).all()):
+        raise RunError(f"{file} is written, but its logits or those of its source are not finite")
+    exact = expected.astype(np.float64)
+    divergence = np.maximum(np.sum(np.exp(exact) * (exact - found), axis=-1), 0.0)
+    same = np.argmax(expected, axis=-1) == np.argmax(found, axis=-1)
+    return {
+        "kl_divergence": _short(divergence.mean()),
+        "largest_kl_divergence": _short(divergence.max()),
+        "same_top_token": _short(same.mean()),
+        "tokens": len(tokens),
+    }
+
+
+def _short(value: Any) -> float:
+    return float(f"{value:.4g}") if math.isfinite(value) else float(value)
