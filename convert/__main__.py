@@ -1,4 +1,4 @@
-"""`python -m jaxft.convert merge|gguf|hf …`: model files out of model files."""
+"""`python -m jaxft.convert merge|gguf|hf|imatrix …`: model files out of model files."""
 
 import argparse
 import json
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from jaxft.convert.gguf.command import add_gguf_commands
+from jaxft.convert.imatrix import add_imatrix_command
 from jaxft.convert.merge import DTYPES, compare, merge
 from jaxft.errors import InputError, run_command
 
@@ -37,7 +38,11 @@ def main(argv: list[str] | None = None) -> int:
     own.add_argument("--debug", action="store_true", help="show the traceback of an error")
     own.set_defaults(run=run_merge)
     add_gguf_commands(commands)
-    options = parser.parse_args(argv)
+    add_imatrix_command(commands)
+    options, flags = parser.parse_known_args(argv)
+    if flags and options.command != "imatrix":  # whose further flags are those of another command
+        parser.error(f"unrecognized arguments: {' '.join(flags)}")
+    options.flags = flags
     print(json.dumps(options.run(options)), flush=True)
     return 0
 

@@ -1,6 +1,6 @@
 """What the linear layers of a model read on calibration data: mean squares of their input columns, and sample rows."""
 
-from collections.abc import Collection
+from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -14,7 +14,7 @@ from jaxft.errors import RunError
 from jaxft.lora import linear_modules, linear_places
 from jaxft.models import Model
 from jaxft.models.layers import Context, LayerData, Linear, Seen
-from jaxft.packing import Batch, permutation
+from jaxft.packing import Batch, Batches, permutation
 from jaxft.sharding import constrain, put_batch
 from jaxft.trees import Tree
 
@@ -39,7 +39,7 @@ class Activations(NamedTuple):
 def collect_activations(
     model: Model,
     trees: tuple[Tree, ...],
-    batches: Collection[Batch],
+    batches: Batches | Sequence[Batch],
     *,
     rows: int = 0,
     seed: int = 0,
@@ -118,7 +118,7 @@ def _watch(
     return x, {tuple(paths): inputs[paths[0]] for paths in alike.values()}
 
 
-def _draw(batches: Collection[Batch], rows: int, seed: int) -> tuple[list[list[np.ndarray]], int]:
+def _draw(batches: Batches | Sequence[Batch], rows: int, seed: int) -> tuple[list[list[np.ndarray]], int]:
     """For each micro-batch of each batch which tokens to keep, (n, 2) row and column, and how many tokens there are."""
     real = [[np.argwhere(micro != 0) for micro in batch["segment_ids"]] for batch in batches]
     total = sum(len(places) for batch in real for places in batch)
