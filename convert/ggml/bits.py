@@ -36,3 +36,8 @@ def _runs(codes: jax.Array, parts: int, run: int) -> list[jax.Array]:
 def as_bytes(whole: jax.Array) -> jax.Array:
     """Signed 8-bit numbers, given as float32 or int32, as bytes."""
     return jax.lax.bitcast_convert_type(whole.astype(jnp.int8), jnp.uint8)
+
+
+def in_rows(parts: list[jax.Array]) -> jax.Array:
+    """The parts of a block, (bytes, G) each, one after the other: (G, bytes)."""
+    return jnp.concatenate(parts).T

@@ -4,54 +4,81 @@ Bit for bit what the gguf package (0.19) and ggml's reference write. With an imp
 instead (`search`), as llama.cpp does; q8_0 takes no notice of it.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
-from jaxft.convert.ggml.bits import as_bytes, nibbles, single_bits
+from jaxft.convert.ggml.bits import as_bytes, in_rows, nibbles, single_bits
 from jaxft.convert.ggml.exact import divided, half, reciprocal, rounded
+from jaxft.convert.ggml.search import farthest
 
-Parts = list[jax.Array]  # (bytes, G) uint8 each, in the order of the block
 
-
-def q8_0(x: jax.Array, zero: jax.Array) -> Parts:
+def q8_0(x: jax.Array, zero: jax.Array) -> jax.Array:
     """x (32, G) float32 as round(x · 127 / max|x|), halves away from zero."""
-    scale = divided(jnp.max(jnp.abs(x), axis=0), 127)
-    product = rounded(x * reciprocal(scale), zero)
+    scale = _over_127(x)
+    return _q8_0_bytes(x, scale, reciprocals(scale), zero)
+
+
+def symmetric(x: jax.Array, zero: jax.Array, *, bits: int) -> jax.Array:
+    """q4_0 and q5_0: the value farthest from zero becomes code 0, which stands for −2^(bits−1) scales."""
+    scale = _farthest_over(x, bits)
+    return _symmetric_bytes(x, scale, reciprocals(scale), zero, bits)
+
+
+def offset(x: jax.Array, zero: jax.Array, *, bits: int) -> jax.Array:
+    """q4_1 and q5_1: code 0 stands for the smallest value, the largest code for the largest."""
+    low, scale = _low_and_scale(x, bits)
+    return _offset_bytes(x, low, scale, reciprocals(scale), zero, bits)
+
+
+reciprocals = jax.jit(reciprocal)
+
+
+@jax.jit
+def _over_127(x: jax.Array) -> jax.Array:
+    return divided(jnp.max(jnp.abs(x), axis=0), 127)
+
+
+@functools.partial(jax.jit, static_argnames="bits")
+def _farthest_over(x: jax.Array, bits: int) -> jax.Array:
+    return farthest(x)[0] / -(2 ** (bits - 1))
+
+
+@functools.partial(jax.jit, static_argnames="bits")
+def _low_and_scale(x: jax.Array, bits: int) -> tuple[jax.Array, jax.Array]:
+    low = jnp.min(x, axis=0)
+    return low, divided(jnp.max(x, axis=0) - low, 2**bits - 1)
+
+
+@jax.jit
+def _q8_0_bytes(x: jax.Array, scale: jax.Array, inverse: jax.Array, zero: jax.Array) -> jax.Array:
+    product = rounded(x * inverse[None], zero)
     size = jnp.abs(product)
     whole = jnp.floor(size)
     whole = whole + jnp.floor(2 * (size - whole))
-    return [half(scale, zero)[0], as_bytes(jnp.sign(product) * whole)]
+    return in_rows([half(scale, zero)[0], as_bytes(jnp.sign(product) * whole)])
 
 
-def symmetric(x: jax.Array, zero: jax.Array, *, bits: int) -> Parts:
-    """q4_0 and q5_0: the value farthest from zero becomes code 0, which stands for −2^(bits−1) scales."""
-    middle = 2 ** (bits - 1)
-    scale = farthest(x) * jnp.float32(-1 / middle)
-    codes = _codes(rounded(x * reciprocal(scale), zero) + jnp.float32(middle + 0.5), bits)
-    return [half(scale, zero)[0], *_packed(codes, bits)]
+@functools.partial(jax.jit, static_argnames="bits")
+def _symmetric_bytes(x: jax.Array, scale: jax.Array, inverse: jax.Array, zero: jax.Array, bits: int) -> jax.Array:
+    codes = _codes(rounded(x * inverse[None], zero) + jnp.float32(2 ** (bits - 1) + 0.5), bits)
+    return in_rows([half(scale, zero)[0], *_packed(codes, bits)])
 
 
-def offset(x: jax.Array, zero: jax.Array, *, bits: int) -> Parts:
-    """q4_1 and q5_1: code 0 stands for the smallest value, the largest code for the largest."""
-    low = jnp.min(x, axis=0)
-    scale = divided(jnp.max(x, axis=0) - low, 2**bits - 1)
-    codes = _codes(rounded((x - low) * reciprocal(scale), zero) + jnp.float32(0.5), bits)
-    return [half(scale, zero)[0], half(low, zero)[0], *_packed(codes, bits)]
-
-
-def farthest(x: jax.Array) -> jax.Array:
-    """Of (n, G) the value with the largest |x| of each column, the first of equals, with its sign."""
-    best = x[0]
-    for row in x[1:]:
-        best = jnp.where(jnp.abs(row) > jnp.abs(best), row, best)
-    return best
+@functools.partial(jax.jit, static_argnames="bits")
+def _offset_bytes(
+    x: jax.Array, low: jax.Array, scale: jax.Array, inverse: jax.Array, zero: jax.Array, bits: int
+) -> jax.Array:
+    codes = _codes(rounded((x - low[None]) * inverse[None], zero) + jnp.float32(0.5), bits)
+    return in_rows([half(scale, zero)[0], half(low, zero)[0], *_packed(codes, bits)])
 
 
 def _codes(shifted: jax.Array, bits: int) -> jax.Array:
     return jnp.clip(jnp.floor(shifted), 0, 2**bits - 1).astype(jnp.uint8)
 
 
-def _packed(codes: jax.Array, bits: int) -> Parts:
+def _packed(codes: jax.Array, bits: int) -> list[jax.Array]:
     if bits == 4:
         return [nibbles(codes, 16)]
     return [single_bits(codes >> 4, 1), nibbles(codes & 15, 16)]

@@ -11,18 +11,25 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from jaxft.convert.ggml import legacy
+from jaxft.convert.ggml import iq4, k_quants, legacy
 from jaxft.convert.ggml.types import TYPES, GgmlType
 from jaxft.errors import InputError
 
-QUANTIZERS: dict[str, Callable[..., list[jax.Array]]] = {
+QUANTIZERS: dict[str, Callable[..., jax.Array]] = {
     "q8_0": legacy.q8_0,
     "q4_0": functools.partial(legacy.symmetric, bits=4),
     "q5_0": functools.partial(legacy.symmetric, bits=5),
     "q4_1": functools.partial(legacy.offset, bits=4),
     "q5_1": functools.partial(legacy.offset, bits=5),
+    "q2_k": k_quants.q2_k,
+    "q3_k": k_quants.q3_k,
+    "q4_k": k_quants.q4_k,
+    "q5_k": k_quants.q5_k,
+    "q6_k": k_quants.q6_k,
+    "iq4_nl": iq4.iq4_nl,
+    "iq4_xs": iq4.iq4_xs,
 }
-WEIGHTED: dict[str, Callable[..., list[jax.Array]]] = {}
+WEIGHTED: dict[str, Callable[..., jax.Array]] = {}
 PIECES = (2**14, 2**18, 2**22, 2**25)  # values in a piece: few sizes, so that few programs are compiled
 LARGEST = {"cpu": 2**18}  # what stays in a CPU's cache; elsewhere the largest of all
 
@@ -98,8 +105,8 @@ def _quantized(
 ) -> tuple[jax.Array, jax.Array]:
     columns, largest = _columns(piece)
     if weights is None:
-        return _program(columns, zero, name), largest
-    return _weighted(columns, zero, weights, _row_energy(columns, *shape), name), largest
+        return QUANTIZERS[name](columns, zero), largest
+    return QUANTIZERS[name](columns, zero, weights), largest
 
 
 @jax.jit
@@ -115,16 +122,6 @@ def _row_energy(columns: jax.Array, rows: int, blocks: int) -> jax.Array:
     squares = jnp.mean(columns * columns, axis=0)
     means = jnp.mean(squares[: rows * blocks].reshape(rows, blocks), axis=1)
     return jnp.pad(jnp.repeat(means, blocks), (0, columns.shape[1] - rows * blocks))
-
-
-@functools.partial(jax.jit, static_argnums=2)
-def _program(columns: jax.Array, zero: jax.Array, name: str) -> jax.Array:
-    return jnp.concatenate(QUANTIZERS[name](columns, zero)).T
-
-
-@functools.partial(jax.jit, static_argnums=4)
-def _weighted(columns: jax.Array, zero: jax.Array, weights: jax.Array, energy: jax.Array, name: str) -> jax.Array:
-    return jnp.concatenate(WEIGHTED[name](columns, zero, weights, energy)).T
 
 
 def _fetch(out: np.ndarray, step: int, kind: GgmlType, first: int, blocks: jax.Array, largest: jax.Array) -> None:

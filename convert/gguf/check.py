@@ -25,7 +25,7 @@ TEXTS = (
     "A train leaves at 9:40 and arrives at 12:15. How long did it take? 2 hours and 35 minutes.",
     "火车九点四十分出发，十二点十五分到达。走了多久？",
     "I've been told he's there, you'LL see; it isn't   far\tfrom here.\n\n\nTwo  spaces, then a line's end. \n",
-    "1 12 123 1234 12345 3.14159 -7e10 0xFF ½ ² ٣ 四",
+    "1 12 123 1234 12345 3.14159 -7e10 0xFF ½ ² ٣ 四 110 115 365 2024 15838 1000003",
     "def f(x):\n    return [x**2 for x in range(10) if x % 3 == 0]  # squares\n",
     "Äpfel, naïve café, смех, γειά σου, नमस्ते, สวัสดี, 안녕하세요, こんにちは",
     "🚀 (normal) 😶\u200d🌫️ (several joined) ✅ 👩‍👩‍👧",

@@ -103,6 +103,8 @@ def _byte_level(description: dict[str, Any], common: dict[str, Any], pre: str | 
         if core.get(name):
             raise InputError(f"the tokenizer's BPE has {name} = {core[name]!r}, which GGUF cannot say")
     known = pretokenizers.recognise(description["pre_tokenizer"], bool(core.get("ignore_merges")))
+    if known is None and not core["merges"] and not core.get("ignore_merges"):
+        known = "gpt-2"  # what is never merged may be cut anywhere
     if known is None and pre is None:
         cut = pretokenizers.splits_of(description["pre_tokenizer"]) or description["pre_tokenizer"]
         raise InputError(

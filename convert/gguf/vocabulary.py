@@ -17,6 +17,7 @@ IDS = {
     "bos": "bos_token_id", "eos": "eos_token_id", "eot": "eot_token_id", "eom": "eom_token_id",
     "unk": "unknown_token_id", "pad": "padding_token_id",
 }  # fmt: skip
+NO_MERGES = [" "]  # llama.cpp needs the key, and the gguf package writes no empty list
 TEMPLATE, TEMPLATES = "tokenizer.chat_template", "tokenizer.chat_templates"
 
 
@@ -60,7 +61,7 @@ class Vocabulary:
         if self.scores is not None:
             keys[f"{PREFIX}scores"] = self.scores
         if self.merges is not None:
-            keys[f"{PREFIX}merges"] = self.merges
+            keys[f"{PREFIX}merges"] = self.merges or NO_MERGES
         keys |= {PREFIX + IDS[name]: number for name, number in self.ids.items()}
         if self.model == BPE:
             keys[f"{OWN}nfc"] = self.nfc
@@ -107,7 +108,7 @@ def from_metadata(metadata: dict[str, Any], default_nfc: tuple[str, ...] = ()) -
     charsmap = get("precompiled_charsmap", None)
     return Vocabulary(
         model, pre, tokens, [int(one) for one in types], scores,
-        merges if model == BPE else None, ids,
+        (merges if merges != NO_MERGES else []) if model == BPE else None, ids,
         add_bos=_flag(get("add_bos_token", model == SPM or pre in BOS_BY_PRE)),
         add_eos=_flag(get("add_eos_token", model == UNIGRAM)),
         space_prefix=_flag(get("add_space_prefix", model != BPE)),

@@ -76,7 +76,7 @@ def write_files(
     names = _stored_names(origin.source)
     vectors = {name: _vector(origin, name) for name, shape in origin.source.names().items() if len(shape) == 1}
     keys |= {RESIDUALS + names[name]: residual for name, (_, residual) in vectors.items() if residual is not None}
-    writers = {quant: _Writer(path, kind.name, quant, origin, keys) for quant, path in files.items()}
+    writers = {quant: _Writer(path, kind.name, quant, origin, keys, importance is not None) for quant, path in files.items()}
     try:
         for writer in writers.values():
             writer.begin(names, extra)
@@ -161,8 +161,10 @@ def _starts(shape: tuple[int, ...], order: tuple[int, int] | None) -> range:
 class _Writer:
     """One file being written under a temporary name."""
 
-    def __init__(self, path: Path, architecture: str, quant: str, origin: Origin, keys: dict[str, Any]):
-        self.path, self.quant, self.origin = path, quant, origin
+    def __init__(
+        self, path: Path, architecture: str, quant: str, origin: Origin, keys: dict[str, Any], importance: bool
+    ):
+        self.path, self.quant, self.origin, self.importance = path, quant, origin, importance
         self.temporary = path.with_name(f".{path.name}.partial")
         self.types: dict[str, str] = {}
         self.writer = gguf.GGUFWriter(self.temporary, architecture)
@@ -176,9 +178,12 @@ class _Writer:
         """Writes all that stands before the data."""
         for name, array in extra.items():
             self._add(name, array.shape, "f32")
-        shapes, layers = self.origin.source.names(), self.origin.model.config.num_layers
+        c, shapes = self.origin.model.config, self.origin.source.names()
         for name, stored in names.items():
-            self.types[name] = tensor_type(self.quant, stored, shapes[name], layers=layers)
+            self.types[name] = tensor_type(
+                self.quant, stored, shapes[name], layers=c.num_layers, group=c.num_heads // c.num_kv_heads,
+                tied=c.tie_word_embeddings, importance=self.importance, architecture=self.writer.arch,
+            )  # fmt: skip
             self._add(stored, shapes[name], self.types[name])
         self.writer.write_header_to_file()
         self.writer.write_kv_data_to_file()
@@ -229,7 +234,7 @@ def add_keys(writer: gguf.GGUFWriter, keys: dict[str, Any]) -> None:
             sub = kinds.UINT8 if value.dtype == np.uint8 else kinds.FLOAT32
             writer.add_key_value(key, value.tolist(), kinds.ARRAY, sub)
         else:
-            writer.add_array(key, value)
+            writer.add_key_value(key, value, kinds.ARRAY, kinds.get_type(value[0]))
 
 
 def _sampling(directory: Path) -> dict[str, Any]:

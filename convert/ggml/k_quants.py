@@ -1,0 +1,149 @@
+"""q2_k to q6_k: super-blocks of 256 values, in sub-blocks of 16 or 32 whose scales are whole numbers themselves.
+
+Which errors count how much follows llama.cpp: without an importance matrix large values weigh more, by a rule of each
+type; with one, a column's importance times √(mean of squares + x²). Arrays are (sub-blocks, values, G).
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxft.convert.ggml.bits import as_bytes, in_rows, nibbles, pairs, single_bits
+from jaxft.convert.ggml.exact import half
+from jaxft.convert.ggml.search import affine, farthest, rounded_to, scaled, whole
+
+Importance = jax.Array | None
+FINE = tuple(0.05 * k - 0.9 for k in range(37))  # tries where an importance matrix is given
+NINE = [0.1 * k for k in range(-9, 10)]
+
+
+class Affine(NamedTuple):
+    """A type with offsets, values s q − m: how many bits q and the scales have, how long a sub-block is, the tries."""
+
+    bits: int
+    scale_bits: int
+    run: int
+    tries: tuple[float, ...]
+
+
+Q2_K = Affine(2, 4, 16, tuple(0.1 * k - 0.5 for k in range(16)))
+Q4_K = Affine(4, 6, 32, tuple(0.1 * k - 1.0 for k in range(21)))
+Q5_K = Affine(5, 6, 32, tuple(0.1 * k - 0.5 for k in range(16)))
+
+
+def q2_k(x: jax.Array, zero: jax.Array, importance: Importance = None) -> jax.Array:
+    return _affine(Q2_K, x, zero, importance)
+
+
+def q4_k(x: jax.Array, zero: jax.Array, importance: Importance = None) -> jax.Array:
+    return _affine(Q4_K, x, zero, importance)
+
+
+def q5_k(x: jax.Array, zero: jax.Array, importance: Importance = None) -> jax.Array:
+    return _affine(Q5_K, x, zero, importance)
+
+
+def q3_k(x: jax.Array, zero: jax.Array, importance: Importance = None) -> jax.Array:
+    x, w = _parted(x, importance, run=16, rule="squares")
+    scales = scaled(x, w, ratios=tuple(-4 - t for t in NINE), grid=whole(-4, 3))
+    step = None
+    if importance is not None:
+        step = scaled(scales, _sums(w), ratios=tuple(-32 - t for t in NINE), grid=whole(-32, 31))
+    return _q3_k_bytes(x, scales, step, zero)
+
+
+def q6_k(x: jax.Array, zero: jax.Array, importance: Importance = None) -> jax.Array:
+    x, w = _parted(x, importance, run=16, rule="squares or importance")
+    return _q6_k_bytes(x, scaled(x, w, ratios=tuple(-32 - t for t in NINE), grid=whole(-32, 31)), zero)
+
+
+def _affine(kind: Affine, x: jax.Array, zero: jax.Array, importance: Importance) -> jax.Array:
+    levels, top = 2**kind.bits - 1, 2**kind.scale_bits - 1
+    x, w = _parted(x, importance, run=kind.run, rule="sizes" if kind.bits == 2 else "sizes and their mean")
+    if importance is None:
+        scales, minima = affine(x, w, levels=levels, tries=kind.tries, absolute=kind.bits == 2)
+        return _affine_bytes(x, scales, minima, None, zero, kind)
+    scales, minima = affine(x, w, levels=levels, tries=FINE)
+    ratios, sums = tuple(top + t for t in NINE), _sums(w)
+    steps = tuple(scaled(part, sums, ratios=ratios, grid=whole(0, top)) for part in (scales, minima))
+    return _affine_bytes(x, scales, minima, steps, zero, kind)
+
+
+@functools.partial(jax.jit, static_argnames=("run", "rule"))
+def _parted(x: jax.Array, importance: Importance, *, run: int, rule: str) -> tuple[jax.Array, jax.Array]:
+    """Super-blocks (256, G) as sub-blocks (256 / run, run, G), and what the error of each value weighs."""
+    x = x.reshape(256 // run, run, -1)
+    if importance is not None:
+        importance = importance.reshape(x.shape)
+        if rule == "squares or importance":
+            return x, importance
+        mean = jnp.mean(x * x, axis=(0, 1), keepdims=True)
+        return x, importance * jnp.sqrt((1 if rule == "sizes" else 2) * mean + x * x)
+    if rule == "sizes":
+        return x, jnp.abs(x)
+    if rule == "sizes and their mean":
+        return x, jnp.abs(x) + jnp.sqrt(jnp.mean(x * x, axis=1, keepdims=True))
+    return x, x * x
+
+
+@jax.jit
+def _sums(w: jax.Array) -> jax.Array:
+    return jnp.sum(w, axis=1)
+
+
+@functools.partial(jax.jit, static_argnames="kind")
+def _affine_bytes(
+    x: jax.Array,
+    scales: jax.Array,
+    minima: jax.Array,
+    steps: tuple[jax.Array, ...] | None,
+    zero: jax.Array,
+    kind: Affine,
+) -> jax.Array:
+    """steps: what the whole numbers of scales and minima are multiplied by; None: as large as the largest needs."""
+    top = 2**kind.scale_bits - 1
+    d, dmin = (jnp.max(part, axis=0) / top for part in (scales, minima)) if steps is None else steps
+    d_bytes, d = half(d[None], zero)
+    dmin_bytes, dmin = half(dmin[None], zero)
+    scales, minima = rounded_to(scales, d, 0, top), rounded_to(minima, dmin, 0, top)
+    codes = _codes(rounded_to(x + (dmin * minima)[:, None], (d * scales)[:, None], 0, 2**kind.bits - 1))
+    scales, minima = scales.astype(jnp.uint8), minima.astype(jnp.uint8)
+    if kind.bits == 2:
+        return in_rows([scales | (minima << 4), pairs(codes), d_bytes, dmin_bytes])
+    high = [single_bits(codes >> 4, 32)] if kind.bits == 5 else []
+    return in_rows([d_bytes, dmin_bytes, _six_bits(scales, minima), *high, nibbles(codes & 15, 32)])
+
+
+@jax.jit
+def _q3_k_bytes(x: jax.Array, scales: jax.Array, step: jax.Array | None, zero: jax.Array) -> jax.Array:
+    d_bytes, d = half(farthest(scales) / -32 if step is None else step[None], zero)
+    held = rounded_to(scales, d, -32, 31)
+    codes = _codes(rounded_to(x, (d * held)[:, None], -4, 3) + 4)
+    kept = (held + 32).astype(jnp.uint8)
+    high = kept >> 4
+    high = high[0:4] | (high[4:8] << 2) | (high[8:12] << 4) | (high[12:16] << 6)
+    low = (kept[:8] & 15) | ((kept[8:] & 15) << 4)
+    return in_rows([single_bits(codes >> 2, 32), pairs(codes & 3), low, high, d_bytes])
+
+
+@jax.jit
+def _q6_k_bytes(x: jax.Array, scales: jax.Array, zero: jax.Array) -> jax.Array:
+    d_bytes, d = half(farthest(scales) / -128, zero)
+    held = rounded_to(scales, d, -128, 127)
+    codes = _codes(rounded_to(x, (d * held)[:, None], -32, 31) + 32)
+    return in_rows([nibbles(codes & 15, 64), pairs(codes >> 4), as_bytes(held), d_bytes])
+
+
+def _codes(whole: jax.Array) -> jax.Array:
+    return whole.astype(jnp.uint8).reshape(256, -1)
+
+
+def _six_bits(scales: jax.Array, minima: jax.Array) -> jax.Array:
+    """Eight scales and eight minima of six bits in twelve bytes."""
+    return jnp.concatenate([
+        scales[:4] | ((scales[4:] >> 4) << 6),
+        minima[:4] | ((minima[4:] >> 4) << 6),
+        (scales[4:] & 15) | ((minima[4:] & 15) << 4),
+    ])  # fmt: skip
