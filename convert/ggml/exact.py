@@ -31,7 +31,7 @@ def divided(x: jax.Array, by: int) -> jax.Array:
 
 
 def half(x: jax.Array, zero: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """(G,) or (1, G) float32 rounded to float16: its two bytes, low one first, (2, G) uint8, and its value in float32."""
+    """(G,) or (1, G) float32 rounded to float16: its bytes, low one first, (2, G) uint8, and its value in float32."""
     bits = jax.lax.bitcast_convert_type(x.astype(jnp.float16), jnp.uint16) ^ zero.astype(jnp.uint16)
     value = jax.lax.bitcast_convert_type(bits, jnp.float16).astype(jnp.float32)
     return jnp.stack([(bits & 255).astype(jnp.uint8), (bits >> 8).astype(jnp.uint8)]).reshape(2, -1), value

@@ -12,10 +12,9 @@ import jax.numpy as jnp
 
 from jaxft.convert.ggml.bits import as_bytes, in_rows, nibbles, pairs, single_bits
 from jaxft.convert.ggml.exact import half
-from jaxft.convert.ggml.search import affine, farthest, rounded_to, scaled, whole
+from jaxft.convert.ggml.search import FINE, affine, farthest, rounded_to, scaled, whole
 
 Importance = jax.Array | None
-FINE = tuple(0.05 * k - 0.9 for k in range(37))  # tries where an importance matrix is given
 NINE = [0.1 * k for k in range(-9, 10)]
 
 
@@ -46,7 +45,7 @@ def q5_k(x: jax.Array, zero: jax.Array, importance: Importance = None) -> jax.Ar
 
 
 def q3_k(x: jax.Array, zero: jax.Array, importance: Importance = None) -> jax.Array:
-    x, w = _parted(x, importance, run=16, rule="squares")
+    x, w = _parted(x, importance, run=16, rule="squares and half their mean")
     scales = scaled(x, w, ratios=tuple(-4 - t for t in NINE), grid=whole(-4, 3))
     step = None
     if importance is not None:
@@ -85,6 +84,8 @@ def _parted(x: jax.Array, importance: Importance, *, run: int, rule: str) -> tup
         return x, jnp.abs(x)
     if rule == "sizes and their mean":
         return x, jnp.abs(x) + jnp.sqrt(jnp.mean(x * x, axis=1, keepdims=True))
+    if rule == "squares and half their mean":
+        return x, x * x + 0.5 * jnp.mean(x * x, axis=1, keepdims=True)
     return x, x * x
 
 
@@ -101,7 +102,7 @@ def _affine_bytes(
     steps: tuple[jax.Array, ...] | None,
     zero: jax.Array,
     kind: Affine,
-) -> jax.Array:
+) -> jax.Array:  # fmt: skip
     """steps: what the whole numbers of scales and minima are multiplied by; None: as large as the largest needs."""
     top = 2**kind.scale_bits - 1
     d, dmin = (jnp.max(part, axis=0) / top for part in (scales, minima)) if steps is None else steps

@@ -11,23 +11,30 @@ import jax.numpy as jnp
 
 from jaxft.convert.ggml.bits import as_bytes, in_rows, nibbles, single_bits
 from jaxft.convert.ggml.exact import divided, half, reciprocal, rounded
-from jaxft.convert.ggml.search import farthest
+from jaxft.convert.ggml.search import FINE, affine, farthest, rounded_to, scaled, whole
 
 
-def q8_0(x: jax.Array, zero: jax.Array) -> jax.Array:
+def q8_0(x: jax.Array, zero: jax.Array, weights: jax.Array | None = None) -> jax.Array:
     """x (32, G) float32 as round(x · 127 / max|x|), halves away from zero."""
     scale = _over_127(x)
     return _q8_0_bytes(x, scale, reciprocals(scale), zero)
 
 
-def symmetric(x: jax.Array, zero: jax.Array, *, bits: int) -> jax.Array:
+def symmetric(x: jax.Array, zero: jax.Array, weights: jax.Array | None = None, *, bits: int) -> jax.Array:
     """q4_0 and q5_0: the value farthest from zero becomes code 0, which stands for −2^(bits−1) scales."""
+    if weights is not None:
+        middle = 2 ** (bits - 1)
+        ratios = tuple(-middle - 0.1 * t for t in range(-9, 10))
+        return _searched_bytes(x, scaled(x, weights, ratios=ratios, grid=whole(-middle, middle - 1)), zero, bits)
     scale = _farthest_over(x, bits)
     return _symmetric_bytes(x, scale, reciprocals(scale), zero, bits)
 
 
-def offset(x: jax.Array, zero: jax.Array, *, bits: int) -> jax.Array:
+def offset(x: jax.Array, zero: jax.Array, weights: jax.Array | None = None, *, bits: int) -> jax.Array:
     """q4_1 and q5_1: code 0 stands for the smallest value, the largest code for the largest."""
+    if weights is not None:
+        scale, minimum = affine(x, weights, levels=2**bits - 1, tries=FINE)
+        return _searched_offset_bytes(x, scale, -minimum, zero, bits)
     low, scale = _low_and_scale(x, bits)
     return _offset_bytes(x, low, scale, reciprocals(scale), zero, bits)
 
@@ -72,6 +79,21 @@ def _offset_bytes(
 ) -> jax.Array:
     codes = _codes(rounded((x - low[None]) * inverse[None], zero) + jnp.float32(0.5), bits)
     return in_rows([half(scale, zero)[0], half(low, zero)[0], *_packed(codes, bits)])
+
+
+@functools.partial(jax.jit, static_argnames="bits")
+def _searched_bytes(x: jax.Array, scale: jax.Array, zero: jax.Array, bits: int) -> jax.Array:
+    middle = 2 ** (bits - 1)
+    d_bytes, d = half(scale[None], zero)
+    codes = (rounded_to(x, d, -middle, middle - 1) + middle).astype(jnp.uint8)
+    return in_rows([d_bytes, *_packed(codes, bits)])
+
+
+@functools.partial(jax.jit, static_argnames="bits")
+def _searched_offset_bytes(x: jax.Array, scale: jax.Array, low: jax.Array, zero: jax.Array, bits: int) -> jax.Array:
+    (d_bytes, d), (low_bytes, low) = half(scale[None], zero), half(low[None], zero)
+    codes = rounded_to(x - low, d, 0, 2**bits - 1).astype(jnp.uint8)
+    return in_rows([d_bytes, low_bytes, *_packed(codes, bits)])
 
 
 def _codes(shifted: jax.Array, bits: int) -> jax.Array:

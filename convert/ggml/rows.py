@@ -104,7 +104,9 @@ def _quantized(
     piece: jax.Array, weights: jax.Array | None, zero: Any, name: str, shape: tuple[int, int]
 ) -> tuple[jax.Array, jax.Array]:
     columns, largest = _columns(piece)
-    if weights is None:
+    if weights is not None and len(columns) == 32 and name != "iq4_nl":
+        weights = _by_row(columns, weights, *shape)
+    elif weights is None:
         return QUANTIZERS[name](columns, zero), largest
     return QUANTIZERS[name](columns, zero, weights), largest
 
@@ -116,12 +118,13 @@ def _columns(piece: jax.Array) -> tuple[jax.Array, jax.Array]:
     return columns, jnp.max(jnp.abs(columns))
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2))
-def _row_energy(columns: jax.Array, rows: int, blocks: int) -> jax.Array:
-    """The mean of the squares of the row that a block lies in, (G,)."""
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def _by_row(columns: jax.Array, weights: jax.Array, rows: int, blocks: int) -> jax.Array:
+    """The importance of a column times √(the row's mean of squares + x²): what the types of 32 values go by."""
     squares = jnp.mean(columns * columns, axis=0)
     means = jnp.mean(squares[: rows * blocks].reshape(rows, blocks), axis=1)
-    return jnp.pad(jnp.repeat(means, blocks), (0, columns.shape[1] - rows * blocks))
+    energy = jnp.pad(jnp.repeat(means, blocks), (0, columns.shape[1] - rows * blocks))
+    return weights * jnp.sqrt(energy[None] + columns * columns)
 
 
 def _fetch(out: np.ndarray, step: int, kind: GgmlType, first: int, blocks: jax.Array, largest: jax.Array) -> None:
@@ -149,9 +152,11 @@ def _check_range(largest: float, kind: GgmlType) -> None:
 
 
 def _checked_importance(importance: Any, columns: int) -> np.ndarray:
+    """Over their mean, and none below a millionth of it: a column that was never seen still gets its value."""
     found = np.asarray(importance, np.float32)
     if found.shape != (columns,):
         raise InputError(f"importance has shape {found.shape}, rows are {columns} wide; it must be one number a column")
     if not np.all(np.isfinite(found) & (found >= 0)):
         raise InputError("importance has negative or non-finite numbers")
-    return found
+    mean = np.mean(found, dtype=np.float64)
+    return np.maximum(found / mean, 1e-6).astype(np.float32) if mean > 0 else np.ones(columns, np.float32)

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+FINE = tuple(0.05 * k - 0.9 for k in range(37))  # tries of `affine` where an importance matrix is given
 INDEX_BITS = 6
 SMALLEST = 1e-37  # divisors below it stand for zero
 
@@ -28,15 +29,14 @@ def affine(
     compared; s and m are still those of least squares.
     """
     values, weights = _split(x), _split(w)
-    low = jnp.minimum(_fold(jnp.minimum, values), 0)
-    span = jnp.maximum(_fold(jnp.maximum, values), 0) - low
-    inverse = reciprocal_or_zero(span)
+    low, high = jnp.minimum(_fold(jnp.minimum, values), 0), _fold(jnp.maximum, values)
     sum_w = _total(weights)
     sum_x = _total([a * b for a, b in zip(weights, values, strict=True)])
     sum_xx = _total([a * b * b for a, b in zip(weights, values, strict=True)])
+    mean = _over(sum_x, sum_w)
     offsets = jnp.asarray(tries, jnp.float32)
 
-    def fitted(index: jax.Array) -> tuple[jax.Array, ...]:
+    def fitted(index: jax.Array, low: jax.Array, inverse: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         values, weights = _split(x), _split(w)
         ratio = (levels + offsets[index]) * inverse
         shift = low * ratio  # (v - low) would be a copy of all values that is held through the tries
@@ -46,12 +46,11 @@ def affine(
         sum_qq = _total([a * b for a, b in zip(wq, q, strict=True)])
         sum_xq = _total([a * b for a, b in zip(wq, values, strict=True)])
         determinant = sum_w * sum_qq - sum_q * sum_q
-        usable = determinant > 1e-6 * sum_w * sum_qq
-        scale = _over(sum_w * sum_xq - sum_x * sum_q, determinant)
-        minimum = _over(sum_qq * sum_x - sum_q * sum_xq, determinant)
-        through_zero = ~usable | (minimum > 0)
-        scale = jnp.where(through_zero, _over(sum_xq, sum_qq), scale)
-        minimum = jnp.where(through_zero, jnp.zeros_like(minimum), minimum)
+        equal = determinant <= 1e-6 * sum_w * sum_qq  # all q are the same number
+        minimum = jnp.where(equal, mean, _over(sum_qq * sum_x - sum_q * sum_xq, determinant))
+        scale = jnp.where(equal, jnp.zeros_like(mean), _over(sum_w * sum_xq - sum_x * sum_q, determinant))
+        scale = jnp.where(minimum >= 0, _over(sum_xq, sum_qq), scale)
+        minimum = jnp.minimum(minimum, 0)
         if absolute:
             error = _total([a * jnp.abs(scale * b + minimum - v) for a, b, v in zip(weights, q, values, strict=True)])
         else:
@@ -61,9 +60,16 @@ def affine(
             )  # fmt: skip
         return error, scale, minimum
 
-    best = _smallest(len(tries), 3, lambda k: fitted(k)[0], low)
-    _, scale, minimum = fitted(best)
-    return jnp.maximum(scale, 0), jnp.maximum(-minimum, 0)
+    def searched(low: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        inverse = reciprocal_or_zero(high - low)
+        best = _smallest(len(tries), 3, lambda k: fitted(k, low, inverse)[0], low)
+        return fitted(best, low, inverse)
+
+    error, scale, minimum = searched(low)
+    again, scale_again, minimum_again = searched(minimum)  # from the offset found, which may give other q
+    better = again < error
+    scale, minimum = jnp.where(better, scale_again, scale), jnp.where(better, minimum_again, minimum)
+    return jnp.maximum(scale, 0), -minimum
 
 
 @functools.partial(jax.jit, static_argnames=("ratios", "grid", "at_once"))

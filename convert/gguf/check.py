@@ -11,13 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from jaxft.convert.gguf.directory import directory_of, read_vocabulary
+from jaxft.convert.gguf.directory import read_vocabulary
 from jaxft.convert.gguf.read import read_header
 from jaxft.convert.gguf.tokenizer_in import write_tokenizer
 from jaxft.convert.gguf.vocabulary import Vocabulary
 from jaxft.errors import InputError, RunError
-from jaxft.load import base_changes, load_adapter, load_model
-from jaxft.models import Model
+from jaxft.load import base_changes, find_directory, load_adapter, load_model, parameter_count
+from jaxft.models import describe_model, read_hf_config
+from jaxft.models.extension import with_changes
 from jaxft.trees import Tree
 
 TEXTS = (
@@ -89,18 +90,20 @@ def sample_tokens(tokenizer: PreTrainedTokenizerBase | None, vocabulary: int, po
     return tokenizer.encode("\n".join(TEXTS))[: min(LONG, positions)]
 
 
-def source_logits(model: str, adapter: str | None, tokens: list[int]) -> np.ndarray:
-    """The log-probabilities (T, V) float32 of a model, with an adapter on it or none."""
-    changes = None if adapter is None else base_changes(adapter)
-    described, params = load_model(model, dtype=jnp.float32, changes=changes)
+def log_probabilities(name: str, adapter: str | None, tokens: list[int]) -> np.ndarray:
+    """The log-probabilities (T, V) float32 of a model, with an adapter on it or none, computed in float32.
+
+    Weights are held in float32 up to `FLOAT32_BYTES` of them, and beyond in bfloat16.
+    """
+    changes = {} if adapter is None else base_changes(adapter)
+    described = describe_model(with_changes(read_hf_config(find_directory(name)), changes))
+    large = 4 * parameter_count(described.shapes) > FLOAT32_BYTES
+    model, params = load_model(name, dtype=jnp.bfloat16 if large else jnp.float32, changes=changes)
     trees: tuple[Tree, ...] = (params,)
     if adapter is not None:
-        described, *found, _ = load_adapter(adapter, described, params)
-        trees = tuple(found)
-    return _log_probabilities(described, trees, tokens)
+        model, *parts, _ = load_adapter(adapter, model, params)
+        trees = tuple(parts)
 
-
-def _log_probabilities(model: Model, trees: tuple[Tree, ...], tokens: list[int]) -> np.ndarray:
     @jax.jit
     def run(trees: tuple[Tree, ...], tokens: jax.Array) -> jax.Array:
         decoder = model.bind(*trees)
@@ -112,9 +115,11 @@ def _log_probabilities(model: Model, trees: tuple[Tree, ...], tokens: list[int])
 
 
 def check_weights(expected: np.ndarray, file: Path, tokens: list[int]) -> dict[str, float]:
-    """Mean and largest KL divergence (nats a token) of the file, read back, from the source, and top-1 agreement."""
-    model, params = load_model(directory_of(file), dtype=jnp.float32)
-    found = _log_probabilities(model, (params,), tokens)
+    """Mean and largest KL divergence (nats a token) of what was written, read back, from its source; top-1 agreement.
+
+    expected: the source's `log_probabilities`; file: a GGUF file or a model directory.
+    """
+    found = log_probabilities(str(file), None, tokens)
     if not (np.isfinite(expected).all() and np.isfinite(found).all()):
         raise RunError(f"{file} is written, but its logits or those of its source are not finite")
     exact = expected.astype(np.float64)

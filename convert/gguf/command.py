@@ -7,8 +7,12 @@ from typing import Any
 
 from jaxft.convert.ggml import QUANTS
 from jaxft.convert.gguf import check
+from jaxft.convert.gguf.lora import write_adapter
+from jaxft.convert.gguf.to_hf import facts, write_directory
 from jaxft.convert.gguf.write import open_origin, vocabulary_of, write_files
+from jaxft.convert.merge import DTYPES
 from jaxft.errors import InputError
+from jaxft.load import load_tokenizer
 
 
 def say(text: str) -> None:
@@ -31,6 +35,25 @@ def add_gguf_commands(commands: Any) -> None:
     own.add_argument("--pre_tokenizer", metavar="NAME", help="llama.cpp's, where none cuts text as the tokenizer does")
     _add_check(own)
     own.set_defaults(run=run_gguf)
+    own = commands.add_parser(
+        "gguf-lora", allow_abbrev=False, help="an adapter alone, for llama.cpp to put on the model's GGUF file",
+        description="Writes a LoRA adapter in llama.cpp's adapter format. The last line on stdout is JSON.",
+    )  # fmt: skip
+    own.add_argument("model", metavar="MODEL", help="the adapter's base: a model directory, or a name on the hub")
+    own.add_argument("adapter", metavar="ADAPTER", help="a PEFT LoRA adapter")
+    own.add_argument("out", metavar="OUT", help="the file")
+    own.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    own.set_defaults(run=run_lora)
+    own = commands.add_parser(
+        "hf", allow_abbrev=False, help="a GGUF file as a Hugging Face model directory",
+        description="Writes a GGUF file's weights, dequantised, with its configuration and tokenizer rebuilt. The last "
+        "line on stdout is JSON; it says how far the logits of the two are apart.",
+    )  # fmt: skip
+    own.add_argument("file", metavar="FILE", help="a GGUF file")
+    own.add_argument("out", metavar="OUT", type=Path, help="a directory that does not exist, or is empty")
+    own.add_argument("--dtype", choices=DTYPES, help="of all weights; without it quantised ones become float32")
+    _add_check(own)
+    own.set_defaults(run=run_hf)
 
 
 def _add_check(own: argparse.ArgumentParser) -> None:
@@ -61,12 +84,34 @@ def run_gguf(options: argparse.Namespace) -> dict[str, Any]:
     if options.check == "true":
         c = origin.model.config
         tokens = check.sample_tokens(origin.tokenizer, c.vocab_size, c.max_position_embeddings)
-        expected = check.source_logits(options.model, options.adapter, tokens)
+        expected = check.log_probabilities(options.model, options.adapter, tokens)
         for quant, path in files.items():
             found[quant] |= check.check_weights(expected, path, tokens)
     for quant, facts in found.items():
         say(f"{quant}: {describe(facts)}")
     return {"files": found}
+
+
+def run_lora(options: argparse.Namespace) -> dict[str, Any]:
+    (path,) = out_files(options.out, [""]).values()
+    found = write_adapter(open_origin(options.model, options.adapter), path)
+    say(f"{found['layers']} layers: {found['bytes']:,} bytes in {path}")
+    return found
+
+
+def run_hf(options: argparse.Namespace) -> dict[str, Any]:
+    out = options.out.expanduser().resolve()
+    origin = write_directory(options.file, out, options.dtype, say)
+    found = facts(out)
+    if origin.tokenizer is not None:
+        wrong = check.differing(origin.tokenizer, load_tokenizer(out))
+        found |= {"texts": len(check.probes(origin.tokenizer)), "texts_that_differ": len(wrong)}
+    if options.check == "true":
+        c = origin.model.config
+        tokens = check.sample_tokens(origin.tokenizer, c.vocab_size, c.max_position_embeddings)
+        found |= check.check_weights(check.log_probabilities(options.file, None, tokens), out, tokens)
+    say(describe(found))
+    return found
 
 
 def out_files(out: str, quants: list[str]) -> dict[str, Path]:
@@ -83,8 +128,8 @@ def out_files(out: str, quants: list[str]) -> dict[str, Path]:
 
 
 def describe(facts: dict[str, Any]) -> str:
-    """One line about a written file."""
-    said = f"{facts['bytes']:,} bytes in {facts['file']}"
+    """One line about what was written."""
+    said = f"{facts['bytes']:,} bytes in {facts['file']}" if "bytes" in facts else f"{facts['dtype']} in {facts['out']}"
     if "texts" in facts:
         wrong = facts["texts_that_differ"]
         said += f"; tokens {f'of {wrong} texts differ' if wrong else 'equal'} ({facts['texts']} texts)"

@@ -73,7 +73,7 @@ def write_files(
     if vocabulary is None:
         say("warning: the model has no tokenizer: the file will have none, and llama.cpp needs one to read text")
     keys |= {} if vocabulary is None else vocabulary.metadata()
-    names = _stored_names(origin.source)
+    names = stored_names(origin.source)
     vectors = {name: _vector(origin, name) for name, shape in origin.source.names().items() if len(shape) == 1}
     keys |= {RESIDUALS + names[name]: residual for name, (_, residual) in vectors.items() if residual is not None}
     writers = {quant: _Writer(path, kind.name, quant, origin, keys, importance is not None) for quant, path in files.items()}
@@ -103,7 +103,7 @@ def write_files(
             writer.discard()
 
 
-def _stored_names(source: Source) -> dict[str, str]:
+def stored_names(source: Source) -> dict[str, str]:
     """Hugging Face name -> GGUF's, of every tensor of the model."""
     table = {name.hf: name.gguf for name in source.model.family.names}
     found = {}
@@ -122,10 +122,10 @@ def _vector(origin: Origin, name: str) -> tuple[np.ndarray, np.ndarray | None]:
     if kind.norm and "norm" in name:
         return more_norm(values, kind.norm)
     order = row_order(kind.interleaved, name, c.num_heads, c.num_kv_heads, c.head_dim)
-    return (values if order is None else _as_stored(values, *order)), None
+    return (values if order is None else as_stored(values, *order)), None
 
 
-def _as_stored(rows: np.ndarray, heads: int, head_dim: int) -> np.ndarray:
+def as_stored(rows: np.ndarray, heads: int, head_dim: int) -> np.ndarray:
     """Rows of whole heads in a file's order."""
     out = np.empty_like(rows)
     out[stored_rows(np.arange(len(rows)), heads, head_dim)] = rows
@@ -147,7 +147,7 @@ def _matrix(origin: Origin, name: str) -> Iterator[np.ndarray]:
         step = _step(shape, 1 if order is None else order[1])
         pieces = (view[at : min(at + step, shape[0])] for at in range(0, shape[0], step))
     for rows in pieces:
-        yield rows if order is None else _as_stored(np.asarray(rows), *order)
+        yield rows if order is None else as_stored(np.asarray(rows), *order)
 
 
 def _step(shape: tuple[int, ...], multiple: int) -> int:
