@@ -228,7 +228,8 @@ def check_architecture(name: str, llama: LlamaCpp, place: Path, page: Findings) 
         at += len(row)
     theirs = llama("greedy", file=files["f32"], prompts=prompts, count=NEW, threads=llama.threads)
     equal = [answer[:end] == other[:end] for answer, other, end in zip(ours, theirs, ends, strict=True)]
-    varied = len({tuple(answer) for answer in ours}) == len(ours) and len({token for answer in ours for token in answer}) > 3 * len(ours)
+    different = {token for answer in ours for token in answer}
+    varied = len({tuple(answer) for answer in ours}) == len(ours) and len(different) > 3 * len(ours)
     page.expect(f"{name}: answers vary", varied)
     compared = sum(ends)
 
@@ -252,7 +253,7 @@ def check_architecture(name: str, llama: LlamaCpp, place: Path, page: Findings) 
         apart = page.expect(f"{name}: the adapter's file: {failure}", False)
     page.row(
         name, MODELS[name][1], f"{page.expect(f'{name}: greedy tokens', all(equal))} ({compared})", *cells,
-        apart, f"{page.expect(f'{name}: tokens of {wrong}', not wrong)} ({len(TEXTS) - other} of {len(TEXTS)} also the source's)",
+        apart, f"{page.expect(f'{name}: tokens of {wrong}', not wrong)} ({len(TEXTS) - other} of {len(TEXTS)})",
         page.expect(f"{name}: the ends {stop_token_ids(tokenizer, directory)} are among {sorted(stops)}", ending),
         page.expect(f"{name}: chat template", template),
     )  # fmt: skip
@@ -272,7 +273,7 @@ def check_adapter(
     jaxft.save_adapter(place / f"{name}.adapter", tuned, trainable, lora, base_model=str(directory))
     adapter, merged = place / f"{name}.adapter.gguf", place / f"{name}.merged.gguf"
     export("gguf", directory, merged, "--quant=f32", "--check=false", "--adapter", place / f"{name}.adapter")
-    export("gguf", directory, adapter, "--quant=f32", "--adapter_only", "--adapter", place / f"{name}.adapter")
+    export("gguf-lora", directory, place / f"{name}.adapter", adapter)
     with_adapter = llama.logits(place / f"{name}.f32.gguf", rows, place, adapter)
     ours_tuned = forward(*_loaded(place / f"{name}.adapter", model, params))(rows)
     apart = distance(with_adapter, llama.logits(merged, rows, place))
@@ -357,13 +358,14 @@ def main(argv: list[str] | None = None) -> int:
         if "models" in options.parts:
             page.say(
                 "## Tiny models of every architecture", "",
-                f"Random weights with large deviations around real vocabularies. Greedy: {len(TEXTS)} prompts of different "
-                f"texts, {NEW} tokens each, float32 weights, keys and values, one token at a time (in brackets how many "
-                "tokens were compared; an answer counts up to where its two best tokens are equal to "
-                f"{2 * LIMITS['f32']:.0e} σ). Distances: the root mean square of the difference of logits "
-                "from ours in float32 over their standard deviation σ, and of the adapter's file over the base from the "
-                "merged model; limits "
-                f"{', '.join(f'{quant} {limit:g}' for quant, limit in LIMITS.items())}.", "",
+                "Random weights with large deviations around real vocabularies. Greedy: whether llama.cpp gives our "
+                f"tokens after {len(TEXTS)} prompts, {NEW} each, in float32 (weights, keys and values), one at a time; "
+                "in brackets how many were compared, for an answer counts up to where its two best tokens are equal to "
+                f"{2 * LIMITS['f32']:.0e} σ. Distances: the root mean square of the difference of logits from ours in "
+                "float32 over their standard deviation σ; of the adapter's file over the base from the merged model. "
+                f"Limits: {', '.join(f'{quant} {limit:g}' for quant, limit in LIMITS.items())}. Tokens of texts: "
+                "whether llama.cpp's are those that the export's own check reads back from the file; in brackets of "
+                "how many texts they are the source's too. Ends: what ends an answer here ends it there.", "",
             )  # fmt: skip
             page.table(
                 "model", "vocabulary", "greedy tokens", *LIMITS, "adapter", "tokens of texts", "ends", "template"
@@ -377,8 +379,8 @@ def main(argv: list[str] | None = None) -> int:
         if "quants" in options.parts:
             page.say(
                 "## Quantised: perplexity beside llama.cpp's own quantiser", "",
-                "The embedded base on its held-out problems, every token but the first of each. The importance matrix is "
-                f"of its training problems. Ours may be {100 * (WORSE - 1):.0f} % worse at most.", "",
+                "The embedded base on its held-out problems, every token but the first of each. The importance matrix "
+                f"is of its training problems. Ours may be {100 * (WORSE - 1):.0f} % worse at most.", "",
             )  # fmt: skip
             check_quantisers(llama, place, page)
             page.say("")

@@ -1,7 +1,8 @@
-"""The real llama.cpp behind a pipe: runs in the environment where llama-cpp-python is built, and needs nothing of jaxft.
+"""The real llama.cpp behind a pipe: runs where llama-cpp-python is built, and needs nothing of jaxft.
 
 Reads one JSON object a line, {"call": NAME, …}, and answers with one, {"result": …} or {"error": …}. Large arrays
-travel as .npy files. Computes on the CPU, keys and values in float32, flash attention off, weights as the file has them.
+travel as .npy files. Computes on the CPU, keys and values in float32, flash attention off, weights as the file has
+them.
 """
 
 import contextlib
@@ -58,7 +59,9 @@ def context(model: Any, tokens: int, threads: int, adapter: str | None) -> Itera
             lora = api.llama_adapter_lora_init(model, adapter.encode())
             if not lora:
                 raise RuntimeError(f"{adapter} is not loaded: {why()}")
-            if api.llama_set_adapters_lora(made, (ctypes.c_void_p * 1)(lora), 1, (ctypes.c_float * 1)(1.0)):
+            if api.llama_set_adapters_lora(
+                made, (api.llama_adapter_lora_p_ctypes * 1)(lora), 1, (ctypes.c_float * 1)(1.0)
+            ):
                 raise RuntimeError(f"{adapter} is not taken: {why()}")
         yield made
     finally:
