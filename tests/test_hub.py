@@ -110,7 +110,7 @@ def test_what_the_hub_refuses_is_said_before_anything_is_done(hub, place, tmp_pa
     hub.repositories["me/mine"] = {".gitattributes": b"", "model.safetensors": b""}
     refused("me/mine is there already and holds 1 files; name another by --hub_model_id, or add to it with --hub_exist")
     monkeypatch.setenv("HF_TOKEN", "hf_other")
-    refused("(401: Invalid credentials in Authorization header); the hub does not accept the token")
+    refused("(401: Invalid user token")
     monkeypatch.delenv("HF_TOKEN")
     monkeypatch.setattr("jaxft.hub.get_token", lambda: None)
     refused("there is no token for the hub; set HF_TOKEN, or run `hf auth login`")
