@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jax
-from transformers import PreTrainedTokenizerBase
 
 from jaxft.config import describe, parse
 from jaxft.decode import generate

@@ -3,24 +3,21 @@
 iq4_nl has a scale every 32 values, iq4_xs super-blocks of 256 with eight scales of six bits.
 """
 
-import gguf.quants
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxft.convert.ggml.bits import in_rows, nibbles
 from jaxft.convert.ggml.exact import half
-from jaxft.convert.ggml.search import farthest, reciprocal_or_zero, rounded_to, scaled
+from jaxft.convert.ggml.search import MIDDLES, TABLE, farthest, reciprocal_or_zero, rounded_to, scaled
 
-TABLE = np.array(gguf.quants.IQ4_NL.kvalues, np.float32)
-MIDDLES = (TABLE[1:] + TABLE[:-1]) / 2
 # the farthest value is put near one or the other end of the table
-RATIOS = (-float(TABLE[0]), *(float(TABLE[0]) + t for t in range(-7, 8)))
+RATIOS = np.concatenate([-TABLE[:1], TABLE[0] + np.arange(-7, 8, dtype=np.float32)])
 
 
 def iq4_nl(x: jax.Array, zero: jax.Array, importance: jax.Array | None = None) -> jax.Array:
     """x (32, G)."""
-    scale = scaled(x, _weights(x, importance), ratios=RATIOS, grid=_nearest, at_once=1)
+    scale = scaled(x, _weights(x, importance), RATIOS, None)
     return _nl_bytes(x, scale, zero)
 
 
@@ -28,7 +25,7 @@ def iq4_xs(x: jax.Array, zero: jax.Array, importance: jax.Array | None = None) -
     """x (256, G)."""
     x = x.reshape(8, 32, -1)
     w = _weights(x, None if importance is None else importance.reshape(x.shape))
-    return _xs_bytes(x, scaled(x, w, ratios=RATIOS, grid=_nearest, at_once=1), zero)
+    return _xs_bytes(x, scaled(x, w, RATIOS, None), zero)
 
 
 @jax.jit
@@ -55,14 +52,6 @@ def _xs_bytes(x: jax.Array, scales: jax.Array, zero: jax.Array) -> jax.Array:
     high = jnp.stack([high[k] | (high[k + 1] << 2) | (high[k + 2] << 4) | (high[k + 3] << 6) for k in (0, 4)])
     low = (kept[0::2] & 15) | ((kept[1::2] & 15) << 4)
     return in_rows([d_bytes, high, low, nibbles(codes.reshape(256, -1), 16)])
-
-
-def _nearest(x: jax.Array) -> jax.Array:
-    """The entry of the table nearest to x."""
-    found = jnp.full_like(x, TABLE[0])
-    for middle, step in zip(MIDDLES, np.diff(TABLE), strict=True):
-        found = found + jnp.where(x > middle, step, np.float32(0))
-    return found
 
 
 def _indices(x: jax.Array, scale: jax.Array) -> jax.Array:

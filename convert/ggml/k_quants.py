@@ -12,10 +12,9 @@ import jax.numpy as jnp
 
 from jaxft.convert.ggml.bits import as_bytes, in_rows, nibbles, pairs, single_bits
 from jaxft.convert.ggml.exact import half
-from jaxft.convert.ggml.search import FINE, affine, farthest, rounded_to, scaled, whole
+from jaxft.convert.ggml.search import FINE, Tries, affine, around, farthest, rounded_to, scaled
 
 Importance = jax.Array | None
-NINE = [0.1 * k for k in range(-9, 10)]
 
 
 class Affine(NamedTuple):
@@ -24,12 +23,12 @@ class Affine(NamedTuple):
     bits: int
     scale_bits: int
     run: int
-    tries: tuple[float, ...]
+    tries: Tries
 
 
-Q2_K = Affine(2, 4, 16, tuple(0.1 * k - 0.5 for k in range(16)))
-Q4_K = Affine(4, 6, 32, tuple(0.1 * k - 1.0 for k in range(21)))
-Q5_K = Affine(5, 6, 32, tuple(0.1 * k - 0.5 for k in range(16)))
+Q2_K = Affine(2, 4, 16, Tries(-0.5, 0.1, 16))
+Q4_K = Affine(4, 6, 32, Tries(-1.0, 0.1, 21))
+Q5_K = Affine(5, 6, 32, Tries(-0.5, 0.1, 16))
 
 
 def q2_k(x: jax.Array, zero: jax.Array, importance: Importance = None) -> jax.Array:
@@ -46,27 +45,27 @@ def q5_k(x: jax.Array, zero: jax.Array, importance: Importance = None) -> jax.Ar
 
 def q3_k(x: jax.Array, zero: jax.Array, importance: Importance = None) -> jax.Array:
     x, w = _parted(x, importance, run=16, rule="squares and half their mean")
-    scales = scaled(x, w, ratios=tuple(-4 - t for t in NINE), grid=whole(-4, 3))
+    scales = scaled(x, w, around(-4), (-4, 3))
     step = None
     if importance is not None:
-        step = scaled(scales, _sums(w), ratios=tuple(-32 - t for t in NINE), grid=whole(-32, 31))
+        step = scaled(scales, _sums(w), around(-32), (-32, 31))
     return _q3_k_bytes(x, scales, step, zero)
 
 
 def q6_k(x: jax.Array, zero: jax.Array, importance: Importance = None) -> jax.Array:
     x, w = _parted(x, importance, run=16, rule="squares or importance")
-    return _q6_k_bytes(x, scaled(x, w, ratios=tuple(-32 - t for t in NINE), grid=whole(-32, 31)), zero)
+    return _q6_k_bytes(x, scaled(x, w, around(-32), (-32, 31)), zero)
 
 
 def _affine(kind: Affine, x: jax.Array, zero: jax.Array, importance: Importance) -> jax.Array:
     levels, top = 2**kind.bits - 1, 2**kind.scale_bits - 1
     x, w = _parted(x, importance, run=kind.run, rule="sizes" if kind.bits == 2 else "sizes and their mean")
     if importance is None:
-        scales, minima = affine(x, w, levels=levels, tries=kind.tries, absolute=kind.bits == 2)
+        scales, minima = affine(x, w, levels, kind.tries, absolute=kind.bits == 2)
         return _affine_bytes(x, scales, minima, None, zero, kind)
-    scales, minima = affine(x, w, levels=levels, tries=FINE)
-    ratios, sums = tuple(top + t for t in NINE), _sums(w)
-    steps = tuple(scaled(part, sums, ratios=ratios, grid=whole(0, top)) for part in (scales, minima))
+    scales, minima = affine(x, w, levels, FINE)
+    sums = _sums(w)
+    steps = tuple(scaled(part, sums, around(top), (0, top)) for part in (scales, minima))
     return _affine_bytes(x, scales, minima, steps, zero, kind)
 
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from jaxft.convert.ggml.bits import as_bytes, in_rows, nibbles, single_bits
 from jaxft.convert.ggml.exact import divided, half, reciprocal, rounded
-from jaxft.convert.ggml.search import FINE, affine, farthest, rounded_to, scaled, whole
+from jaxft.convert.ggml.search import FINE, affine, around, farthest, rounded_to, scaled
 
 
 def q8_0(x: jax.Array, zero: jax.Array, weights: jax.Array | None = None) -> jax.Array:
@@ -24,8 +24,7 @@ def symmetric(x: jax.Array, zero: jax.Array, weights: jax.Array | None = None, *
     """q4_0 and q5_0: the value farthest from zero becomes code 0, which stands for −2^(bits−1) scales."""
     if weights is not None:
         middle = 2 ** (bits - 1)
-        ratios = tuple(-middle - 0.1 * t for t in range(-9, 10))
-        return _searched_bytes(x, scaled(x, weights, ratios=ratios, grid=whole(-middle, middle - 1)), zero, bits)
+        return _searched_bytes(x, scaled(x, weights, around(-middle), (-middle, middle - 1)), zero, bits)
     scale = _farthest_over(x, bits)
     return _symmetric_bytes(x, scale, reciprocals(scale), zero, bits)
 
@@ -33,7 +32,7 @@ def symmetric(x: jax.Array, zero: jax.Array, weights: jax.Array | None = None, *
 def offset(x: jax.Array, zero: jax.Array, weights: jax.Array | None = None, *, bits: int) -> jax.Array:
     """q4_1 and q5_1: code 0 stands for the smallest value, the largest code for the largest."""
     if weights is not None:
-        scale, minimum = affine(x, weights, levels=2**bits - 1, tries=FINE)
+        scale, minimum = affine(x, weights, 2**bits - 1, FINE)
         return _searched_offset_bytes(x, scale, -minimum, zero, bits)
     low, scale = _low_and_scale(x, bits)
     return _offset_bytes(x, low, scale, reciprocals(scale), zero, bits)

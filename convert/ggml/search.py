@@ -9,36 +9,50 @@ number of the best try is remembered; its scale is computed again at the end.
 
 import functools
 from collections.abc import Callable
+from typing import NamedTuple
 
+import gguf.quants
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-FINE = tuple(0.05 * k - 0.9 for k in range(37))  # tries of `affine` where an importance matrix is given
 INDEX_BITS = 6
+TABLE = np.array(gguf.quants.IQ4_NL.kvalues, np.float32)  # of iq4_nl and iq4_xs
+MIDDLES = (TABLE[1:] + TABLE[:-1]) / 2
 SMALLEST = 1e-37  # divisors below it stand for zero
 
 
-@functools.partial(jax.jit, static_argnames=("levels", "tries", "absolute"))
+class Tries(NamedTuple):
+    """`count` numbers from `first` on, at most 2^INDEX_BITS."""
+
+    first: float
+    step: float
+    count: int
+
+
+FINE = Tries(-0.9, 0.05, 37)  # of `affine` where an importance matrix is given
+
+
+@functools.partial(jax.jit, static_argnames="absolute")
 def affine(
-    x: jax.Array, w: jax.Array, *, levels: int, tries: tuple[float, ...], absolute: bool = False
+    x: jax.Array, w: jax.Array, levels: jax.Array | int, tries: Tries, *, absolute: bool = False
 ) -> tuple[jax.Array, jax.Array]:
     """(s, m) of x ≈ s q − m with whole 0 ≤ q ≤ levels and s, m ≥ 0, each (…, G).
 
     tries: r = (levels + t) / (largest − smallest), the smallest not above zero. absolute: Σ w |x − s q + m| is what is
-    compared; s and m are still those of least squares.
+    compared; s and m are still those of least squares. One program serves all numbers of levels and tries.
     """
+    levels, first, step = (jnp.asarray(number, jnp.float32) for number in (levels, tries.first, tries.step))
     values, weights = _split(x), _split(w)
     low, high = jnp.minimum(_fold(jnp.minimum, values), 0), _fold(jnp.maximum, values)
     sum_w = _total(weights)
     sum_x = _total([a * b for a, b in zip(weights, values, strict=True)])
     sum_xx = _total([a * b * b for a, b in zip(weights, values, strict=True)])
     mean = _over(sum_x, sum_w)
-    offsets = jnp.asarray(tries, jnp.float32)
 
     def fitted(index: jax.Array, low: jax.Array, inverse: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         values, weights = _split(x), _split(w)
-        ratio = (levels + offsets[index]) * inverse
+        ratio = (levels + first + step * index.astype(jnp.float32)) * inverse
         shift = low * ratio  # (v - low) would be a copy of all values that is held through the tries
         q = [jnp.clip(jnp.round(v * ratio - shift), 0, levels) for v in values]
         wq = [a * b for a, b in zip(weights, q, strict=True)]
@@ -60,60 +74,78 @@ def affine(
             )  # fmt: skip
         return error, scale, minimum
 
-    def searched(low: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def searched(_: jax.Array, best: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        error, scale, low = best
         inverse = reciprocal_or_zero(high - low)
-        best = _smallest(len(tries), 3, lambda k: fitted(k, low, inverse)[0], low)
-        return fitted(best, low, inverse)
+        found = _smallest(tries.count, lambda k: fitted(k, low, inverse)[0], low)
+        again, scale_again, low_again = fitted(found, low, inverse)
+        better = again < error
+        return jnp.minimum(again, error), jnp.where(better, scale_again, scale), jnp.where(better, low_again, low)
 
-    error, scale, minimum = searched(low)
-    again, scale_again, minimum_again = searched(minimum)  # from the offset found, which may give other q
-    better = again < error
-    scale, minimum = jnp.where(better, scale_again, scale), jnp.where(better, minimum_again, minimum)
+    # the second search starts from the offset that the first has found, which may give other q
+    worst = jnp.full(low.shape, np.inf, jnp.float32)
+    _, scale, minimum = jax.lax.fori_loop(0, 2, searched, (worst, jnp.zeros_like(low), low))
     return jnp.maximum(scale, 0), -minimum
 
 
-@functools.partial(jax.jit, static_argnames=("ratios", "grid", "at_once"))
-def scaled(
-    x: jax.Array, w: jax.Array, *, ratios: tuple[float, ...], grid: Callable[[jax.Array], jax.Array], at_once: int = 3
-) -> jax.Array:
-    """s of x ≈ s g, (…, G), where g = grid(x · r / m), m being the value farthest from zero.
+@jax.jit
+def scaled(x: jax.Array, w: jax.Array, ratios: jax.Array | np.ndarray, bounds: tuple[int, int] | None) -> jax.Array:
+    """s of x ≈ s g, (…, G), where g is x · r / m rounded, m being the value farthest from zero.
 
-    ratios: the r that are tried. grid rounds to what can be held: whole numbers in a range, or entries of a table.
+    ratios: (K,) float32, the r that are tried. bounds: of the whole numbers that g may be; None: one of `TABLE`.
     """
     values, weights = _split(x), _split(w)
     anchor = _fold(lambda a, b: jnp.where(jnp.abs(b) > jnp.abs(a), b, a), values)
     inverse = reciprocal_or_zero(anchor)
     sum_xx = _total([a * b * b for a, b in zip(weights, values, strict=True)])
-    offered = jnp.asarray(ratios, jnp.float32)
+    ratios = jnp.asarray(ratios, jnp.float32)
+    rounds = nearest_entry if bounds is None else functools.partial(_clipped, bounds=bounds)
 
     def fitted(index: jax.Array) -> tuple[jax.Array, jax.Array]:
         values, weights = _split(x), _split(w)
-        ratio = offered[index] * inverse
-        g = [grid(v * ratio) for v in values]
+        ratio = ratios[index] * inverse
+        g = [rounds(v * ratio) for v in values]
         wg = [a * b for a, b in zip(weights, g, strict=True)]
         sum_xg = _total([a * b for a, b in zip(wg, values, strict=True)])
         scale = _over(sum_xg, _total([a * b for a, b in zip(wg, g, strict=True)]))
         return sum_xx - scale * sum_xg, scale
 
-    return fitted(_smallest(len(ratios), at_once, lambda k: fitted(k)[0], anchor))[1]
+    return fitted(_smallest(ratios.size, lambda k: fitted(k)[0], anchor))[1]
 
 
-def _smallest(count: int, at_once: int, error: Callable[[jax.Array], jax.Array], like: jax.Array) -> jax.Array:
-    """The number of the try with the smallest error, int32; `at_once` are tried in a pass over the values.
+def around(number: float) -> np.ndarray:
+    """The ratios that are tried for whole numbers whose largest is `number`: up to nine tenths more and less."""
+    return np.float32(np.sign(number)) * (
+        np.float32(abs(number)) + np.float32(0.1) * np.arange(-9, 10, dtype=np.float32)
+    )
 
-    Errors are compared as the bits of non-negative floats, whose lowest make room for the number of the try.
+
+def _clipped(x: jax.Array, bounds: tuple[jax.Array, jax.Array]) -> jax.Array:
+    low, high = (jnp.asarray(bound, jnp.float32) for bound in bounds)
+    return jnp.clip(jnp.round(x), low, high)
+
+
+def nearest_entry(x: jax.Array) -> jax.Array:
+    """The entry of `TABLE` nearest to x."""
+    found = jnp.full_like(x, TABLE[0])
+    for middle, step in zip(MIDDLES, np.diff(TABLE), strict=True):
+        found = found + jnp.where(x > middle, step, np.float32(0))
+    return found
+
+
+def _smallest(count: jax.Array | int, error: Callable[[jax.Array], jax.Array], like: jax.Array) -> jax.Array:
+    """The number of the try with the smallest error, int32.
+
+    Errors are compared as the bits of non-negative floats, whose lowest make room for the number of the try: so there
+    is one array to keep, and a compiler makes one loop over the values of it.
     """
     mask = 2**INDEX_BITS - 1
 
-    def tried(step: jax.Array, best: jax.Array) -> jax.Array:
-        for k in range(at_once):
-            number = jnp.minimum(step * at_once + k, count - 1)
-            bits = jax.lax.bitcast_convert_type(jnp.maximum(error(number), 0), jnp.int32)
-            best = jnp.minimum(best, (bits & ~mask) | number)
-        return best
+    def tried(number: jax.Array, best: jax.Array) -> jax.Array:
+        bits = jax.lax.bitcast_convert_type(jnp.maximum(error(number), 0), jnp.int32)
+        return jnp.minimum(best, (bits & ~mask) | number)
 
-    worst = jnp.full(like.shape, np.iinfo(np.int32).max)
-    return jax.lax.fori_loop(0, -(-count // at_once), tried, worst) & mask
+    return jax.lax.fori_loop(0, count, tried, jnp.full(like.shape, np.iinfo(np.int32).max)) & mask
 
 
 def _split(x: jax.Array) -> list[jax.Array]:
@@ -148,12 +180,6 @@ def farthest(x: jax.Array) -> jax.Array:
     for k in range(1, len(x)):
         best = jnp.where(jnp.abs(x[k : k + 1]) > jnp.abs(best), x[k : k + 1], best)
     return best
-
-
-@functools.cache
-def whole(low: int, high: int) -> Callable[[jax.Array], jax.Array]:
-    """The grid of the whole numbers from low to high."""
-    return lambda x: jnp.clip(jnp.round(x), low, high)
 
 
 def rounded_to(x: jax.Array, step: jax.Array, low: int, high: int) -> jax.Array:

@@ -12,8 +12,10 @@ import numpy as np
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from jaxft.convert.gguf.directory import read_vocabulary
+from jaxft.convert.gguf.pretokenizers import PRES
 from jaxft.convert.gguf.read import read_header
 from jaxft.convert.gguf.tokenizer_in import write_tokenizer
+from jaxft.convert.gguf.tokenizer_out import NoPreTokenizer, describe
 from jaxft.convert.gguf.vocabulary import Vocabulary
 from jaxft.errors import InputError, RunError
 from jaxft.load import base_changes, find_directory, load_adapter, load_model, parameter_count
@@ -26,7 +28,10 @@ TEXTS = (
     "A train leaves at 9:40 and arrives at 12:15. How long did it take? 2 hours and 35 minutes.",
     "火车九点四十分出发，十二点十五分到达。走了多久？",
     "I've been told he's there, you'LL see; it isn't   far\tfrom here.\n\n\nTwo  spaces, then a line's end. \n",
-    "1 12 123 1234 12345 3.14159 -7e10 0xFF ½ ² ٣ 四 110 115 365 2024 15838 1000003",
+    "1 12 123 1234 12345 3.14159 -7e10 0xFF ½ ² ٣ 四",
+    "110 115 365",
+    "2024 15838 7 42",
+    "1000003",
     "def f(x):\n    return [x**2 for x in range(10) if x % 3 == 0]  # squares\n",
     "Äpfel, naïve café, смех, γειά σου, नमस्ते, สวัสดี, 안녕하세요, こんにちは",
     "🚀 (normal) 😶\u200d🌫️ (several joined) ✅ 👩‍👩‍👧",
@@ -64,22 +69,45 @@ def differing(source: PreTrainedTokenizerBase, found: PreTrainedTokenizerBase) -
     return [
         text
         for text in probes(source)
-        if any(source.encode(text, add_special_tokens=s) != found.encode(text, add_special_tokens=s) for s in (False, True))
+        if any(
+            source.encode(text, add_special_tokens=s) != found.encode(text, add_special_tokens=s) for s in (False, True)
+        )
     ]
 
 
-def check_vocabulary(tokenizer: PreTrainedTokenizerBase, vocabulary: Vocabulary) -> None:
-    """Raises InputError where what GGUF can say of a tokenizer gives other tokens than it."""
-    if wrong := differing(tokenizer, tokenizer_of(vocabulary)):
+def vocabulary_of(
+    tokenizer: PreTrainedTokenizerBase | None, rows: int, directory: Path, pre: str | None
+) -> Vocabulary | None:
+    """`tokenizer_out.describe`, held against the tokenizer unless `pre` is given; None where there is none.
+
+    Raises InputError where GGUF cannot say what the tokenizer does.
+    """
+    if tokenizer is None:
+        return None
+    try:
+        vocabulary = describe(tokenizer, rows, directory, pre)
+    except NoPreTokenizer as error:
+        wrong = {name: _wrong(tokenizer, describe(tokenizer, rows, directory, name)) for name in PRES}
+        name = min(wrong, key=lambda one: len(wrong[one]))
         raise InputError(
-            f"GGUF cannot say what this tokenizer does: {len(wrong)} of {len(probes(tokenizer))} texts would have other "
-            f"tokens, e.g. {json.dumps(wrong[0], ensure_ascii=False)}; no file was written"
+            f"{error}; the nearest is {name}, by which {len(wrong[name])} of {len(probes(tokenizer))} texts have other "
+            f"tokens: to take it all the same say --pre_tokenizer {name}"
+        ) from error
+    if pre is None and (differ := _wrong(tokenizer, vocabulary)):
+        raise InputError(
+            f"GGUF cannot say what this tokenizer does: {len(differ)} of {len(probes(tokenizer))} texts would have "
+            f"other tokens, e.g. {json.dumps(differ[0], ensure_ascii=False)}; no file was written"
         )
+    return vocabulary
+
+
+def _wrong(tokenizer: PreTrainedTokenizerBase, vocabulary: Vocabulary) -> list[str]:
+    return differing(tokenizer, tokenizer_of(vocabulary))
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, file: Path) -> dict[str, int]:
     """How many texts were tokenised by the source and by the file read back, and of how many the tokens differ."""
-    wrong = differing(tokenizer, tokenizer_of(read_vocabulary(read_header(file))))
+    wrong = _wrong(tokenizer, read_vocabulary(read_header(file)))
     return {"texts": len(probes(tokenizer)), "texts_that_differ": len(wrong)}
 
 

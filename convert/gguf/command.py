@@ -8,8 +8,9 @@ from typing import Any
 from jaxft.convert.ggml import QUANTS
 from jaxft.convert.gguf import check
 from jaxft.convert.gguf.lora import write_adapter
+from jaxft.convert.gguf.modelfile import write_modelfile
 from jaxft.convert.gguf.to_hf import facts, write_directory
-from jaxft.convert.gguf.write import open_origin, vocabulary_of, write_files
+from jaxft.convert.gguf.write import open_origin, write_files
 from jaxft.convert.merge import DTYPES
 from jaxft.errors import InputError
 from jaxft.load import load_tokenizer
@@ -24,8 +25,8 @@ def add_gguf_commands(commands: Any) -> None:
     """Adds the commands of this package to `jaxft.convert`'s."""
     own = commands.add_parser(
         "gguf", allow_abbrev=False, help="a model, with an adapter merged or not, as GGUF files for llama.cpp",
-        description="Writes a model as GGUF: one file, or one a quantisation where OUT has {quant} in it. The last line "
-        "on stdout is JSON: for each file whether it gives the source's tokens, and how far its logits are from it.",
+        description="Writes a model as GGUF: one file, or one a quantisation where OUT has {quant} in it. The "
+        "last line on stdout is JSON: for each file whether it gives the source's tokens, and how far its logits are.",
     )  # fmt: skip
     own.add_argument("model", metavar="MODEL", help="a model directory, a GGUF file, or a name on the hub")
     own.add_argument("out", metavar="OUT", help="the file; {quant} in it becomes the quantisation")
@@ -33,6 +34,7 @@ def add_gguf_commands(commands: Any) -> None:
     own.add_argument("--adapter", metavar="DIR", help="a PEFT LoRA adapter, merged while writing")
     own.add_argument("--imatrix", metavar="FILE", type=Path, help="an importance matrix, ours or llama.cpp's")
     own.add_argument("--pre_tokenizer", metavar="NAME", help="llama.cpp's, where none cuts text as the tokenizer does")
+    own.add_argument("--modelfile", action="store_true", help="writes an Ollama Modelfile beside each file too")
     _add_check(own)
     own.set_defaults(run=run_gguf)
     own = commands.add_parser(
@@ -67,17 +69,31 @@ def _add_check(own: argparse.ArgumentParser) -> None:
 def run_gguf(options: argparse.Namespace) -> dict[str, Any]:
     """Writes the files, then reads each back and compares it with its source."""
     quants = [quant for quant in options.quant.lower().split(",") if quant]
-    if unknown := [quant for quant in quants if quant not in QUANTS] or not quants:
-        raise InputError(f"--quant {options.quant}: {unknown or 'nothing'} is not known; there are {', '.join(QUANTS)}")
+    unknown = [quant for quant in quants if quant not in QUANTS]
+    if unknown or not quants:
+        raise InputError(f"--quant {options.quant}: {unknown[0] if unknown else 'nothing'} is none of {', '.join(QUANTS)}")
     files = out_files(options.out, list(dict.fromkeys(quants)))
+    modelfiles = {quant: modelfile_of(path, len(files) > 1) for quant, path in files.items() if options.modelfile}
+    importance = None
+    if options.imatrix is not None:
+        from jaxft.convert.imatrix import read_imatrix
+
+        importance = read_imatrix(options.imatrix)
     origin = open_origin(options.model, options.adapter)
-    vocabulary = vocabulary_of(origin, options.pre_tokenizer)
-    if vocabulary is not None and options.pre_tokenizer is None:
-        check.check_vocabulary(origin.tokenizer, vocabulary)
-    write_files(origin, files, vocabulary, say)
+    if options.modelfile and origin.tokenizer is None:
+        raise InputError(f"--modelfile: {options.model} has no tokenizer, and so neither a template nor stop tokens")
+    vocabulary = check.vocabulary_of(
+        origin.tokenizer, origin.model.config.vocab_size, origin.directory, options.pre_tokenizer
+    )
+    write_files(origin, files, vocabulary, say, importance)
     found: dict[str, dict[str, Any]] = {
         quant: {"file": str(path), "bytes": path.stat().st_size} for quant, path in files.items()
     }
+    for quant, path in modelfiles.items():
+        assert vocabulary is not None
+        if not write_modelfile(path, files[quant], origin.tokenizer, vocabulary, origin.directory):
+            say(f"{path}: the chat template is no sequence of turns; Ollama reads the one in the GGUF file")
+        found[quant]["modelfile"] = str(path)
     if origin.tokenizer is not None:
         for quant, path in files.items():
             found[quant] |= check.check_tokenizer(origin.tokenizer, path)
@@ -87,8 +103,8 @@ def run_gguf(options: argparse.Namespace) -> dict[str, Any]:
         expected = check.log_probabilities(options.model, options.adapter, tokens)
         for quant, path in files.items():
             found[quant] |= check.check_weights(expected, path, tokens)
-    for quant, facts in found.items():
-        say(f"{quant}: {describe(facts)}")
+    for quant, said in found.items():
+        say(f"{quant}: {describe(said)}")
     return {"files": found}
 
 
@@ -125,6 +141,14 @@ def out_files(out: str, quants: list[str]) -> dict[str, Path]:
         if not path.parent.is_dir():
             raise InputError(f"{path}: there is no directory {path.parent}; make it first")
     return files
+
+
+def modelfile_of(file: Path, several: bool) -> Path:
+    """`Modelfile` beside a file, or `Modelfile.<name>` where there are several. Raises InputError where it exists."""
+    path = file.with_name(f"Modelfile.{file.stem}" if several else "Modelfile")
+    if path.exists():
+        raise InputError(f"{path} exists already; move it, or leave --modelfile out")
+    return path
 
 
 def describe(facts: dict[str, Any]) -> str:

@@ -59,7 +59,9 @@ def _windowed(keys: Keys, name: str, layers: int) -> list[bool]:
     said = keys.get("attention.sliding_window_pattern", PERIODS.get(name, 0))
     if np.ndim(said):
         if len(said) != layers:
-            raise InputError(f"{name}.attention.sliding_window_pattern has {len(said)} entries, the model {layers} layers")
+            raise InputError(
+                f"{name}.attention.sliding_window_pattern has {len(said)} entries, the model {layers} layers"
+            )
         return [bool(one) for one in said]
     return [not said or i % said < said - 1 for i in range(layers)]
 
@@ -167,7 +169,7 @@ def _special(model_type: str, name: str, keys: Keys, layers: int, hidden: int, h
         return {
             "hidden_activation": ARCHITECTURES[model_type].activation,
             "query_pre_attn_scalar": _whole_where_it_is(scale**-2),
-            "sliding_window": window or int(4096),
+            "sliding_window": window or 4096,
             "layer_types": kinds,
             "attn_logit_softcapping": number("attn_logit_softcapping", caps[0]),
             "final_logit_softcapping": number("final_logit_softcapping", caps[1]),

@@ -1,4 +1,4 @@
-"""A GGUF file as a model directory: config.json, tokenizer and a pointer to the file, so that every command reads it."""
+"""A GGUF file as a model directory: config.json, tokenizer and a pointer to the file; so every command reads it."""
 
 import atexit
 import json

@@ -62,7 +62,9 @@ def check_expressible(model: Model) -> list[str]:
     c, kind = model.config, ARCHITECTURES[model.config.model_type]
     where = f"llama.cpp's architecture {kind.name}"
     if c.hidden_act != kind.activation:
-        raise InputError(f"hidden_act is {c.hidden_act}; {where} computes {kind.activation}, and no file says otherwise")
+        raise InputError(
+            f"hidden_act is {c.hidden_act}; {where} computes {kind.activation}, and no file says otherwise"
+        )
     held = {path.split("/")[-2] for path in _paths(model.shapes) if path.endswith("/bias")}
     if held - set(kind.biases):
         raise InputError(f"{', '.join(sorted(held - set(kind.biases)))} have a bias; {where} has no place for it")
@@ -89,6 +91,6 @@ def _paths(tree: dict, prefix: str = "") -> list[str]:
 
 def row_order(interleaved: bool, name: str, heads: int, kv_heads: int, head_dim: int) -> tuple[int, int] | None:
     """(heads, head size) of a tensor whose rows change places in a file, None for all others; by Hugging Face name."""
-    if not interleaved or not name.split(".")[-2] in ("q_proj", "k_proj"):
+    if not interleaved or name.split(".")[-2] not in ("q_proj", "k_proj"):
         return None
     return (heads if name.split(".")[-2] == "q_proj" else kv_heads), head_dim

@@ -3,9 +3,9 @@
 from pathlib import Path
 from typing import Any
 
-import gguf
 import numpy as np
 
+import gguf
 from jaxft.convert import peft
 from jaxft.convert.gguf.families import ARCHITECTURES, row_order
 from jaxft.convert.gguf.write import Origin, add_keys, as_stored, stored_names

@@ -50,7 +50,8 @@ PRES = {
         "refact", "starcoder", "command-r", "codeshell", "exaone", "minerva-7b", "mellum2",
     )),
     "deepseek-v3": Pre(
-        (r"\p{N}{1,3}", "[一-龥぀-ゟ゠-ヿ]+", rf"{PUNCTUATION}[A-Za-z]+|{MARKED}"), False, ("hunyuan-dense", "joyai-llm"),
+        (r"\p{N}{1,3}", "[一-龥぀-ゟ゠-ヿ]+", rf"{PUNCTUATION}[A-Za-z]+|{MARKED}"), False,
+        ("hunyuan-dense", "joyai-llm"),
     ),
     "seed-coder": Pre((rf"{ENDINGS}|{NO_LETTER}\p{{L}}+|\p{{N}}{{1}}| ?[^\s\p{{L}}\p{{N}}\r\n]+|\s*[\r\n]+"
                        r"|\s+(?!\S)|\s+",)),

@@ -58,11 +58,16 @@ def _one(parameters: dict[str, Any], model: Model, rope: Rope) -> tuple[Keys, di
         keys |= {"rope.scaling.type": "longrope", "rope.scaling.attn_factor": rope.scaling}
         keys["rope.scaling.original_context_length"] = rope.threshold
         said = "its rope has other factors for texts beyond {} tokens; llama.cpp chooses by the context's size"
-        return keys, {LONG: factors(rope.long_frequencies), SHORT: factors(rope.frequencies)}, [said.format(rope.threshold)]
+        return (
+            keys,
+            {LONG: factors(rope.long_frequencies), SHORT: factors(rope.frequencies)},
+            [said.format(rope.threshold)],
+        )
     if kind == "yarn":
         return keys | _yarn(parameters, c.max_position_embeddings, rope), {}, []
     if kind == "dynamic":
-        said = f"its rope is dynamic, which llama.cpp has not: answers are the model's up to {c.max_position_embeddings} tokens"
+        positions = c.max_position_embeddings
+        said = f"its rope is dynamic, which llama.cpp has not: answers are the model's up to {positions} tokens"
         return keys, {}, [said]
     return keys, {}, []
 
@@ -71,7 +76,9 @@ def _yarn(parameters: dict[str, Any], positions: int, rope: Rope) -> Keys:
     """YaRN's keys. llama.cpp multiplies cos and sin by 1 + 0.1 log(factor) itself, and by the key attn_factor."""
     for name, only in BETAS.items():
         if (parameters.get(name) or only) != only:
-            raise InputError(f"yarn's {name} is {parameters[name]}; llama.cpp takes {only} and reads no other from a file")
+            raise InputError(
+                f"yarn's {name} is {parameters[name]}; llama.cpp takes {only} and reads no other from a file"
+            )
     if not parameters.get("truncate", True):
         raise InputError("yarn's truncate is false; llama.cpp rounds the ends of the ramp")
     old_length = parameters["original_max_position_embeddings"]
@@ -122,7 +129,7 @@ def parameters_of(keys: Keys, tensors: dict[str, np.ndarray], head_dim: int, pos
 def _factored(theta: float, factors: np.ndarray, head_dim: int, positions: int) -> dict[str, Any]:
     from jaxft.models.rope import TYPES
 
-    guess = {"rope_type": "llama3", "rope_theta": theta, "factor": shortest(factors.max()), **LLAMA3}
+    guess = {"rope_type": "llama3", "rope_theta": theta, "factor": float(f"{factors.max():.6g}"), **LLAMA3}
     waves = np.power(theta, np.arange(0, head_dim, 2) / head_dim)
     expected = 1 / (waves * np.asarray(TYPES["llama3"](guess, head_dim, positions).frequencies, np.float64))
     if factors.shape == expected.shape and np.allclose(factors, expected, rtol=1e-5, atol=0):

@@ -1,4 +1,4 @@
-"""The tensors of a GGUF file under Hugging Face's names, dequantised and put back into its order while they are read."""
+"""The tensors of a GGUF file under Hugging Face's names, dequantised and put back in order while they are read."""
 
 from functools import cached_property
 from pathlib import Path
@@ -37,7 +37,7 @@ class GgufTensor:
 
     @cached_property
     def dtype(self) -> str:
-        """f32, f16 or bf16: what the values are given in. A vector that 16 bits hold is given as its file's matrices."""
+        """f32, f16 or bf16: what the values are given in. A vector that 16 bits hold is given as the matrices."""
         if self.info.type in PLAIN and not (self.info.type == "f32" and len(self.info.shape) == 1):
             return self.info.type
         half = HALF_FILES.get(self.header.metadata.get("general.file_type", -1))
@@ -120,7 +120,9 @@ def open_tensors(header: Header, names: tuple[Name, ...], heads: int, kv_heads: 
             raise InputError(f"{header.path}: the tensor {stored} belongs to no part of this model")
         name = table[row].format(i=layer)
         norm = kind.norm if "norm" in stored else 0.0
-        found[name] = GgufTensor(header, stored, info, norm, row_order(kind.interleaved, name, heads, kv_heads, head_dim))
+        found[name] = GgufTensor(
+            header, stored, info, norm, row_order(kind.interleaved, name, heads, kv_heads, head_dim)
+        )
     return found
 
 

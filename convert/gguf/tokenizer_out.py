@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,24 @@ from transformers import PreTrainedTokenizerBase
 
 from jaxft.convert.gguf import pretokenizers
 from jaxft.convert.gguf.vocabulary import (
-    BPE, BYTE, CONTROL, NORMAL, SPM, UNIGRAM, UNKNOWN, UNUSED, USER, Vocabulary,
+    BPE,
+    BYTE,
+    CONTROL,
+    NORMAL,
+    SPM,
+    UNIGRAM,
+    UNKNOWN,
+    UNUSED,
+    USER,
+    Vocabulary,
 )  # fmt: skip
 from jaxft.errors import InputError
 from jaxft.stops import end_of_turn, stop_token_ids
+
+
+class NoPreTokenizer(InputError):
+    """A tokenizer could be written but for how it cuts text before merging."""
+
 
 BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
 SPACE = "▁"
@@ -25,8 +40,8 @@ def describe(
     """The vocabulary of a tokenizer for a model whose embedding has `rows` rows.
 
     directory: of the model, whose generation_config.json and sentencepiece scores are read where they are there. pre:
-    llama.cpp's pre-tokenizer to name where none cuts as this tokenizer does. Raises InputError for a tokenizer that GGUF
-    cannot say.
+    llama.cpp's pre-tokenizer to name where none cuts as this tokenizer does. Raises InputError for a tokenizer that
+    GGUF cannot say.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
@@ -62,7 +77,9 @@ def describe(
         return _sentencepiece(description, common, directory)
     if core["type"] == "Unigram":
         return _unigram(description, common)
-    raise InputError(f"the tokenizer is of the kind {core['type']}; byte-level BPE, sentencepiece's and Unigram are written")
+    raise InputError(
+        f"the tokenizer is of the kind {core['type']}; byte-level BPE, sentencepiece's and Unigram are written"
+    )
 
 
 def _tokens(core: dict[str, Any]) -> dict[int, str]:
@@ -107,11 +124,11 @@ def _byte_level(description: dict[str, Any], common: dict[str, Any], pre: str | 
         known = "gpt-2"  # what is never merged may be cut anywhere
     if known is None and pre is None:
         cut = pretokenizers.splits_of(description["pre_tokenizer"]) or description["pre_tokenizer"]
-        raise InputError(
-            f"no pre-tokenizer of llama.cpp cuts text as this tokenizer does ({json.dumps(cut, ensure_ascii=False)}); "
-            f"name the nearest by --pre_tokenizer, e.g. qwen2, and see what the check says of it. There are: "
-            f"{', '.join(pretokenizers.PRES)}"
+        raise NoPreTokenizer(
+            f"no pre-tokenizer of llama.cpp cuts text as this tokenizer does ({json.dumps(cut, ensure_ascii=False)})"
         )
+    if pre is not None:
+        pretokenizers.named(pre)
     merges = [one if isinstance(one, str) else " ".join(one) for one in core["merges"]]
     return Vocabulary(BPE, pre or known or "", merges=merges, nfc=steps == ["NFC"], **common)
 
@@ -149,9 +166,7 @@ def _sentencepiece(description: dict[str, Any], common: dict[str, Any], director
     return Vocabulary(SPM, "default", scores=scores, space_prefix=prefix, anywhere=anywhere, **common)
 
 
-def _scores(
-    tokens: list[str], types: list[int], pairs: list[tuple[str, ...]], directory: Path | None
-) -> list[float]:
+def _scores(tokens: list[str], types: list[int], pairs: list[tuple[str, ...]], directory: Path | None) -> list[float]:
     """A score for each token: sentencepiece's own where its model lies beside, else by which merge comes first.
 
     llama.cpp merges the two neighbours whose union has the highest score, whatever the two are. Raises InputError where
@@ -165,12 +180,14 @@ def _scores(
         first.setdefault(made, rank)
         last[made], counts[made] = rank, counts.get(made, 0) + 1
     spans = sorted((first[text], last[text]) for text in first)
-    if any(stop > start for (_, stop), (start, _) in zip(spans, spans[1:], strict=False)):
+    if any(stop > start for (_, stop), (start, _) in pairwise(spans)):
         raise InputError("the tokenizer's merges of one token stand apart; sentencepiece's stand together")
     known = set(tokens)
     for text, count in counts.items():
         if sum(1 for left, right in halves(text) if left in known and right in known) > count:
-            raise InputError(f"the tokenizer makes {text!r} of fewer pairs than sentencepiece would; GGUF cannot say it")
+            raise InputError(
+                f"the tokenizer makes {text!r} of fewer pairs than sentencepiece would; GGUF cannot say it"
+            )
     scores = [-float(first[text]) if text in first else 0.0 for text in tokens]
     found = {} if directory is None else _model_scores(directory / "tokenizer.model")
     normal = [number for number, kind in enumerate(types) if kind == NORMAL]
@@ -242,9 +259,10 @@ def _special_ids(tokenizer: PreTrainedTokenizerBase, directory: Path | None) -> 
         ids["eos"] = stops[0] if turn is None else turn
     if turn not in (None, ids.get("eos")):
         ids["eot"] = turn
-    for number in stops:  # GGUF has room for three: what does not fit ends answers in llama.cpp only by its name
-        if number not in ids.values() or number == ids.get("pad") and number not in (ids.get("eos"), ids.get("eot")):
-            ids.setdefault("eom" if "eot" in ids or "eom" in str(tokenizer.convert_ids_to_tokens(number)) else "eot", number)
+    for number in stops:  # GGUF has room for three; llama.cpp knows most others by their texts
+        if number not in [ids.get(name) for name in ("eos", "eot", "eom")]:
+            text = str(tokenizer.convert_ids_to_tokens(number))
+            ids.setdefault("eom" if "eot" in ids or "eom" in text else "eot", number)
     return ids
 
 

@@ -1,4 +1,4 @@
-"""A model as GGUF files: one pass over its weights, a few rows at a time, for as many quantisations as are asked for."""
+"""A model as GGUF files: one pass over its weights, a few rows at a time, for all quantisations that are asked for."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import gguf
 import ml_dtypes
 import numpy as np
 
+import gguf
 from jaxft.convert import hf
 from jaxft.convert.ggml import TYPES, file_type, quantize, tensor_type
-from jaxft.convert.gguf import config, tokenizer_out
+from jaxft.convert.gguf import config
 from jaxft.convert.gguf.families import ARCHITECTURES, check_expressible, row_order
 from jaxft.convert.gguf.tensors import RESIDUALS, more_norm, stored_rows
 from jaxft.convert.gguf.vocabulary import Vocabulary
@@ -74,9 +74,13 @@ def write_files(
         say("warning: the model has no tokenizer: the file will have none, and llama.cpp needs one to read text")
     keys |= {} if vocabulary is None else vocabulary.metadata()
     names = stored_names(origin.source)
+    if importance is not None:
+        _check_importance(importance, names, origin.source.names(), say)
     vectors = {name: _vector(origin, name) for name, shape in origin.source.names().items() if len(shape) == 1}
     keys |= {RESIDUALS + names[name]: residual for name, (_, residual) in vectors.items() if residual is not None}
-    writers = {quant: _Writer(path, kind.name, quant, origin, keys, importance is not None) for quant, path in files.items()}
+    writers = {
+        quant: _Writer(path, kind.name, quant, origin, keys, importance is not None) for quant, path in files.items()
+    }
     try:
         for writer in writers.values():
             writer.begin(names, extra)
@@ -101,6 +105,22 @@ def write_files(
     finally:
         for writer in writers.values():
             writer.discard()
+
+
+def _check_importance(
+    importance: dict[str, np.ndarray], names: dict[str, str], shapes: dict[str, tuple[int, ...]], say: Say
+) -> None:
+    """Raises InputError for an importance matrix of another model; says for how many matrices there is none."""
+    known = {stored: shapes[name] for name, stored in names.items() if len(shapes[name]) == 2}
+    for stored, weights in importance.items():
+        if stored not in known or len(weights) != known[stored][1]:
+            seen = f"of {known[stored][1]} columns here" if stored in known else "not there"
+            raise InputError(
+                f"the importance matrix is another model's: it has {stored} ({len(weights)} columns), {seen}"
+            )
+    left = [stored for stored in known if stored not in importance and stored != "token_embd.weight"]
+    if left:
+        say(f"the importance matrix says nothing of {len(left)} of {len(known)} matrices, e.g. {left[0]}")
 
 
 def stored_names(source: Source) -> dict[str, str]:
@@ -195,7 +215,9 @@ class _Writer:
     def _add(self, name: str, shape: tuple[int, ...], type: str) -> None:
         kind = TYPES[type]
         if shape[-1] % kind.block:
-            raise InputError(f"{name} is {shape[-1]} wide, which the {kind.block} values of a block of {type} do not fill")
+            raise InputError(
+                f"{name} is {shape[-1]} wide, which the {kind.block} values of a block of {type} do not fill"
+            )
         size = int(np.prod(shape)) // kind.block * kind.bytes
         self.writer.add_tensor_info(name, shape, np.dtype(np.float32), size, kind.gguf)
 
@@ -204,7 +226,7 @@ class _Writer:
         plain = {"f32": np.float32, "f16": np.float16, "bf16": ml_dtypes.bfloat16}.get(type)
         same = plain is not None and rows.dtype == plain
         data = np.ascontiguousarray(rows) if same else quantize(rows, type, importance)
-        self.file.write(memoryview(data.view(np.uint8)).cast("B"))
+        data.view(np.uint8).tofile(self.file)
 
     def pad(self) -> None:
         self.writer.write_padding(self.file, self.file.tell())
@@ -249,10 +271,3 @@ def _sampling(directory: Path) -> dict[str, Any]:
         for name, short in names.items()
         if isinstance(written.get(name), int | float)
     }
-
-
-def vocabulary_of(origin: Origin, pre: str | None) -> Vocabulary | None:
-    """The tokenizer as GGUF says it, or None where there is none. Raises InputError where GGUF cannot."""
-    if origin.tokenizer is None:
-        return None
-    return tokenizer_out.describe(origin.tokenizer, origin.model.config.vocab_size, origin.directory, pre)
