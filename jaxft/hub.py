@@ -7,13 +7,15 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import cast
 
 from huggingface_hub import HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 
 from jaxft.errors import InputError, RunError
 
-UNREACHED = HfHubHTTPError.__bases__[0]  # HTTPError of whichever httpx huggingface_hub speaks through
+# HTTPError of whichever httpx huggingface_hub speaks through
+UNREACHED = cast(type[Exception], HfHubHTTPError.__bases__[0])
 MADE_BY_HUB = {".gitattributes"}
 
 

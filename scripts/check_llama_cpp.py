@@ -17,7 +17,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +83,7 @@ NEW = 24  # tokens after each prompt
 # the difference of logits over their standard deviation. llama.cpp rounds a layer's input as it holds its weights
 # (16 bits, 8 bits), and Gemma's GELU through a table of float16 in any case
 LIMITS = {"f32": 1e-3, "f16": 1e-2, "q8_0": 0.2}
+PROBLEMS = 100  # held-out ones, of 200
 WORSE = 1.01  # our perplexity over that of llama.cpp's own quantiser's file, at most
 FTYPES = {
     "f16": 1, "q4_0": 2, "q4_1": 3, "q8_0": 7, "q5_0": 8, "q5_1": 9, "q2_k": 10, "q3_k_s": 11, "q3_k_m": 12,
@@ -125,6 +126,20 @@ class Findings:
 
     lines: list[str] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
+    kept: Path | None = None  # a file of what was found before, so that a run that was cut goes on
+
+    def part(self, name: str, find: Callable[[], None]) -> None:
+        """Runs `find`, or says again what it said when it ran before."""
+        before = json.loads(self.kept.read_text(encoding="utf-8")) if self.kept and self.kept.exists() else {}
+        if name in before:
+            self.say(*before[name]["lines"])
+            self.failures += before[name]["failures"]
+            return
+        lines, failures = len(self.lines), len(self.failures)
+        find()
+        before[name] = {"lines": self.lines[lines:], "failures": self.failures[failures:]}
+        if self.kept:
+            self.kept.write_text(json.dumps(before, indent=1), encoding="utf-8")
 
     def say(self, *lines: str) -> None:
         self.lines += lines
@@ -284,6 +299,14 @@ def check_adapter(
     return f"{apart:.1e}"
 
 
+def check_model(name: str, llama: LlamaCpp, place: Path, page: Findings) -> None:
+    """`check_architecture`; what cannot be done at all is a row too."""
+    try:
+        check_architecture(name, llama, place, page)
+    except RunError as failure:
+        page.row(name, MODELS[name][1], page.expect(f"{name}: {failure}", False))
+
+
 def _loaded(adapter: Path, model: Model, params: Tree) -> tuple[Model, tuple[Tree, ...]]:
     tuned, trainable, frozen, _ = load_adapter(adapter, model, params)
     return tuned, (trainable, frozen)
@@ -293,7 +316,7 @@ def heldout_rows() -> list[list[int]]:
     """The embedded model's held-out problems as tokens."""
     rows, tokenizer = load_rows(str(EMBEDDED / "problems_heldout.jsonl")), AutoTokenizer.from_pretrained(BASE)
     samples, _ = tokenize_dataset(rows, tokenizer, max_length=512, vocab_size=len(tokenizer))
-    return [sample.input_ids.tolist() for sample in samples]
+    return [sample.input_ids.tolist() for sample in samples[:PROBLEMS]]
 
 
 BASE = EMBEDDED / "base"
@@ -342,17 +365,19 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--models", nargs="*", default=list(MODELS), choices=list(MODELS), help="only these")
     parser.add_argument("--parts", nargs="*", default=["models", "quants"], choices=["models", "quants"])
+    parser.add_argument("--keep", type=Path, help="a JSON file of what is found; what is in it is not done again")
     parser.add_argument("--out", type=Path, default=PAGE, help="the page to write")
     options = parser.parse_args(argv)
     if not SHARED.is_dir():
         raise InputError(f"{SHARED} is not there; it has the vocabularies")
-    page, began = Findings(), time.perf_counter()
+    page, began = Findings(kept=options.keep), time.perf_counter()
     with tempfile.TemporaryDirectory() as made:
         place = Path(made)
         llama = LlamaCpp(options.llama_python, options.threads)
+        version = llama("version")
         page.say(
             "# Held against llama.cpp", "",
-            f"Written by `scripts/check_llama_cpp.sh` with llama-cpp-python {llama('version')} (built from its source, "
+            f"Written by `scripts/check_llama_cpp.sh` with llama-cpp-python {version} (built from its source, "
             f"CPU) and jax {jax.__version__} on a CPU.", "",
         )  # fmt: skip
         if "models" in options.parts:
@@ -371,18 +396,15 @@ def main(argv: list[str] | None = None) -> int:
                 "model", "vocabulary", "greedy tokens", *LIMITS, "adapter", "tokens of texts", "ends", "template"
             )
             for name in options.models:
-                try:
-                    check_architecture(name, llama, place, page)
-                except RunError as failure:
-                    page.row(name, MODELS[name][1], page.expect(f"{name}: {failure}", False))
+                page.part(f"{name} {version}", partial(check_model, name, llama, place, page))
             page.say("")
         if "quants" in options.parts:
             page.say(
                 "## Quantised: perplexity beside llama.cpp's own quantiser", "",
-                "The embedded base on its held-out problems, every token but the first of each. The importance matrix "
-                f"is of its training problems. Ours may be {100 * (WORSE - 1):.0f} % worse at most.", "",
+                f"The embedded base on {PROBLEMS} held-out problems, every token but the first of each. The importance "
+                f"matrix is of its training problems. Ours may be {100 * (WORSE - 1):.0f} % worse at most.", "",
             )  # fmt: skip
-            check_quantisers(llama, place, page)
+            page.part(f"quantisers {version}", partial(check_quantisers, llama, place, page))
             page.say("")
     page.say(f"{len(page.failures)} of the checks failed.", *(f"- {failure}" for failure in page.failures))
     print(f"{time.perf_counter() - began:.0f} s", file=sys.stderr)

@@ -4,7 +4,8 @@
 #   scripts/check_llama_cpp.sh [FLAGS of scripts/check_llama_cpp.py]
 #
 # llama-cpp-python is built from its source into $LLAMA_CPP_ENV (default: .llama-cpp) when it is not there: about ten
-# minutes on two cores. PYTHON (default: python) runs jaxft with its test extra; ../shared/tokenizers has the vocabularies.
+# minutes on two cores. PYTHON (default: python) runs jaxft with its test extra; $JAXFT_TOKENIZERS (default:
+# ../shared/tokenizers) has the vocabularies.
 set -eu
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python}
