@@ -77,7 +77,7 @@ def test_tensors_come_back_byte_for_byte_and_constants_as_they_were(name, dtype,
         rows = back[tensor].get_slice(tensor)[1:4]
         assert rows.tobytes() == array[1:4].tobytes(), tensor
     was, now = (describe_model(read_hf_config(one)).config for one in (directory, again))
-    # a window-less Mistral is a Llama; the dynamic rope is plain up to the model's positions; llama3's is one of factors
+    # a window-less Mistral is a Llama; a dynamic rope is plain up to the positions; llama3's is one of factors
     otherwise = {"ropes", "layer_rope"} if name in ("llama3", "llama_dynamic", "llama_longrope") else set()
     for field in set(vars(was)) - otherwise - {"model_type"}:
         assert getattr(was, field) == getattr(now, field), field

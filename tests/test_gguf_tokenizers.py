@@ -1,4 +1,4 @@
-"""Tokenizers through GGUF and back: the same tokens, the template, the end of a turn; refused where it cannot say them."""
+"""Tokenizers through GGUF and back: the same tokens, the template, the end of a turn; refused where it has no words."""
 
 import json
 import shutil
@@ -26,7 +26,8 @@ DIGITS_THEN_WORDS = {
         {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True},
     ],
 }
-LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+CONTRACTIONS, ENDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)", r"[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+LLAMA3 = rf"{CONTRACTIONS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{{1,3}}| ?[^\s\p{{L}}\p{{N}}]+{ENDS}"
 
 
 def cut_by(expression: str, **changes) -> dict:
@@ -47,21 +48,28 @@ def test_vocabulary_files_of_llama_cpp_give_their_expected_tokens(name):
     assert max(tokenizer.get_vocab().values()) < {"llama-bpe": 128256, "llama-spm": 32000, "qwen2": 151936}[name]
 
 
-def test_llama2s_sentencepiece_model_is_described_as_llama_cpp_has_it(tmp_path):
+def test_llama2s_tokenizer_is_described_as_llama_cpp_has_it(tmp_path):
+    theirs = read_vocabulary(read_header(need_shared("tokenizers/ggml-vocab-llama-spm.gguf")))
+    write_tokenizer(theirs, tmp_path)
     shutil.copy(need_shared("tokenizers/llama2-tokenizer.model"), tmp_path / "tokenizer.model")
-    names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "LlamaTokenizer", **names}))
     tokenizer = load_tokenizer(tmp_path)
     found = describe(tokenizer, 32000, tmp_path)
-    theirs = read_vocabulary(read_header(need_shared("tokenizers/ggml-vocab-llama-spm.gguf")))
-    assert found.tokens == theirs.tokens and found.types == theirs.types
-    assert found.scores == theirs.scores and found.ids == theirs.ids
-    assert (found.add_bos, found.add_eos, found.space_prefix) == (True, False, True)
+    assert found == theirs  # scores are sentencepiece's own
     assert check.differing(tokenizer, check.tokenizer_of(found)) == []
     # without sentencepiece's file the order of merges gives scores of the same order
     alone = describe(tokenizer, 32000).scores
-    order = sorted((n for n in range(259, 31000)), key=lambda n: -theirs.scores[n])
+    order = sorted(range(259, 31000), key=lambda n: -theirs.scores[n])
     assert sorted(order, key=lambda n: -alone[n]) == order
+
+
+def test_a_sentencepiece_model_alone_gives_the_tokens_that_transformers_makes_of_it(tmp_path):
+    shutil.copy(need_shared("tokenizers/llama2-tokenizer.model"), tmp_path / "tokenizer.model")
+    names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "add_bos_token": True}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "LlamaTokenizer", **names}))
+    tokenizer = load_tokenizer(tmp_path)
+    found = describe(tokenizer, 32000, tmp_path)
+    assert (found.add_bos, found.add_eos, found.space_prefix, found.anywhere) == (True, False, True, False)
+    assert check.differing(tokenizer, check.tokenizer_of(found)) == []
 
 
 def test_the_embedded_tokenizer_is_refused_with_the_nearest_named_and_taken_by_name():
@@ -128,7 +136,7 @@ def test_what_is_put_around_a_text_is_seen_and_put_again(around):
 def test_pre_tokenizers_are_recognised_by_structure():
     assert pretokenizers.recognise(cut_by(LLAMA3), True) == "llama-bpe"
     assert pretokenizers.recognise(cut_by(LLAMA3), False) == "smaug-bpe"
-    spelt = LLAMA3.replace("(?i:'s|'t|'re|'ve|'m|'ll|'d)", "(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])")
+    spelt = LLAMA3.replace(CONTRACTIONS, "(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])")
     assert pretokenizers.recognise(cut_by(spelt, behavior="Removed", invert=True), True) == "llama-bpe"
     assert pretokenizers.recognise(cut_by(LLAMA3.replace("{1,3}", "")), False) == "qwen2"
     assert pretokenizers.recognise(cut_by(LLAMA3.replace("{1,3}", "")), True) is None

@@ -2,7 +2,9 @@
 
 import functools
 import math
+import os
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import gguf
@@ -64,12 +66,30 @@ def quantize(rows: Any, type: str, importance: Any = None) -> np.ndarray:
 
 
 def dequantize(data: Any, type: str, columns: int) -> np.ndarray:
-    """Blocks, (R, bytes of a row) or flat uint8, as (R, columns) float32: the gguf package's own arithmetic."""
+    """Blocks, (R, bytes of a row) or flat uint8, as (R, columns) float32: the gguf package's own arithmetic.
+
+    Its pieces are read side by side on all cores.
+    """
     kind = TYPES[type]
     rows = np.asarray(data, np.uint8).reshape(-1, kind.row_bytes(columns))
-    if kind.name == "bf16":  # the package's own way is ten times slower
+    if kind.name == "bf16":  # the package makes several copies here
         return rows.view(ml_dtypes.bfloat16).astype(np.float32)
-    return gguf.dequantize(rows, kind.gguf).astype(np.float32, copy=False)
+    if rows.size <= 2**20:
+        return _dequantized(rows, kind)
+    out = np.empty((len(rows), columns), np.float32)
+    step = max(1, 2**20 // columns)
+
+    def fill(first: int) -> None:
+        out[first : first + step] = _dequantized(rows[first : first + step], kind)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(fill, range(0, len(rows), step)))
+    return out
+
+
+def _dequantized(rows: np.ndarray, kind: GgmlType) -> np.ndarray:
+    with np.errstate(invalid="ignore", over="ignore"):
+        return gguf.dequantize(rows, kind.gguf).astype(np.float32, copy=False)
 
 
 def _pieces(rows: Any, step: int, size: int, block: int) -> Iterator[tuple[int, jax.Array]]:
@@ -113,9 +133,10 @@ def _quantized(
 
 @jax.jit
 def _columns(piece: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Blocks (G, block) as (block, G) float32, and the largest |value|, NaN where there is one."""
+    """Blocks (G, block) as (block, G) float32, and the largest |value|, infinite where one is not a number."""
     columns = piece.T.astype(jnp.float32)
-    return columns, jnp.max(jnp.abs(columns))
+    sizes = jnp.abs(columns)
+    return columns, jnp.max(jnp.where(sizes < np.inf, sizes, np.inf))  # not every compiler's max keeps NaN
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3))

@@ -23,11 +23,11 @@ SMALLEST = 1e-37  # divisors below it stand for zero
 
 
 class Tries(NamedTuple):
-    """`count` numbers from `first` on, at most 2^INDEX_BITS."""
+    """`number` of them from `first` on, at most 2^INDEX_BITS."""
 
     first: float
     step: float
-    count: int
+    number: int
 
 
 FINE = Tries(-0.9, 0.05, 37)  # of `affine` where an importance matrix is given
@@ -48,7 +48,6 @@ def affine(
     sum_w = _total(weights)
     sum_x = _total([a * b for a, b in zip(weights, values, strict=True)])
     sum_xx = _total([a * b * b for a, b in zip(weights, values, strict=True)])
-    mean = _over(sum_x, sum_w)
 
     def fitted(index: jax.Array, low: jax.Array, inverse: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         values, weights = _split(x), _split(w)
@@ -60,11 +59,12 @@ def affine(
         sum_qq = _total([a * b for a, b in zip(wq, q, strict=True)])
         sum_xq = _total([a * b for a, b in zip(wq, values, strict=True)])
         determinant = sum_w * sum_qq - sum_q * sum_q
-        equal = determinant <= 1e-6 * sum_w * sum_qq  # all q are the same number
-        minimum = jnp.where(equal, mean, _over(sum_qq * sum_x - sum_q * sum_xq, determinant))
-        scale = jnp.where(equal, jnp.zeros_like(mean), _over(sum_w * sum_xq - sum_x * sum_q, determinant))
-        scale = jnp.where(minimum >= 0, _over(sum_xq, sum_qq), scale)
-        minimum = jnp.minimum(minimum, 0)
+        minimum = _over(sum_qq * sum_x - sum_q * sum_xq, determinant)
+        scale = _over(sum_w * sum_xq - sum_x * sum_q, determinant)
+        scale = jnp.where(minimum > 0, _over(sum_xq, sum_qq), scale)
+        equal = determinant <= 1e-6 * sum_w * sum_qq  # all q that weigh anything are the same: as the range says
+        scale = jnp.where(equal, (high - low) / levels, scale)
+        minimum = jnp.where(equal, low, jnp.minimum(minimum, 0))
         if absolute:
             error = _total([a * jnp.abs(scale * b + minimum - v) for a, b, v in zip(weights, q, values, strict=True)])
         else:
@@ -77,7 +77,7 @@ def affine(
     def searched(_: jax.Array, best: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         error, scale, low = best
         inverse = reciprocal_or_zero(high - low)
-        found = _smallest(tries.count, lambda k: fitted(k, low, inverse)[0], low)
+        found = _smallest(tries.number, lambda k: fitted(k, low, inverse)[0], low)
         again, scale_again, low_again = fitted(found, low, inverse)
         better = again < error
         return jnp.minimum(again, error), jnp.where(better, scale_again, scale), jnp.where(better, low_again, low)
@@ -120,7 +120,7 @@ def around(number: float) -> np.ndarray:
     )
 
 
-def _clipped(x: jax.Array, bounds: tuple[jax.Array, jax.Array]) -> jax.Array:
+def _clipped(x: jax.Array, bounds: tuple[int, int]) -> jax.Array:
     low, high = (jnp.asarray(bound, jnp.float32) for bound in bounds)
     return jnp.clip(jnp.round(x), low, high)
 

@@ -71,7 +71,8 @@ def run_gguf(options: argparse.Namespace) -> dict[str, Any]:
     quants = [quant for quant in options.quant.lower().split(",") if quant]
     unknown = [quant for quant in quants if quant not in QUANTS]
     if unknown or not quants:
-        raise InputError(f"--quant {options.quant}: {unknown[0] if unknown else 'nothing'} is none of {', '.join(QUANTS)}")
+        said = unknown[0] if unknown else "nothing"
+        raise InputError(f"--quant {options.quant}: {said} is none of {', '.join(QUANTS)}")
     files = out_files(options.out, list(dict.fromkeys(quants)))
     modelfiles = {quant: modelfile_of(path, len(files) > 1) for quant, path in files.items() if options.modelfile}
     importance = None

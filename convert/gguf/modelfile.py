@@ -94,7 +94,11 @@ def take_apart(tokenizer: PreTrainedTokenizerBase, bos: str) -> Pieces | None:
         cases += [(first + messages, render(first + messages)) for messages in conversations]
     except TemplateError:  # there is no place for a system message
         pass
-    if any(text.count(one["content"]) != 1 for messages, text in cases for one in messages):
+    for messages, text in cases:
+        words = [one["content"] for one in messages]
+        if [text.count(word) for word in words] != [1] * len(words):
+            return None
+    if not cases[1][1].index(U) < cases[1][1].index(A) < cases[1][1].index(LAST):
         return None
     user_end, answer_end = user_alone.split(U)[-1], answered.split(A)[-1]
     start, rest = cases[1][1].split(U)
@@ -105,6 +109,8 @@ def take_apart(tokenizer: PreTrainedTokenizerBase, bos: str) -> Pieces | None:
     assistant = (to_assistant.removeprefix(user_end), answer_end)
     pieces = Pieces(start.removesuffix(user[0]), None, False, user, assistant, prompt.removeprefix(user_end))
     if len(cases) > 2:
+        if cases[2][1].index(S) > cases[2][1].index(U):
+            return None
         head, middle = cases[2][1].split(U)[0].split(S)
         joined = not middle.endswith(user[0])
         pieces = replace(pieces, system=(head, middle if joined else middle.removesuffix(user[0])), joined=joined)

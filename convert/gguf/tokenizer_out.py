@@ -56,13 +56,14 @@ def describe(
     tokens = [by_id[number] if number in by_id else _filler(number, taken) for number in range(rows)]
     if len(set(tokens)) < len(tokens) or not all(tokens):
         raise InputError("the tokenizer has a text with two ids, or an empty one; GGUF has one id for each text")
-    types = [
-        UNUSED if number not in by_id
-        else _kind(added[number]["special"], added[number]["content"] == core.get("unk_token"))
-        if number in added else NORMAL
-        for number in range(rows)
-    ]  # fmt: skip
     ids = _special_ids(tokenizer, directory)
+    types = [UNUSED if number not in by_id else NORMAL for number in range(rows)]
+    for number, token in added.items():
+        types[number] = CONTROL if token["special"] else USER
+    if core["type"] == "Unigram" or core.get("byte_fallback"):
+        unknown = ids.get("unk")
+        if unknown is not None and unknown not in (ids.get("bos"), ids.get("eos")):
+            types[unknown] = UNKNOWN
     before, after = _around(tokenizer)
     for put, name in ((before, "bos"), (after, "eos")):
         if put and put != [ids.get(name)]:
@@ -97,10 +98,6 @@ def _filler(number: int, taken: set[str]) -> str:
     while text in taken:
         text = f"[{text}]"
     return text
-
-
-def _kind(special: bool, unknown: bool) -> int:
-    return UNKNOWN if unknown else CONTROL if special else USER
 
 
 def _normalizers(description: dict[str, Any] | None) -> list[dict[str, Any]]:
@@ -167,7 +164,7 @@ def _sentencepiece(description: dict[str, Any], common: dict[str, Any], director
 
 
 def _scores(tokens: list[str], types: list[int], pairs: list[tuple[str, ...]], directory: Path | None) -> list[float]:
-    """A score for each token: sentencepiece's own where its model lies beside, else by which merge comes first.
+    """A score for each token: sentencepiece's own where its model lies beside and agrees, else by which merge is first.
 
     llama.cpp merges the two neighbours whose union has the highest score, whatever the two are. Raises InputError where
     the merges do not say that.
@@ -191,7 +188,9 @@ def _scores(tokens: list[str], types: list[int], pairs: list[tuple[str, ...]], d
     scores = [-float(first[text]) if text in first else 0.0 for text in tokens]
     found = {} if directory is None else _model_scores(directory / "tokenizer.model")
     normal = [number for number, kind in enumerate(types) if kind == NORMAL]
-    if found and all(found.get(tokens[number]) is not None for number in normal):
+    ranked = [found.get(left + right, 0.0) for left, right in pairs]
+    # what transformers makes of a sentencepiece model alone may merge in another order than its scores say
+    if all(tokens[number] in found for number in normal) and all(one >= next for one, next in pairwise(ranked)):
         return [found.get(text, 0.0) for text in tokens]
     return scores
 
