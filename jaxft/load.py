@@ -50,7 +50,7 @@ def find_directory(name: str) -> Path:
 
         return directory_of(path)
     if path.exists():
-        raise InputError(f"{name} is a file; a model directory is needed")
+        raise InputError(f"{name} is a file; a model directory or a .gguf file is needed")
     if name.startswith(("/", ".", "~")):
         raise InputError(f"{name} does not exist; check the path")
     try:

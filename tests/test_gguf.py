@@ -1,6 +1,11 @@
 """Models as GGUF files and back: exact where nothing is quantised, and refused where llama.cpp computes otherwise."""
 
 import json
+import os
+import subprocess
+import sys
+import textwrap
+import time
 from pathlib import Path
 
 import jax
@@ -25,6 +30,7 @@ from tests.tiny_models import CONFIGS, hf_config, nonzero_adapter, tiny_model
 from tests.tiny_runs import CHATML, V, make_tokenizer
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
+ROOT = Path(__file__).resolve().parents[1]
 # where llama.cpp has one way only: what the tiny models have otherwise
 SAYABLE = {
     "llama_bias": {"hidden_act": "silu"},
@@ -282,3 +288,47 @@ def test_residuals_are_in_the_file_only_where_they_are_needed(tmp_path):
         export(write_model(tmp_path / name, name, dtype), tmp_path / f"{name}.gguf", "f32")
         keys = [key for key in read_header(tmp_path / f"{name}.gguf").metadata if key.startswith(RESIDUALS)]
         assert bool(keys) == needed
+
+
+# memory
+
+EXPORTER = """
+    import sys
+    import jax, jax.numpy as jnp
+    from pathlib import Path
+    from jaxft.convert.gguf.write import open_origin, write_files
+    jax.block_until_ready(jnp.zeros(8) + 1)
+    origin = open_origin(sys.argv[1], None)
+    print("ready", flush=True)
+    sys.stdin.readline()
+    files = {quant: Path(sys.argv[2]) / f"{quant}.gguf" for quant in ("f16", "q8_0")}
+    write_files(origin, files, None, lambda said: None)
+    print("done", flush=True)
+"""
+
+
+@pytest.mark.long
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="private memory is read from Linux' /proc")
+def test_export_of_a_gigabyte_holds_a_few_chunks(tmp_path):
+    from tests.test_load import private_bytes, write_sparse_model
+
+    weights, _ = write_sparse_model(tmp_path / "big")
+    process = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(EXPORTER), str(tmp_path / "big"), str(tmp_path)],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    try:
+        assert process.stdout.readline() == "ready\n"
+        before = peak = private_bytes(process.pid)
+        process.stdin.write("\n")
+        process.stdin.flush()
+        os.set_blocking(process.stdout.fileno(), False)
+        while not (line := process.stdout.readline()):
+            assert process.poll() is None
+            peak = max(peak, private_bytes(process.pid))
+            time.sleep(0.002)
+        assert line == "done\n" and weights > 10 * hf.CHUNK_BYTES
+        assert peak - before < 4 * hf.CHUNK_BYTES
+    finally:
+        process.kill()
+        process.wait()

@@ -212,7 +212,7 @@ def test_names_that_are_nothing_are_refused(tmp_path):
         with pytest.raises(InputError, match="gone does not exist"):
             load_model(name)
     (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match="is a file; a model directory is needed"):
+    with pytest.raises(InputError, match=r"is a file; a model directory or a \.gguf file is needed"):
         load_model(tmp_path / "file")
     with pytest.raises(InputError, match="neither a directory here nor a name the hub could have"):
         load_model("a b/c")
