@@ -1,4 +1,4 @@
-"""`python -m jaxft.convert merge|gguf|hf …`: model files out of model files."""
+"""`python -m jaxft.convert merge|gguf|hf|imatrix …`: model files out of model files."""
 
 import argparse
 import json
@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from jaxft.convert.gguf.command import add_gguf_commands
+from jaxft.convert.imatrix import add_imatrix_command
 from jaxft.convert.merge import DTYPES, compare, merge
 from jaxft.errors import InputError, run_command
+from jaxft.hub import open_repository, push
 
 
 class Parser(argparse.ArgumentParser):
@@ -37,9 +39,47 @@ def main(argv: list[str] | None = None) -> int:
     own.add_argument("--debug", action="store_true", help="show the traceback of an error")
     own.set_defaults(run=run_merge)
     add_gguf_commands(commands)
-    options = parser.parse_args(argv)
-    print(json.dumps(options.run(options)), flush=True)
+    for name in PUSHED & commands.choices.keys():
+        add_hub_flags(commands.choices[name])
+    add_imatrix_command(commands)
+    options, flags = parser.parse_known_args(argv)
+    if flags and options.command != "imatrix":  # whose further flags are those of another command
+        parser.error(f"unrecognized arguments: {' '.join(flags)}")
+    options.flags = flags
+    repository = None
+    if getattr(options, "push_to_hub", False):
+        name = Path(options.out).expanduser().resolve().name
+        default = name.replace("{quant}", "").removesuffix(".gguf").strip(".-_")
+        repository = open_repository(
+            options.hub_model_id or default, private=options.hub_private_repo, exist_ok=options.hub_exist_ok
+        )
+    found = options.run(options)
+    if repository is not None:
+        found["pushed"] = push(repository, *written(options, found))
+    print(json.dumps(found), flush=True)
     return 0
+
+
+MODELFILE = "Modelfile"
+PUSHED = {"merge", "gguf", "gguf-lora", "hf"}
+
+
+def add_hub_flags(own: argparse.ArgumentParser) -> None:
+    group = own.add_argument_group("hub")
+    group.add_argument("--push_to_hub", action="store_true", help="upload what was written to the Hugging Face hub")
+    group.add_argument("--hub_model_id", metavar="NAME", help="OWNER/NAME or NAME there; without it named after OUT")
+    group.add_argument("--hub_private_repo", action="store_true", help="a new repository is private")
+    group.add_argument("--hub_exist_ok", action="store_true", help="add to a repository that holds files already")
+
+
+def written(options: argparse.Namespace, found: dict[str, Any]) -> tuple[Path, str, tuple[str, ...]]:
+    """What a command wrote, for `push`: a directory, a message, and the files in it, () for all."""
+    out = Path(options.out).expanduser().resolve()
+    message = f"python -m jaxft.convert {options.command}"
+    if options.command in ("merge", "hf"):
+        return out, message, ()
+    files = [Path(facts["file"]).name for facts in found["files"].values()] if "files" in found else [out.name]
+    return out.parent, message, (*files, *((MODELFILE,) if (out.parent / MODELFILE).is_file() else ()))
 
 
 def say(text: str) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 
 from jaxft.convert import bnb, hf, peft
 from jaxft.errors import InputError, RunError
-from jaxft.generate import stop_token_ids
+from jaxft.files import is_hub_name
 from jaxft.load import (
     adapter_tokenizer,
     base_changes,
@@ -26,6 +26,7 @@ from jaxft.lora import Branch, branches, with_lora
 from jaxft.models import Model, describe_model, read_hf_config
 from jaxft.models.extension import Changes, with_changes
 from jaxft.quant import Quantized, dense, kind_of
+from jaxft.stops import stop_token_ids
 from jaxft.templates import write_template
 from jaxft.trees import Tree, flatten, unflatten
 
@@ -184,7 +185,8 @@ def has_tokenizer(directory: Path) -> bool:
 
 
 def _card(model: str, adapter: str) -> str:
-    front = f'---\nbase_model: {json.dumps(model)}\nlibrary_name: transformers\ntags: ["jaxft"]\n---\n'
+    base = f"base_model: {json.dumps(model)}\n" if is_hub_name(model) else ""  # else the hub would refuse the card
+    front = f'---\n{base}library_name: transformers\ntags: ["jaxft"]\n---\n'
     return (
         f"{front}\n# {Path(model).name}, merged with {Path(adapter).name}\n\nThe LoRA adapter `{adapter}` added into "
         f"`{model}` by `python -m jaxft.convert merge`.\n\n```python\nfrom transformers import AutoModelForCausalLM\n\n"

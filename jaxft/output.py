@@ -13,12 +13,13 @@ from safetensors import SafetensorError
 from jaxft.config import to_yaml
 from jaxft.convert import peft
 from jaxft.errors import InputError, RunError
-from jaxft.generate import stop_token_ids
+from jaxft.files import is_hub_name
 from jaxft.load import copy_tokenizer, write_changes, write_model
 from jaxft.models.extension import describe_changes
 from jaxft.prepare import Prepared
 from jaxft.processes import ENVIRONMENT
 from jaxft.settings import TrainSettings
+from jaxft.stops import stop_token_ids
 from jaxft.templates import write_template
 from jaxft.trees import Tree
 from jaxft.usage import python_lines
@@ -71,6 +72,7 @@ def config_text(settings: TrainSettings) -> str:
     """config.yaml: the settings that repeat the run from its first step, wherever: without where it was resumed and by
     which processes."""
     left_out: dict[str, Any] = dict.fromkeys(("resume_from_checkpoint", *ENVIRONMENT))  # of the moment, not of the run
+    left_out |= {"push_to_hub": False, "hub_model_id": None, "hub_private_repo": False, "hub_exist_ok": False}
     return to_yaml(replace(settings, **left_out, settings_given=settings.settings_given - left_out.keys()))
 
 
@@ -120,7 +122,8 @@ def model_card(prepared: Prepared, settings: TrainSettings, facts: dict[str, Any
     """README.md of the output directory: what was trained on what, the figures of this run, how to load the result."""
     base = settings.model_name_or_path or str(prepared.directory)
     kind = "Full fine-tuning" if prepared.lora is None else "LoRA adapter"
-    front: dict[str, Any] = {"base_model": base, "library_name": "transformers" if prepared.lora is None else "peft"}
+    front: dict[str, Any] = {"base_model": base} if is_hub_name(base) else {}  # else the hub would refuse the card
+    front["library_name"] = "transformers" if prepared.lora is None else "peft"
     front["tags"] = ["jaxft"] + ([] if prepared.lora is None else ["lora"])
     header = "\n".join(f"{name}: {json.dumps(value)}" for name, value in front.items())
     if prepared.changes:

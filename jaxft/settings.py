@@ -271,6 +271,11 @@ class TrainArguments:
         nargs="+",
     )
 
+    push_to_hub: bool = _flag(False, "upload the result to the Hugging Face hub, with the token of HF_TOKEN or hf auth")
+    hub_model_id: str | None = _flag(None, "OWNER/NAME or NAME there; without it named after --output_dir")
+    hub_private_repo: bool = _flag(False, "a new repository is private")
+    hub_exist_ok: bool = _flag(False, "add to a repository that holds files already")
+
     @property
     def memory_limit(self) -> int | Literal["auto"] | None:
         """`memory_budget` in bytes."""

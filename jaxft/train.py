@@ -18,6 +18,7 @@ from jaxft.data import shape_line, split_rows, tokenize_dataset
 from jaxft.errors import InputError, run_command
 from jaxft.evaluate import held_out_split, read_from
 from jaxft.files import find_files, load_rows, open_stream
+from jaxft.hub import open_repository, push
 from jaxft.load import EMBEDDED, parameter_count
 from jaxft.loop import Run, run_training
 from jaxft.lora import padding
@@ -25,7 +26,7 @@ from jaxft.memory import plan_run, with_plan
 from jaxft.metrics import MetricsFile
 from jaxft.mixture import Source, mix
 from jaxft.optim import make_optimizer, make_schedule, with_loss_scale
-from jaxft.output import METRICS, choose_directory, is_finished, model_card, write_result
+from jaxft.output import CHECKPOINTS, METRICS, choose_directory, is_finished, model_card, write_result
 from jaxft.packing import Batches, eval_batches, make_plan
 from jaxft.prepare import Prepared, prepare
 from jaxft.processes import gathered, is_first, joined, leave, meet, on_first
@@ -34,7 +35,6 @@ from jaxft.reporters import check_reporters
 from jaxft.samples import Sample, Samples, Selection
 from jaxft.settings import TrainSettings
 from jaxft.sharding import data_parallel_size
-from jaxft.stops import stop_token_ids
 from jaxft.streaming import StreamBatches
 from jaxft.tasks import find_metric, make_task
 from jaxft.usage import usage
@@ -60,8 +60,11 @@ def train(settings: TrainSettings, provenance: dict[str, str]) -> int:
     directory = choose_directory(settings, settings.model_name_or_path)
     finished = settings.resume_from_checkpoint == "auto" and is_finished(directory, settings)
     meet("directory")  # all have seen it before the first process writes
+    repository = hub_repository(settings, directory)
     if finished:
-        say(f"{directory} holds the finished run of these settings; there is nothing left to do")
+        push_result(repository, directory)
+        rest = "" if repository else "; there is nothing left to do"
+        say(f"{directory} holds the finished run of these settings{rest}")
         return 0
     named = settings.dataset_train_split if "dataset_train_split" in settings.settings_given else None
     sources = settings.sources
@@ -128,7 +131,29 @@ def train(settings: TrainSettings, provenance: dict[str, str]) -> int:
         text = f"before: {before['answer'].strip()}\n" if before else ""
         say(f"\nprompt: {after['prompt'].strip()}\n{text}after:  {after['answer'].strip()}")
     say(f"{'adapter' if prepared.lora else 'model'} written to {directory}")
+    push_result(repository, directory)
     return 0
+
+
+def hub_repository(settings: TrainSettings, directory: Path) -> list[str]:
+    """The repository that `--push_to_hub` fills at the end, opened now; [] where nothing is pushed."""
+    opened: list[str] = []
+
+    def open_one() -> None:
+        name = settings.hub_model_id or directory.resolve().name
+        exist_ok = settings.hub_exist_ok
+        opened.append(open_repository(name, private=settings.hub_private_repo, exist_ok=exist_ok))
+
+    if settings.push_to_hub and not settings.dry_run:
+        on_first(open_one)
+    return opened
+
+
+def push_result(repository: list[str], directory: Path) -> None:
+    """Uploads what a run left to what `hub_repository` opened, all but its checkpoints."""
+    for name in repository:  # in the first process only
+        url = push(name, directory, "python -m jaxft.train", leave=(f"{CHECKPOINTS}/*",))
+        say(f"pushed to {url}")
 
 
 def say(text: str) -> None:
