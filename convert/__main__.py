@@ -1,4 +1,4 @@
-"""`python -m jaxft.convert merge MODEL ADAPTER OUT`: model files out of model files."""
+"""`python -m jaxft.convert merge MODEL ADAPTER OUT` and `quantize MODEL OUT`: model files out of model files."""
 
 import argparse
 import json
@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
+from jaxft.convert import quantize_command
 from jaxft.convert.merge import DTYPES, compare, merge
 from jaxft.errors import InputError, run_command
 
@@ -34,12 +35,16 @@ def main(argv: list[str] | None = None) -> int:
         help="false leaves out the comparison of logits, which holds the whole model in memory",
     )  # fmt: skip
     own.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    quantize_command.add_to(commands)
     options = parser.parse_args(argv)
     out = options.out.expanduser().resolve()
 
     def say(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
+    if options.command == "quantize":
+        print(json.dumps(quantize_command.run(options, out, say)), flush=True)
+        return 0
     found = merge(options.model, options.adapter, out, options.dtype, say)
     say(f"{found['merged']} layers merged, {found['replaced']} weights replaced; written to {out}")
     if options.check == "true":

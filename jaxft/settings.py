@@ -39,13 +39,16 @@ def is_expression(text: str) -> bool:
     return re.search(r"[][\\^$*+?{}()|]", text) is not None
 
 
-def parse_bytes(text: str) -> int:
-    """'11GiB', '11.5 GB', '800MiB' as bytes: GiB is 2^30, GB 10^9. Raises InputError for anything else, or no bytes."""
+def parse_bytes(text: str, expected: str = "--memory_budget {}: expected auto, or") -> int:
+    """'11GiB', '11.5 GB', '800MiB' as bytes: GiB is 2^30, GB 10^9. Raises InputError for anything else, or no bytes.
+
+    expected: how the error begins, {} being the text.
+    """
     units = {f"{letter}{mark}B": base**power for power, letter in ((1, "K"), (2, "M"), (3, "G"), (4, "T"))
              for mark, base in (("i", 1024), ("", 1000))}  # fmt: skip
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]i?B)", text.strip())
     if not found or not (size := int(float(found[1]) * units[found[2]])):
-        raise InputError(f"--memory_budget {text!r}: expected auto, or a number with its unit, such as 11GiB or 800MiB")
+        raise InputError(f"{expected.format(repr(text))} a number with its unit, such as 11GiB or 800MiB")
     return size
 
 

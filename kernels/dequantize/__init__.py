@@ -1,15 +1,14 @@
 """Dense weights from NF4 codes with block scales (QLoRA, Dettmers et al. 2023, https://arxiv.org/abs/2305.14314)."""
 
-import functools
-import logging
 import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 
 from jaxft.kernels.dequantize import reference, triton
 from jaxft.kernels.dequantize.tables import BLOCK_SIZES, NESTED_BLOCK
-from jaxft.kernels.gpu import device_capability
+from jaxft.kernels.gpu import serving
 
 __all__ = ["dequantize_nf4"]
 
@@ -32,8 +31,8 @@ def dequantize_nf4(
     packed: (⌈n/2⌉,) uint8 with n = prod(shape), value 2i in the high nibble of byte i. scales: one a block of `block`
     values: float32, or uint8 codes of the 8-bit dynamic map with nested: (⌈blocks/256⌉,) float32 and offset: ()
     float32: scale = map[code] · nested + offset, each of the two operations rounded to float32.
-    implementation: "triton" (CUDA), "reference", or None: triton on a GPU where it is installed. Has no derivative.
-    Raises ValueError where a shape or dtype does not fit, NotImplementedError where Triton cannot serve the device.
+    implementation: "triton" (one GPU), "reference", or None: the first that serves. Has no derivative. Raises
+    ValueError where a shape or dtype does not fit, NotImplementedError where Triton was asked for and cannot serve.
     """
     n = math.prod(shape)
     blocks = -(-n // block)
@@ -48,23 +47,10 @@ def dequantize_nf4(
     for name, (array, size, kind) in expected.items():
         if array is not None and (array.shape != size or array.dtype != kind):
             raise ValueError(f"{name} is {array.dtype} {array.shape}; a weight of shape {shape} needs {kind} {size}")
-    chosen = implementation or _default(n, jnp.dtype(dtype).name)
-    if chosen == "reference":
-        return reference.dequantize_nf4(packed, scales, nested, offset, shape, block, dtype)
-    if chosen != "triton":
+    if implementation not in (None, *IMPLEMENTATIONS):
         raise ValueError(f"implementation {implementation!r}: must be one of {', '.join(IMPLEMENTATIONS)}")
-    triton.check(n, dtype)
-    return triton.dequantize_nf4(packed, scales, nested, offset, shape, block, dtype, device_capability())
-
-
-@functools.cache
-def _default(n: int, dtype: str) -> str:
-    """ "triton" where the device and the size let it; a GPU without it is worth a warning."""
-    try:
-        triton.check(n, jnp.dtype(dtype))
-        device_capability()
-    except NotImplementedError as refusal:
-        level = logging.INFO if jax.default_backend() == "cpu" else logging.WARNING
-        logging.getLogger("jaxft").log(level, "NF4: reference (triton: %s)", refusal)
-        return "reference"
-    return "triton"
+    if implementation != "reference":
+        capability = serving("dequantize_nf4", partial(triton.check, n, jnp.dtype(dtype)), implementation)
+        if capability is not None:
+            return triton.dequantize_nf4(packed, scales, nested, offset, shape, block, dtype, capability)
+    return reference.dequantize_nf4(packed, scales, nested, offset, shape, block, dtype)

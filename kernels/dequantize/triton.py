@@ -14,14 +14,17 @@ from jaxft.kernels.gpu import check_installed
 THREADS = 128
 UNROLL = 4
 DTYPES = ("bfloat16", "float16", "float32")
+SMALLEST_CAPABILITY = 75
 
 
-def check(n: int, dtype: jnp.dtype) -> None:
+def check(n: int, dtype: jnp.dtype, capability: int) -> None:
     """Raises NotImplementedError with the reason where the kernel cannot serve."""
     if jnp.dtype(dtype).name not in DTYPES:
         raise NotImplementedError(f"dtype {jnp.dtype(dtype).name}: the kernel writes {', '.join(DTYPES)}")
     if n > 2**31 - 2**16:
         raise NotImplementedError(f"{n} values: the kernel counts in 32 bits")
+    if capability < SMALLEST_CAPABILITY:
+        raise NotImplementedError(f"compute capability {capability / 10}: needs 7.5")
     check_installed()
 
 
