@@ -16,7 +16,6 @@ from jaxft.convert.hf import Place, places
 from jaxft.errors import InputError
 from jaxft.lora_config import LoraConfig, check_patterns, check_targets, layer_of, reaches, saved_modules
 from jaxft.models import Model, model_of
-from jaxft.models.decoder import Decoder
 from jaxft.models.layers import Linear, Lora, LoRAParam, LoRAScale, SavedParam, stack
 from jaxft.trees import Tree, flatten, join, unflatten
 from jaxft.vocabulary import part_head
@@ -32,8 +31,11 @@ class Branch(NamedTuple):
     scale: float
 
 
-def linear_modules(decoder: Decoder) -> dict[str, Linear]:
-    """The linear layers of a model by their path, e.g. 'layers/0/self_attn/q_proj' (0 is the run's first layer)."""
+def linear_modules(decoder: nnx.Module) -> dict[str, Linear]:
+    """The linear layers of a model, or of a part of it, by their path, e.g. 'layers/0/self_attn/q_proj'.
+
+    The number is that of the run's first layer.
+    """
     return {"/".join(map(str, path)): m for path, m in nnx.iter_graph(decoder) if isinstance(m, Linear)}
 
 

@@ -93,15 +93,21 @@ class Decoder(nnx.Module):
         padding included, a row holds at most, where that is known; it decides which attention kernel is the fastest.
         Where some row holds more, all hidden states are NaN.
         """
+        context = self.context(segment_ids, positions, mlp_tiles, max_documents)
+        hidden = self._run(tokens, context, None, dtype, key, gradient_checkpointing)[0]
+        return hidden if context.documents is None else jnp.where(context.documents.exact, hidden, jnp.nan)
+
+    def context(
+        self, segment_ids: jax.Array, positions: jax.Array, mlp_tiles: int = 1, max_documents: int | None = None
+    ) -> Context:
+        """What every layer reads of packed rows (B, T); see `__call__`."""
         first_key, windows = key_range(segment_ids), any(self.config.layer_window)
         described = None
         if max_documents is not None and max_documents <= CUDNN_DOCUMENTS and not windows:
             described = documents(first_key, max_documents)
         lengths = document_lengths(segment_ids, positions)
         ropes = [rope.tables(positions, lengths) for rope in self.config.ropes]
-        context = Context(first_key, None, ropes, mlp_tiles=mlp_tiles, windows=windows, documents=described)
-        hidden = self._run(tokens, context, None, dtype, key, gradient_checkpointing)[0]
-        return hidden if described is None else jnp.where(described.exact, hidden, jnp.nan)
+        return Context(first_key, None, ropes, mlp_tiles=mlp_tiles, windows=windows, documents=described)
 
     def with_cache(
         self,
@@ -142,6 +148,15 @@ class Decoder(nnx.Module):
         ends = [*starts[1:], self.config.num_layers]
         return {str(a): b - a for a, b in zip(starts, ends, strict=True)}
 
+    def layer_data(self, start: str, count: int, keys: jax.Array | None = None) -> LayerData:
+        """What differs between the `count` layers of the run that begins at `start`; keys: dropout's, of all layers."""
+        c, span = self.config, slice(int(start), int(start) + count)
+        return LayerData(
+            jnp.asarray(np.array(c.layer_window[span], np.int32)),
+            jnp.asarray(np.array(c.layer_rope[span], np.int32)),
+            None if keys is None else keys[span],
+        )
+
     def embed(self, tokens: jax.Array, dtype: jnp.dtype) -> jax.Array:
         """Token embeddings (B, T, D)."""
         return self.embed_tokens.weight[...][tokens].astype(dtype)
@@ -157,12 +172,7 @@ class Decoder(nnx.Module):
         keys = None if key is None else jax.random.split(key, c.num_layers)
         new_cache = {}
         for start, count in self.run_lengths().items():
-            span = slice(int(start), int(start) + count)
-            layers = LayerData(
-                jnp.asarray(np.array(c.layer_window[span], np.int32)),
-                jnp.asarray(np.array(c.layer_rope[span], np.int32)),
-                None if keys is None else keys[span],
-            )
+            layers = self.layer_data(start, count, keys)
             run_cache = None if cache is None else cache[start]
             x, new_cache[start] = scan_layers(self.layers[start], x, layers, context, run_cache, remat)
         return self.finish(x), new_cache

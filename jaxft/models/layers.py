@@ -43,6 +43,10 @@ def describe(
     return kind(jax.ShapeDtypeStruct(shape, jnp.float32), axes=axes)
 
 
+class Seen(nnx.Variable):
+    """What a linear layer read in a call: x (..., I)."""
+
+
 class Lora(nnx.Module):
     """A (R, I), B (O, R) and scale of one linear layer, or of a stack of them.
 
@@ -68,6 +72,11 @@ class Linear(nnx.Module):
         self.weight = describe((out_features, in_features), axes)
         self.bias = nnx.data(describe((out_features,), axes[:1]) if bias else None)
         self.lora: Lora | None = nnx.data(None)
+        self.seen: Seen | None = nnx.data(None)  # where one is put (`jaxft.activations`), the layer keeps its input
+
+    def see(self, x: jax.Array) -> None:
+        if self.seen is not None:
+            self.seen.set_value(x)
 
     def weights(self) -> linear_op.Weights:
         lora = None if self.lora is None else (self.lora.a[...], self.lora.b[...], self.lora.scale[...])
@@ -79,6 +88,8 @@ def linears(
 ) -> tuple[jax.Array, ...]:
     """The outputs of linear layers that read the same x (..., I), the first one + add; key drives LoRA's dropout, None
     switches it off."""
+    for layer in layers:
+        layer.see(x)
     return linear_op.linears(x, tuple(layer.weights() for layer in layers), dropout=_dropout(layers), key=key, add=add)
 
 
@@ -94,6 +105,11 @@ def gated_mlp(
     add: jax.Array | None = None,
 ) -> jax.Array:
     """down(act(gate(x)) · up(x)) + add for x (B, T, D), in `tiles` parts; keys: dropout of gate and up, of down."""
+    gate.see(x)
+    up.see(x)
+    if down.seen is not None:  # what down reads exists inside the op alone
+        hidden = mlp_op.hidden(x, gate.weights(), up.weights(), activation=activation)
+        return linears(hidden, down, key=None, add=add)[0]
     return mlp_op.mlp(
         x, gate.weights(), up.weights(), down.weights(), activation=activation, dropout=_dropout((gate, up, down)),
         keys=keys, tiles=tiles, add=add,

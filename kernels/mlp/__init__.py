@@ -9,7 +9,7 @@ from jaxft.kernels.linear import Weights, check_add, check_fit, layer_keys
 from jaxft.kernels.mlp import fused, reference, triton
 from jaxft.kernels.mlp.reference import ACTIVATIONS
 
-__all__ = ["ACTIVATIONS", "mlp"]
+__all__ = ["ACTIVATIONS", "hidden", "mlp"]
 
 
 def mlp(
@@ -62,3 +62,9 @@ def mlp(
     if tiles == 1:
         return fused.mlp(x, layers, activation, dropout, both, add, card)
     return fused.tiled_mlp(x, layers, activation, dropout, both, add, card, tiles)
+
+
+def hidden(x: jax.Array, gate: Weights, up: Weights, *, activation: str) -> jax.Array:
+    """act(gate(x)) · up(x), what down reads in `mlp` without dropout: x (..., D) to (..., F) in x's dtype."""
+    check_fit(x.shape, (gate, up))
+    return fused.hidden(x, (gate, up), activation)

@@ -35,6 +35,13 @@ def _product(e: jax.Array, v: jax.Array, activation: str) -> jax.Array:
     return (ACTIVATIONS[activation](e.astype(jnp.float32)) * v.astype(jnp.float32)).astype(e.dtype)
 
 
+def hidden(x: jax.Array, layers: tuple[Weights, Weights], activation: str) -> jax.Array:
+    """h of gate and up alone, by plain XLA and without dropout."""
+    lows = linear.low_rank_inputs(x, layers, 0.0, (None, None))
+    e, v = linear.outputs(x, lows, layers)
+    return _product(e, v, activation)
+
+
 def _inner(x, layers: Layers, rate: float, keys: Keys, card: int | None):
     """e, v (without their low-rank parts where kernels add them) and the low-rank inputs of gate and up."""
     lows = linear.low_rank_inputs(x, layers[:2], rate, keys[:2])
