@@ -7,8 +7,8 @@ inputs that it has on calibration text, p and p̂ the model's predictions with W
     output error       E‖x (Ŵ − W)ᵀ‖² / E‖x Wᵀ‖²
     divergence         E KL(p ‖ p̂), in nats a token
 
-Errors of single layers nearly add up, because they are independent of each other and small. So the choice is a knapsack:
-the layers with the largest sum of scores whose 16 bits take no more bytes than the budget.
+Errors of single layers nearly add up, because they are independent of each other and small. So the choice is a
+knapsack: the layers with the largest sum of scores whose 16 bits take no more bytes than the budget.
 """
 
 import math
@@ -34,6 +34,7 @@ from jaxft.settings import parse_bytes
 from jaxft.trees import Tree, flatten, unflatten
 
 SCORES = ("weight", "output", "divergence")
+Rows = dict[str, jax.Array]  # of one batch, (B, T) each
 UNITS = 20_000  # in how many parts the knapsack counts a budget
 TILE = 1 << 26  # logits that exist at a time
 
@@ -169,13 +170,13 @@ class Predictions:
         self._tokens = sum(int(np.count_nonzero(batch["segment_ids"])) for batch in batches)
 
         @jax.jit
-        def hidden(params: Tree, batch: Batch) -> jax.Array:
+        def hidden(params: Tree, batch: Rows) -> jax.Array:
             return model.bind(params)(
                 batch["tokens"], batch["segment_ids"], batch["positions"], dtype=jnp.dtype("float32")
             )
 
         @jax.jit
-        def divergence(params: Tree, batch: Batch, expected: jax.Array) -> jax.Array:
+        def divergence(params: Tree, batch: Rows, expected: jax.Array) -> jax.Array:
             decoder, found = model.bind(params), hidden(params, batch)
             D = found.shape[-1]
             parts = [x.reshape(-1, D) for x in (expected, found)]

@@ -84,7 +84,9 @@ def quantize(source: Source, out: Path, kept: Collection[str], say: Callable[[st
         for name, shape in source.shapes.items()
     }
     if not any(map(is_quantized, leaves.values())):
-        raise InputError(f"{source.directory}: all linear layers fit the budget in 16 bits; nothing is left to quantise")
+        raise InputError(
+            f"{source.directory}: all linear layers fit the budget in 16 bits; nothing is left to quantise"
+        )
     done = 0
 
     def read(name: str) -> dict[str, np.ndarray]:

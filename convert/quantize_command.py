@@ -33,7 +33,9 @@ def add_to(commands: Any) -> None:
     own.add_argument("--dtype", choices=DTYPES, help="of everything else; without it the model's own 16 bits")
     own.add_argument("--dynamic", action="store_true", help="keep the layers that lose the most in 16 bits")
     own.add_argument(
-        "--budget", metavar="+10%", help="with --dynamic: bytes over plain quantisation, +10%% where not given, or +64MiB"
+        "--budget",
+        metavar="+10%",
+        help="with --dynamic: bytes over plain quantisation, +10%% where not given, or +64MiB",
     )
     own.add_argument(
         "--calibration", metavar="FILE", help="with --dynamic: text to score the layers on, .txt or a data set as "
@@ -69,8 +71,8 @@ def run(options: argparse.Namespace, out: Path, say: Callable[[str], None]) -> d
         kept = dynamic.choose(scores, budget, by)
         facts |= {"by": by, "budget": budget, "calibration": options.calibration, "kept": len(kept)}
         facts |= {"of": len(scores), "bytes": plain + dynamic.bytes_of(scores, kept)}
-        say(f"kept in {source.dtype.name}: {len(kept)} of {len(scores)} linear layers, {facts['bytes'] / plain - 1:+.2%} "
-            "of bytes")  # fmt: skip
+        more = f"{facts['bytes'] / plain - 1:+.2%} bytes"
+        say(f"kept in {source.dtype.name}: {len(kept)} of {len(scores)} linear layers, {more}")
     with whole_directory(out) as temporary:
         quantize(source, temporary, kept, say)
         if options.dynamic:

@@ -13,7 +13,7 @@ HEADS = {"weight": "weight error", "output": "output error", "divergence": "dive
 
 
 def write_report(out: Path, scores: list[Score], kept: Collection[str], facts: dict[str, Any]) -> list[str]:
-    """Writes quantization.md, quantization.json and, where matplotlib is installed, quantization.png; returns the names.
+    """Writes quantization.md, .json and, where matplotlib is installed, .png; returns the names.
 
     facts: what was asked for and what came of it, by name; `by` is the score that the choice went by.
     """
@@ -58,7 +58,8 @@ def _plot(path: Path, scores: list[Score], kept: Collection[str], by: str) -> No
     from matplotlib.figure import Figure
 
     places = {score.name: _layer_and_module(score.name) for score in scores}
-    layers, modules = (list(dict.fromkeys(sorted(place[i] for place in places.values()))) for i in (0, 1))
+    layers = sorted({layer for layer, _ in places.values()})
+    modules = sorted({module for _, module in places.values()})
     grid = [[float("nan")] * len(layers) for _ in modules]
     for score in scores:
         layer, module = places[score.name]

@@ -203,7 +203,7 @@ def _resolve(command: str, values: dict[str, Any]) -> Any:
             values[name] = ",".join(" ".join(words).replace(",", " ").split())
     if command == "train":
         values.setdefault("learning_rate", 2e-5 if values.get("full_finetuning") else 2e-4)
-        spellings = {"true": "full", "false": "none", "adamw_torch": "adamw"}
+        spellings = {"true": "full", "false": "none", "adamw_torch": "adamw", "paged_adamw_32bit": "paged_adamw"}
         for name in values.keys() & {"gradient_checkpointing", "optim"}:
             values[name] = spellings.get(values[name], values[name])
         for name in values.keys() & LISTS.keys():

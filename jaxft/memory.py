@@ -19,6 +19,7 @@ from jaxft.loop import Run
 from jaxft.models import Model
 from jaxft.models.layers import OFFLOADED
 from jaxft.optim import state_shapes
+from jaxft.optim_paged import HOST
 from jaxft.prepare import Prepared
 from jaxft.quant import is_quantized
 from jaxft.settings import TrainSettings
@@ -27,6 +28,8 @@ from jaxft.step import make_train_step
 from jaxft.trees import Tree
 
 GIB = 1 << 30
+# an optimizer that needs less of the device
+SMALLER = {"adamw": "adamw_8bit", "adamw_8bit": "paged_adamw_8bit", "paged_adamw": "paged_adamw_8bit"}
 MARGIN = 0.95  # of what XLA may use of a device: its allocator leaves gaps, and what runs beside the step needs some
 
 # (gradient_checkpointing, mlp_tiles), fastest first as measured (docs/log.md), each smaller on a card than the one
@@ -239,7 +242,7 @@ def what_helps(settings: TrainSettings, prepared: Prepared) -> str:
         f"a smaller --per_device_train_batch_size (now {rows}) with more --gradient_accumulation_steps" * (rows > 1),
         "LoRA in place of --full_finetuning" * settings.full_finetuning,
         "--load_in_4bit" * (not quantized and not settings.full_finetuning),
-        "--optim adamw_8bit" * (settings.optim != "adamw_8bit"),
+        f"--optim {SMALLER[settings.optim]}" if settings.optim in SMALLER else "",
         f"a smaller --lora_r (now {prepared.lora.r})" if prepared.lora and settings.adapter is None else "",
     ]
     return ", ".join(filter(None, ways))
@@ -267,10 +270,11 @@ def batch_shapes(mesh: Mesh, accumulation: int, batch_size: int, length: int) ->
 
 
 def device_bytes(tree: Any, itemsize: int | None = None) -> int:
-    """Bytes of a tree's leaves on one device; itemsize: of each number, its own where None."""
+    """Bytes of a tree's leaves on one device, without those on its host; itemsize: of each number, its own if None."""
     return sum(
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * (itemsize or leaf.dtype.itemsize)
         for leaf in jax.tree.leaves(tree)
+        if leaf.sharding.memory_kind != HOST
     )
 
 

@@ -11,8 +11,10 @@ import optax
 from jaxft.errors import InputError
 from jaxft.lora_config import SAVABLE
 from jaxft.optim_8bit import Moment8, moment_shapes, scale_by_adam_8bit
+from jaxft.optim_paged import on_host, paged
 from jaxft.trees import Tree
 
+OPTIMS = ("adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit")
 Factor = Callable[[jax.Array, int, int], jax.Array]  # (step, warmup_steps, total_steps) -> factor of learning_rate
 
 
@@ -121,7 +123,8 @@ def make_optimizer(
     """AdamW (Loshchilov and Hutter 2019, https://arxiv.org/abs/1711.05101) after clipping by the global norm.
 
     Moments are float32 whatever the parameters' dtype; with optim "adamw_8bit" they are held in 8 bits
-    (`jaxft.optim_8bit`). max_grad_norm 0 does not clip. embedding_factor: how many times the schedule's learning rate
+    (`jaxft.optim_8bit`), with "paged_adamw" and "paged_adamw_8bit" on the host (`jaxft.optim_paged`), where
+    `state_shapes` says so. max_grad_norm 0 does not clip. embedding_factor: how many times the schedule's learning rate
     embedding and head have. Raises InputError for an unknown optim.
     """
     adam = _make_adam(schedule, adam_beta1, adam_beta2, adam_epsilon, weight_decay, max_grad_norm, optim)
@@ -139,29 +142,38 @@ def _scale_embeddings(factor: float) -> optax.GradientTransformation:
 
 def _make_adam(schedule, adam_beta1, adam_beta2, adam_epsilon, weight_decay, max_grad_norm, optim):
     clip = optax.clip_by_global_norm(max_grad_norm) if max_grad_norm else optax.identity()
+    if optim not in OPTIMS:
+        raise InputError(f"optim {optim!r} is unknown; known: {', '.join(OPTIMS)}")
+    decay = optax.chain(optax.add_decayed_weights(weight_decay, decays), optax.scale_by_learning_rate(schedule))
+    eight = scale_by_adam_8bit(adam_beta1, adam_beta2, adam_epsilon)
     if optim == "adamw_8bit":
-        decay = optax.chain(optax.add_decayed_weights(weight_decay, decays), optax.scale_by_learning_rate(schedule))
-        return optax.chain(clip, scale_by_adam_8bit(adam_beta1, adam_beta2, adam_epsilon), _in_float32(decay))
-    if optim != "adamw":
-        raise InputError(f"optim {optim!r} is unknown; known: adamw, adamw_8bit")
+        return optax.chain(clip, eight, _in_float32(decay))
+    if optim == "paged_adamw_8bit":
+        return optax.chain(clip, paged(eight), _in_float32(decay))
+    if optim == "paged_adamw":
+        wide = _in_float32(optax.scale_by_adam(adam_beta1, adam_beta2, adam_epsilon))
+        return optax.chain(clip, paged(wide), _in_float32(decay))
     adam = optax.adamw(schedule, b1=adam_beta1, b2=adam_beta2, eps=adam_epsilon, weight_decay=weight_decay, mask=decays)
     return optax.chain(clip, _in_float32(adam))
 
 
 def state_shapes(optimizer: optax.GradientTransformation, trainable: Tree) -> optax.OptState:
-    """The optimizer's first state as `jax.ShapeDtypeStruct`s, each moment where its parameter lies.
+    """The optimizer's first state as `jax.ShapeDtypeStruct`s, each moment where its parameter lies, or on the host.
 
     trainable: arrays or shapes whose shardings are all of one mesh.
     """
     mesh = jax.tree.leaves(trainable)[0].sharding.mesh
     everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    return optax.tree.map_params(
+    found = optax.tree.map_params(
         optimizer,
         lambda moment, parameter: moment_shapes(moment, parameter.sharding),
         jax.eval_shape(optimizer.init, trainable),
         trainable,
         transform_non_params=lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere),
         is_leaf=lambda node: isinstance(node, Moment8),
+    )
+    return jax.tree.map(
+        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), found, on_host(found)
     )
 
 
@@ -171,7 +183,7 @@ def _in_float32(inner: optax.GradientTransformation) -> optax.GradientTransforma
     def raised(tree):
         return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), tree)
 
-    def update(updates, state, params):
+    def update(updates, state, params=None):
         with jax.numpy_dtype_promotion("standard"):  # optax raises a float to its integer step count
             return inner.update(raised(updates), state, raised(params))
 

@@ -217,7 +217,9 @@ class TrainArguments:
     )
     dry_run: bool = _flag(False, "say what a step needs and whether it fits; train and write nothing")
     device: str | None = _flag(None, "with --dry_run: plan for a card that is not here, h200")
-    optim: Literal["adamw", "adamw_torch", "adamw_8bit"] = _flag("adamw", "adamw_torch is adamw; 8bit: its moments")
+    optim: Literal["adamw", "adamw_torch", "adamw_8bit", "paged_adamw", "paged_adamw_32bit", "paged_adamw_8bit"] = (
+        _flag("adamw", "adamw_torch is adamw; 8bit: its moments; paged: its moments wait on the host")
+    )
     logging_steps: int = _flag(1, "steps a line of metrics")
     save_steps: int = _flag(500, "steps a checkpoint; 0 saves at the end only")
     save_total_limit: int | None = _flag(None, "keep the newest N checkpoints")
