@@ -153,7 +153,7 @@ def _output_error(weight: jax.Array, leaf: Any, rows: jax.Array) -> jax.Array:
 
 def _ratio(wrong: jax.Array, whole: jax.Array) -> jax.Array:
     """wrong / whole; a weight of zeros has no error."""
-    return jnp.where(whole > 0, wrong / jnp.where(whole > 0, whole, 1.0), 0.0)
+    return jnp.where(whole == 0, 0.0, wrong / jnp.where(whole == 0, 1.0, whole))
 
 
 class Predictions:

@@ -46,7 +46,8 @@ class Source:
         if not quantized:
             return int(np.prod(self.shapes[name])) * self.dtype.itemsize
         leaf = self.linears[name]
-        arrays = sum(array.size * np.dtype(array.dtype).itemsize for array in jax.tree.leaves(leaf))
+        # NF4's offset, a scalar, stands in the text of its state
+        arrays = sum(array.size * np.dtype(array.dtype).itemsize for array in jax.tree.leaves(leaf) if array.ndim)
         return arrays + (bnb.BOOKS if isinstance(leaf, NF4) else 1)
 
     def total(self, kept: Collection[str]) -> int:

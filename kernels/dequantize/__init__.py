@@ -10,7 +10,7 @@ from jaxft.kernels.dequantize import reference, triton
 from jaxft.kernels.dequantize.tables import BLOCK_SIZES, NESTED_BLOCK
 from jaxft.kernels.gpu import serving
 
-__all__ = ["dequantize_nf4"]
+__all__ = ["dequantize_nf4", "multiply_nf4"]
 
 IMPLEMENTATIONS = ("triton", "reference")
 
@@ -34,6 +34,52 @@ def dequantize_nf4(
     implementation: "triton" (one GPU), "reference", or None: the first that serves. Has no derivative. Raises
     ValueError where a shape or dtype does not fit, NotImplementedError where Triton was asked for and cannot serve.
     """
+    _check_parts(packed, scales, nested, offset, shape, block)
+    if implementation not in (None, *IMPLEMENTATIONS):
+        raise ValueError(f"implementation {implementation!r}: must be one of {', '.join(IMPLEMENTATIONS)}")
+    if implementation != "reference":
+        check = partial(triton.check, math.prod(shape), jnp.dtype(dtype))
+        capability = serving("dequantize_nf4", check, implementation)
+        if capability is not None:
+            return triton.dequantize_nf4(packed, scales, nested, offset, shape, block, dtype, capability)
+    return reference.dequantize_nf4(packed, scales, nested, offset, shape, block, dtype)
+
+
+def multiply_nf4(
+    x: jax.Array,
+    packed: jax.Array,
+    scales: jax.Array,
+    nested: jax.Array | None,
+    offset: jax.Array | None,
+    *,
+    shape: tuple[int, int],
+    block: int,
+    implementation: str | None = None,
+) -> jax.Array:
+    """x Wᵀ for x (..., I) and the W (O, I) that `dequantize_nf4` gives in x's dtype: (..., O), accumulated in float32.
+
+    Where x has few rows and a GPU serves, W is read in 4 bits inside of the product and never written ("triton");
+    else it is made dense first ("reference"). Has no derivative. Raises as `dequantize_nf4`.
+    """
+    if x.shape[-1] != shape[1]:
+        raise ValueError(f"x has shape {x.shape}, the weight (O, I) {shape}")
+    _check_parts(packed, scales, nested, offset, shape, block)
+    if implementation not in (None, *IMPLEMENTATIONS):
+        raise ValueError(f"implementation {implementation!r}: must be one of {', '.join(IMPLEMENTATIONS)}")
+    if implementation != "reference":
+        check = partial(triton.check_product, math.prod(x.shape[:-1]), x.dtype, shape, block)
+        capability = serving("multiply_nf4", check, implementation)
+        if capability is not None:
+            return triton.multiply_nf4(x, packed, scales, nested, offset, shape, block, capability)
+    weight = dequantize_nf4(
+        packed, scales, nested, offset, shape=shape, block=block, dtype=x.dtype, implementation=implementation
+    )
+    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+    return jnp.einsum("...I,OI->...O", x, weight, precision=precision)
+
+
+def _check_parts(packed, scales, nested, offset, shape: tuple[int, ...], block: int) -> None:
+    """Raises ValueError where the arrays are not those of a weight of `shape`."""
     n = math.prod(shape)
     blocks = -(-n // block)
     expected: dict[str, tuple[jax.Array | None, tuple[int, ...], str]] = {
@@ -47,10 +93,3 @@ def dequantize_nf4(
     for name, (array, size, kind) in expected.items():
         if array is not None and (array.shape != size or array.dtype != kind):
             raise ValueError(f"{name} is {array.dtype} {array.shape}; a weight of shape {shape} needs {kind} {size}")
-    if implementation not in (None, *IMPLEMENTATIONS):
-        raise ValueError(f"implementation {implementation!r}: must be one of {', '.join(IMPLEMENTATIONS)}")
-    if implementation != "reference":
-        capability = serving("dequantize_nf4", partial(triton.check, n, jnp.dtype(dtype)), implementation)
-        if capability is not None:
-            return triton.dequantize_nf4(packed, scales, nested, offset, shape, block, dtype, capability)
-    return reference.dequantize_nf4(packed, scales, nested, offset, shape, block, dtype)
