@@ -71,9 +71,9 @@ def document(found: list[dict], seeds: list[int], argv: list[str]) -> str:
         "# What four and eight bits cost",
         "",
         "The same fine-tune of the embedded base (`python -m jaxft.train` as it is: LoRA on all linear layers, 2,000",
-        "arithmetic problems), over a base in 16 bits, in NF4 with double quantisation, in NF4 with the layers that lose",
-        "the most in 16 bits (`jaxft.convert quantize --dynamic`), and in 8 bits. Losses are of the 200 held-out problems,",
-        "in nats a target token. Written by `python scripts/quality.py"
+        "arithmetic problems) over a base in 16 bits, in NF4 with double quantisation, in NF4 with the layers that",
+        "lose the most in 16 bits (`jaxft.convert quantize --dynamic`), and in 8 bits. Losses are of the 200 held-out",
+        "problems, in nats a target token. Written by `python scripts/quality.py"
         + (f" --seeds {' '.join(map(str, seeds))}" if seeds != [0] else "")
         + (f" {' '.join(argv)}" if argv else "")
         + f"` (jax {jax.__version__}, {jax.devices()[0].platform}).",

@@ -144,6 +144,39 @@ def test_on_planted_outliers_a_tenth_more_bytes_closes_most_of_the_held_out_loss
     assert found["kept"] >= 1 and dynamic.is_dir()
 
 
+@pytest.fixture
+def most_alive(monkeypatch):
+    """The bytes of arrays on the device whenever a tensor is read, quantised or put in its place; what was before."""
+    before, seen = sum(array.nbytes for array in jax.live_arrays()), [0]
+
+    def watched(function):
+        def run(*arguments):
+            result = jax.block_until_ready(function(*arguments))
+            seen.append(sum(array.nbytes for array in jax.live_arrays()) - before)
+            return result
+
+        return run
+
+    for name in ("write_rows", "quantize_matrix", "_write_leaf"):
+        monkeypatch.setattr(hf, name, watched(getattr(hf, name)))
+    return seen
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_loading_holds_the_quantised_model_and_at_most_two_tensors(kind, base, most_alive):
+    _, params = load_model(base, quantization=kind)
+    held = sum(array.nbytes for array in jax.tree.leaves(params))
+    largest = max(array.nbytes for array in tensors_of(base).values())
+    assert held - 1000 < most_alive[-1] and max(most_alive) <= held + 2 * largest
+    assert len(most_alive) > 3 * 14
+
+
+def test_quantising_files_holds_at_most_two_tensors(base, most_alive):
+    quantized(base, "watched", "--dynamic")
+    largest = max(array.nbytes for array in tensors_of(base).values())
+    assert 0 < max(most_alive) <= 2 * largest
+
+
 def scores(values: list[float], sizes: list[int]) -> list[Score]:
     return [Score(f"{i}", value, None, None, size) for i, (value, size) in enumerate(zip(values, sizes, strict=True))]
 

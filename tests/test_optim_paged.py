@@ -52,14 +52,14 @@ def steps(optim: str, full: bool):
     return trainable, state, losses
 
 
-@pytest.mark.parametrize("optim, full", [("adamw", True), ("adamw_8bit", False)])
+@pytest.mark.parametrize("optim, full", [pytest.param("adamw", True, marks=pytest.mark.long), ("adamw_8bit", False)])
 def test_the_numbers_are_those_of_the_optimizer_on_the_device_and_the_moments_are_on_the_host(optim, full):
     trained, state, losses = steps(optim, full)
     paged, host_state, paged_losses = steps(f"paged_{optim}", full)
     np.testing.assert_allclose(paged_losses, losses, rtol=1e-6)
     for (path, one), (_, two) in zip(flatten(paged), flatten(trained), strict=True):
-        # two programs, whose compilers join other products and sums into one rounding
-        np.testing.assert_allclose(one, two, rtol=1e-4, atol=1e-6, err_msg=path)
+        # of two programs the compiler joins other products and sums into one rounding
+        assert np.linalg.norm(one - two) <= 1e-5 * np.linalg.norm(two), path
     assert jax.tree.map(jnp.shape, jax.tree.leaves(host_state)) == jax.tree.map(jnp.shape, jax.tree.leaves(state))
     count, *moments = next(filter(is_paged, jax.tree.leaves(host_state, is_leaf=is_paged))).inner
     assert count.sharding.memory_kind == "device" and int(count) == 2
