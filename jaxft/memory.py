@@ -19,7 +19,7 @@ from jaxft.loop import Run
 from jaxft.models import Model
 from jaxft.models.layers import OFFLOADED
 from jaxft.optim import state_shapes
-from jaxft.optim_paged import HOST
+from jaxft.optim_paged import is_paged
 from jaxft.prepare import Prepared
 from jaxft.quant import is_quantized
 from jaxft.settings import TrainSettings
@@ -270,11 +270,12 @@ def batch_shapes(mesh: Mesh, accumulation: int, batch_size: int, length: int) ->
 
 
 def device_bytes(tree: Any, itemsize: int | None = None) -> int:
-    """Bytes of a tree's leaves on one device, without those on its host; itemsize: of each number, its own if None."""
+    """Bytes of a tree's leaves on one device, less moments on the host; itemsize: of each number, its own if None."""
+    # not by the sharding: that of a card which is not here does not say what memory it means
+    tree = jax.tree.map(lambda node: node.inner[0] if is_paged(node) else node, tree, is_leaf=is_paged)
     return sum(
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * (itemsize or leaf.dtype.itemsize)
         for leaf in jax.tree.leaves(tree)
-        if leaf.sharding.memory_kind != HOST
     )
 
 

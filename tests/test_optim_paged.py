@@ -9,6 +9,7 @@ from jaxft import LoraConfig, make_train_step
 from jaxft.config import parse
 from jaxft.errors import InputError
 from jaxft.load import new_adapter, on_mesh
+from jaxft.memory import device_bytes
 from jaxft.optim import make_optimizer, state_shapes
 from jaxft.optim_paged import HOST, check_device, holds_paged, is_paged
 from jaxft.sharding import make_mesh, mesh_sizes, put_batch
@@ -58,13 +59,32 @@ def test_the_numbers_are_those_of_the_optimizer_on_the_device_and_the_moments_ar
     paged, host_state, paged_losses = steps(f"paged_{optim}", full)
     np.testing.assert_allclose(paged_losses, losses, rtol=1e-6)
     for (path, one), (_, two) in zip(flatten(paged), flatten(trained), strict=True):
-        # of two programs the compiler joins other products and sums into one rounding
         assert np.linalg.norm(one - two) <= 1e-5 * np.linalg.norm(two), path
     assert jax.tree.map(jnp.shape, jax.tree.leaves(host_state)) == jax.tree.map(jnp.shape, jax.tree.leaves(state))
     count, *moments = next(filter(is_paged, jax.tree.leaves(host_state, is_leaf=is_paged))).inner
     assert count.sharding.memory_kind == "device" and int(count) == 2
     assert {leaf.sharding.memory_kind for leaf in jax.tree.leaves(moments)} == {HOST}
     assert holds_paged(host_state) and not holds_paged(state)
+    on_device = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+    assert device_bytes(state) == on_device
+    assert device_bytes(host_state) == on_device - sum(leaf.nbytes for leaf in jax.tree.leaves(moments))
+
+
+@pytest.mark.parametrize("optim", ["adamw", "adamw_8bit"])
+def test_updates_and_moments_are_those_without_paging(optim):
+    params = {"layers": {"0": jnp.sin(jnp.arange(2.0 * 64 * 128)).reshape(2, 64, 128)}, "norm": {"weight": jnp.ones(3)}}
+    found = []
+    for name in (optim, f"paged_{optim}"):
+        optimizer = make_optimizer(0.1, optim=name, weight_decay=0.1)
+        update = jax.jit(lambda g, s, p, optimizer=optimizer: optimizer.update(g, s, p))
+        updates, state = update(params, optimizer.init(params), params)
+        found.append(jax.tree.leaves(update(updates, state, params)))
+    assert len(found[0]) == len(found[1])
+    for one, two in zip(*found, strict=True):
+        if one.dtype == jnp.uint8:  # codes
+            np.testing.assert_array_equal(one, two)
+        else:  # of two programs the compiler joins other products and sums into one rounding
+            assert np.linalg.norm(one - two) <= 1e-6 * np.linalg.norm(two)
 
 
 @pytest.mark.parametrize("optim", ["paged_adamw", "paged_adamw_8bit"])
