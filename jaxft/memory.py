@@ -130,7 +130,8 @@ def plan(
         mlp_tiles=mlp_tiles,
         weights=device_bytes(frozen),
         trained=device_bytes(trainable),
-        optimizer=device_bytes(opt_state),
+        # on a CPU the host's memory is the device's
+        optimizer=device_bytes(opt_state, on_host=device.platform == "cpu"),
         gradients=device_bytes(trainable, 4 if accumulated else None),
         logits=4 * tile_rows(rows, model.config.vocab_size) * model.config.vocab_size,
         arguments=found.argument_size_in_bytes,
@@ -269,10 +270,14 @@ def batch_shapes(mesh: Mesh, accumulation: int, batch_size: int, length: int) ->
     return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=place) for name, dtype in dtypes.items()}
 
 
-def device_bytes(tree: Any, itemsize: int | None = None) -> int:
-    """Bytes of a tree's leaves on one device, less moments on the host; itemsize: of each number, its own if None."""
+def device_bytes(tree: Any, itemsize: int | None = None, *, on_host: bool = False) -> int:
+    """Bytes of a tree's leaves on one device; itemsize: of each number, its own where None.
+
+    on_host: with what a paged optimizer keeps on the host.
+    """
     # not by the sharding: that of a card which is not here does not say what memory it means
-    tree = jax.tree.map(lambda node: node.inner[0] if is_paged(node) else node, tree, is_leaf=is_paged)
+    if not on_host:
+        tree = jax.tree.map(lambda node: node.inner[0] if is_paged(node) else node, tree, is_leaf=is_paged)
     return sum(
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * (itemsize or leaf.dtype.itemsize)
         for leaf in jax.tree.leaves(tree)
