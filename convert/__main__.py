@@ -1,4 +1,4 @@
-"""`python -m jaxft.convert merge|gguf|hf|imatrix …`: model files out of model files."""
+"""`python -m jaxft.convert merge|quantize|gguf|hf|imatrix …`: model files out of model files."""
 
 import argparse
 import json
@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any, NoReturn
 
+from jaxft.convert import quantize_command
 from jaxft.convert.gguf.command import add_gguf_commands
 from jaxft.convert.imatrix import add_imatrix_command
 from jaxft.convert.merge import DTYPES, compare, merge
@@ -38,6 +39,7 @@ def main(argv: list[str] | None = None) -> int:
     )  # fmt: skip
     own.add_argument("--debug", action="store_true", help="show the traceback of an error")
     own.set_defaults(run=run_merge)
+    quantize_command.add_to(commands)
     add_gguf_commands(commands)
     for name in PUSHED & commands.choices.keys():
         add_hub_flags(commands.choices[name])
@@ -61,7 +63,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 MODELFILE = "Modelfile"
-PUSHED = {"merge", "gguf", "gguf-lora", "hf"}
+PUSHED = {"merge", "quantize", "gguf", "gguf-lora", "hf"}
 
 
 def add_hub_flags(own: argparse.ArgumentParser) -> None:
@@ -76,7 +78,7 @@ def written(options: argparse.Namespace, found: dict[str, Any]) -> tuple[Path, s
     """What a command wrote, for `push`: a directory, a message, and the files in it, () for all."""
     out = Path(options.out).expanduser().resolve()
     message = f"python -m jaxft.convert {options.command}"
-    if options.command in ("merge", "hf"):
+    if options.command in ("merge", "quantize", "hf"):
         return out, message, ()
     files = [Path(facts["file"]).name for facts in found["files"].values()] if "files" in found else [out.name]
     return out.parent, message, (*files, *((MODELFILE,) if (out.parent / MODELFILE).is_file() else ()))

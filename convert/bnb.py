@@ -20,6 +20,7 @@ from jaxft.quant import NF4, Int8, Quantized, describe_leaf
 
 STATE = ".quant_state.bitsandbytes__"
 PARTS_4BIT = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map", f"{STATE}nf4")
+BOOKS = 4 * (16 + 256)  # bytes of the two code books beside every weight in 4 bits
 DTYPES = ("float32", "bfloat16", "float16")
 FILE_DTYPES = {"U8": "uint8", "I8": "int8", "F32": "float32"}
 

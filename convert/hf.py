@@ -141,7 +141,7 @@ def chunks(handle: Any, name: str) -> Iterator[tuple[int, np.ndarray]]:
 
 
 @partial(jax.jit, donate_argnums=0)
-def _write(whole: jax.Array, chunk: jax.Array, at: jax.Array) -> jax.Array:
+def write_rows(whole: jax.Array, chunk: jax.Array, at: jax.Array) -> jax.Array:
     """`whole` with `chunk` cast and put at index `at`; in place, because whole is donated."""
     chunk = chunk.astype(whole.dtype).reshape((1,) * (whole.ndim - chunk.ndim) + chunk.shape)
     return jax.lax.dynamic_update_slice(whole, chunk, tuple(at))
@@ -158,7 +158,8 @@ def _empty_leaf(leaf: Quantized, sharding: Any) -> Quantized:
 
 
 @partial(jax.jit, static_argnums=1)
-def _quantize(weight: jax.Array, kind: str) -> Quantized:
+def quantize_matrix(weight: jax.Array, kind: str) -> Quantized:
+    """`quantize`, compiled."""
     return quantize(weight, kind)
 
 
@@ -173,18 +174,23 @@ def _write_leaf(stack: Quantized, leaf: Quantized, row: jax.Array) -> Quantized:
     return jax.tree.unflatten(jax.tree.structure(stack), list(arrays))
 
 
-def _load_leaf(where: dict[str, Any], name: str, leaf: Quantized, stored: Quantized | None) -> Quantized:
-    """One weight (O, I) as the leaf describes it: as it is stored, or quantised from the stored values."""
-    if stored is not None:
-        return bnb.read_leaf(where, name, stored)
+def read_matrix(where: dict[str, Any], name: str) -> jax.Array:
+    """One matrix on the default device in the dtype of its file, read in chunks."""
     weight = None
     for start, chunk in chunks(where[name], name):
         if weight is None:
-            weight = _empty(leaf.weight_shape, chunk.dtype, None)
-        weight = _write(weight, chunk, np.array([start, 0], np.int32))
+            weight = _empty(tuple(where[name].get_slice(name).get_shape()), chunk.dtype, None)
+        weight = write_rows(weight, chunk, np.array([start, 0], np.int32))
         weight.block_until_ready()
     assert weight is not None  # a matrix has at least one row
-    return _quantize(weight, kind_of(leaf))
+    return weight
+
+
+def load_leaf(where: dict[str, Any], name: str, leaf: Quantized, stored: Quantized | None) -> Quantized:
+    """One weight (O, I) as the leaf describes it: as it is stored, or quantised from the stored values."""
+    if stored is not None:
+        return bnb.read_leaf(where, name, stored)
+    return quantize_matrix(read_matrix(where, name), kind_of(leaf))
 
 
 def check_names(expected: dict[str, tuple[int, ...]], where: dict[str, Any], source: Path | str) -> None:
@@ -257,7 +263,7 @@ def load_params(
         if is_quantized(target):
             if place.path not in arrays:
                 arrays[place.path] = _empty_leaf(target, sharding)
-            leaf = _load_leaf(where, hf, target, stored.get(hf))
+            leaf = load_leaf(where, hf, target, stored.get(hf))
             arrays[place.path] = jax.block_until_ready(_write_leaf(arrays[place.path], leaf, np.int32(place.row or 0)))
             continue
         shape = target.shape
@@ -266,7 +272,7 @@ def load_params(
         for start, chunk in chunks(where[hf], hf):
             at = [0] * len(shape) if place.row is None else [place.row, *[0] * (len(shape) - 1)]
             at[0 if place.row is None else 1] += start
-            arrays[place.path] = _write(arrays[place.path], chunk, np.array(at, np.int32))
+            arrays[place.path] = write_rows(arrays[place.path], chunk, np.array(at, np.int32))
             # the host buffer may be read until the copy is done; without waiting, chunks would pile up
             arrays[place.path].block_until_ready()
     return unflatten({path: arrays[path] for path, _ in flatten(shapes)})

@@ -25,7 +25,8 @@ from jaxft.memory import Plan, batch_shapes, choose, device_limit, ladder_of, pl
 from jaxft.models import Model, describe_model, init_params
 from jaxft.models.layers import REMAT
 from jaxft.models.quantized import all_linears, with_quantized
-from jaxft.optim import make_optimizer, state_shapes
+from jaxft.optim import OPTIMS, make_optimizer, state_shapes
+from jaxft.optim_paged import on_host
 from jaxft.packing import Batch
 from jaxft.prepare import use_compile_cache
 from jaxft.profile import table
@@ -187,6 +188,7 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
     del params
     optimizer = make_optimizer(2e-4, optim=options.optim)
     opt_state = jax.jit(optimizer.init)(trainable)
+    opt_state = jax.device_put(opt_state, on_host(opt_state))
     batches = batches_of(workload, model)
     documents = max(int(batch["segment_ids"].max()) for batch in batches)
     step = jax.jit(
@@ -194,7 +196,7 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
             model, optimizer=optimizer, gradient_checkpointing=remat, mlp_tiles=tiles,
             max_documents=documents,
         ),
-        donate_argnums=(0, 1),
+        donate_argnums=(0, 1), out_shardings=(None, jax.tree.map(lambda leaf: leaf.sharding, opt_state), None),
         compiler_options=step_options(jax.default_backend(), remat) | dict(options.compiler_option),
     )  # fmt: skip
     key = jax.random.key(2)
@@ -262,7 +264,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--memory_budget", help="11GiB or auto: the fastest policy that fits, in place of those two")
     parser.add_argument("--dry_run", action="store_true", help="compile, say what the step needs, run nothing")
     parser.add_argument("--device", help="dry runs only: a card that is not here, h200")
-    parser.add_argument("--optim", default="adamw_8bit", choices=["adamw", "adamw_8bit"])
+    parser.add_argument("--optim", default="adamw_8bit", choices=OPTIMS)
     parser.add_argument(
         "--compiler_option", action="append", type=_compiler_option, default=[], metavar="NAME=VALUE",
         help="an option of XLA, such as xla_gpu_enable_triton_gemm=false; as often as wanted",

@@ -215,7 +215,7 @@ def _resolve(command: str, values: dict[str, Any]) -> Any:
     if command in ("train", "data"):
         values.setdefault("learning_rate", 2e-5 if values.get("full_finetuning") else 2e-4)
         values.setdefault("eval_strategy", "steps" if values.get("eval_steps") else "no")
-        spellings = {"true": "full", "false": "none", "adamw_torch": "adamw"}
+        spellings = {"true": "full", "false": "none", "adamw_torch": "adamw", "paged_adamw_32bit": "paged_adamw"}
         for name in values.keys() & {"gradient_checkpointing", "optim"}:
             values[name] = spellings.get(values[name], values[name])
         for name in values.keys() & LISTS.keys():

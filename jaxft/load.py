@@ -276,19 +276,24 @@ def write_model(directory: Path, model: Model, params: Tree, dtype: jnp.dtype) -
 
     A model of which parts were not loaded is written as what was, Gemma 3's text model; that is said on stderr.
     """
-    model = _as_written(model)
+    model = as_written(model)
     hf.save_params(directory, model.family.names, params, dtype)
+    leaves = dict(flatten(params))
+    by_name = {name: leaves[place.path] for name, place in hf.places(model.family.names, params).items()}
+    write_config(directory, model, dtype, by_name)
+
+
+def write_config(directory: Path, model: Model, dtype: jnp.dtype, leaves: dict[str, Any]) -> None:
+    """config.json of a model whose weights are `leaves` by Hugging Face name, in `dtype` where not quantised."""
     written = model.hf_config.to_diff_dict() | {"dtype": dtype.name, "architectures": _architectures(model)}
     written.pop("_name_or_path", None)  # a path of this machine
     written.pop("quantization_config", None)  # of what was loaded, not of what is written
-    leaves = dict(flatten(params))
-    by_name = {name: leaves[place.path] for name, place in hf.places(model.family.names, params).items()}
-    if any(is_quantized(leaf) for leaf in by_name.values()):
-        written["quantization_config"] = bnb.quantization_config(by_name, list(linear_weights(model)))
+    if any(is_quantized(leaf) for leaf in leaves.values()):
+        written["quantization_config"] = bnb.quantization_config(leaves, list(linear_weights(model)))
     (directory / "config.json").write_text(json.dumps(written, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def _as_written(model: Model) -> Model:
+def as_written(model: Model) -> Model:
     """The model under the family that it is saved as, where that is another one."""
     kind = model.family.written_as
     if kind is None:

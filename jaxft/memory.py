@@ -20,6 +20,7 @@ from jaxft.loop import Run
 from jaxft.models import Model
 from jaxft.models.layers import OFFLOADED
 from jaxft.optim import state_shapes
+from jaxft.optim_paged import is_paged
 from jaxft.prepare import Prepared
 from jaxft.quant import is_quantized
 from jaxft.settings import TrainSettings
@@ -28,6 +29,8 @@ from jaxft.step import make_train_step
 from jaxft.trees import Tree
 
 GIB = 1 << 30
+# an optimizer that needs less of the device
+SMALLER = {"adamw": "adamw_8bit", "adamw_8bit": "paged_adamw_8bit", "paged_adamw": "paged_adamw_8bit"}
 MARGIN = 0.95  # of what XLA may use of a device: its allocator leaves gaps, and what runs beside the step needs some
 
 # (gradient_checkpointing, mlp_tiles), fastest first as measured (docs/log.md), each smaller on a card than the one
@@ -131,7 +134,8 @@ def plan(
         mlp_tiles=mlp_tiles,
         weights=device_bytes(frozen),
         trained=device_bytes(trainable),
-        optimizer=device_bytes(opt_state),
+        # on a CPU the host's memory is the device's
+        optimizer=device_bytes(opt_state, on_host=device.platform == "cpu"),
         gradients=device_bytes(trainable, 4 if accumulated else None),
         logits=4 * tile_rows(rows, model.config.vocab_size) * model.config.vocab_size,
         arguments=found.argument_size_in_bytes,
@@ -257,7 +261,7 @@ def what_helps(settings: TrainSettings, prepared: Prepared) -> str:
         f"a smaller --per_device_train_batch_size (now {rows}) with more --gradient_accumulation_steps" * (rows > 1),
         "LoRA in place of --full_finetuning" * settings.full_finetuning,
         "--load_in_4bit" * (not quantized and not settings.full_finetuning),
-        "--optim adamw_8bit" * (settings.optim != "adamw_8bit"),
+        f"--optim {SMALLER[settings.optim]}" if settings.optim in SMALLER else "",
         f"a smaller --lora_r (now {prepared.lora.r})" if prepared.lora and settings.adapter is None else "",
     ]
     return ", ".join(filter(None, ways))
@@ -284,8 +288,14 @@ def batch_shapes(mesh: Mesh, accumulation: int, batch_size: int, length: int) ->
     return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=place) for name, dtype in dtypes.items()}
 
 
-def device_bytes(tree: Any, itemsize: int | None = None) -> int:
-    """Bytes of a tree's leaves on one device; itemsize: of each number, its own where None."""
+def device_bytes(tree: Any, itemsize: int | None = None, *, on_host: bool = False) -> int:
+    """Bytes of a tree's leaves on one device; itemsize: of each number, its own where None.
+
+    on_host: with what a paged optimizer keeps on the host.
+    """
+    # not by the sharding: that of a card which is not here does not say what memory it means
+    if not on_host:
+        tree = jax.tree.map(lambda node: node.inner[0] if is_paged(node) else node, tree, is_leaf=is_paged)
     return sum(
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * (itemsize or leaf.dtype.itemsize)
         for leaf in jax.tree.leaves(tree)

@@ -12,8 +12,10 @@ from jaxft.errors import InputError
 from jaxft.in_place import InPlace, adamw_8bit_in_place
 from jaxft.lora_config import SAVABLE
 from jaxft.optim_8bit import Moment8, moment_shapes, scale_by_adam_8bit
+from jaxft.optim_paged import on_host, paged
 from jaxft.trees import Tree
 
+OPTIMS = ("adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit")
 Factor = Callable[[jax.Array, int, int], jax.Array]  # (step, warmup_steps, total_steps) -> factor of learning_rate
 
 
@@ -122,13 +124,14 @@ def make_optimizer(
     """AdamW (Loshchilov and Hutter 2019, https://arxiv.org/abs/1711.05101) after clipping by the global norm.
 
     Moments are float32 whatever the parameters' dtype; with optim "adamw_8bit" they are held in 8 bits
-    (`jaxft.optim_8bit`). max_grad_norm 0 does not clip. embedding_factor: how many times the schedule's learning rate
+    (`jaxft.optim_8bit`), with "paged_adamw" and "paged_adamw_8bit" on the host (`jaxft.optim_paged`), where
+    `state_shapes` says so. max_grad_norm 0 does not clip. embedding_factor: how many times the schedule's learning rate
     embedding and head have. Raises InputError for an unknown optim.
     """
     scaled = [] if embedding_factor == 1 else [_scale_embeddings(embedding_factor)]
     clip = optax.clip_by_global_norm(max_grad_norm) if max_grad_norm else optax.identity()
+    decay = optax.chain(optax.add_decayed_weights(weight_decay, decays), optax.scale_by_learning_rate(schedule))
     if optim == "adamw_8bit":
-        decay = optax.chain(optax.add_decayed_weights(weight_decay, decays), optax.scale_by_learning_rate(schedule))
         adam = scale_by_adam_8bit(adam_beta1, adam_beta2, adam_epsilon)
         return adamw_8bit_in_place(
             optax.chain(clip, adam, _in_float32(decay), *scaled), schedule,
@@ -136,8 +139,12 @@ def make_optimizer(
             weight_decay=lambda params: jax.tree.map(lambda own: weight_decay if own else 0.0, decays(params)),
             rate_factor=lambda path: embedding_factor if path.split("/")[0] in SAVABLE else 1.0,
         )  # fmt: skip
+    if optim.startswith("paged_") and optim in OPTIMS:
+        wide = _in_float32(optax.scale_by_adam(adam_beta1, adam_beta2, adam_epsilon))
+        adam = scale_by_adam_8bit(adam_beta1, adam_beta2, adam_epsilon) if optim.endswith("8bit") else wide
+        return optax.chain(clip, paged(adam), _in_float32(decay), *scaled)
     if optim != "adamw":
-        raise InputError(f"optim {optim!r} is unknown; known: adamw, adamw_8bit")
+        raise InputError(f"optim {optim!r} is unknown; known: {', '.join(OPTIMS)}")
     adam = optax.adamw(schedule, b1=adam_beta1, b2=adam_beta2, eps=adam_epsilon, weight_decay=weight_decay, mask=decays)
     return optax.chain(clip, _in_float32(adam), *scaled)
 
@@ -152,19 +159,22 @@ def _scale_embeddings(factor: float) -> optax.GradientTransformation:
 
 
 def state_shapes(optimizer: optax.GradientTransformation, trainable: Tree) -> optax.OptState:
-    """The optimizer's first state as `jax.ShapeDtypeStruct`s, each moment where its parameter lies.
+    """The optimizer's first state as `jax.ShapeDtypeStruct`s, each moment where its parameter lies, or on the host.
 
     trainable: arrays or shapes whose shardings are all of one mesh.
     """
     mesh = jax.tree.leaves(trainable)[0].sharding.mesh
     everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    return optax.tree.map_params(
+    found = optax.tree.map_params(
         optimizer,
         lambda moment, parameter: moment_shapes(moment, parameter.sharding),
         jax.eval_shape(optimizer.init, trainable),
         trainable,
         transform_non_params=lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere),
         is_leaf=lambda node: isinstance(node, Moment8),
+    )
+    return jax.tree.map(
+        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), found, on_host(found)
     )
 
 
@@ -174,7 +184,7 @@ def _in_float32(inner: optax.GradientTransformation) -> optax.GradientTransforma
     def raised(tree):
         return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), tree)
 
-    def update(updates, state, params):
+    def update(updates, state, params=None):
         with jax.numpy_dtype_promotion("standard"):  # optax raises a float to its integer step count
             return inner.update(raised(updates), state, raised(params))
 

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxft.kernels.dequantize import dequantize_nf4
+from jaxft.kernels.dequantize import dequantize_nf4, multiply_nf4
 from jaxft.kernels.dequantize.tables import NESTED_BLOCK, dynamic_map, nf4_levels
 
 BLOCK = 64
@@ -127,6 +127,21 @@ def dense(
         held.codes, held.scales, held.nested, held.offset, shape=held.weight_shape, block=held.block,
         dtype=jnp.dtype(dtype), layer=held.layer, implementation=implementation,
     )  # fmt: skip
+
+
+def multiply(x: jax.Array, weight: Weight, *, implementation: str | None = None) -> jax.Array:
+    """x Wᵀ for x (..., I) and a plain or quantised weight (O, I): (..., O) in x's dtype, accumulated in float32.
+
+    Of an NF4 weight a GPU reads the 4 bits themselves where x has few rows, as in generation. Not differentiable for a
+    quantised weight.
+    """
+    if isinstance(weight, NF4) and weight.ndim == 2:
+        return multiply_nf4(
+            x, weight.codes, weight.scales, weight.nested, weight.offset, shape=weight.weight_shape, block=weight.block,
+            layer=weight.layer, implementation=implementation,
+        )  # fmt: skip
+    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None  # float32 means float32, not TF32
+    return jnp.einsum("...I,OI->...O", x, dense(weight, x.dtype), precision=precision)
 
 
 def describe_leaf(kind: str, weight_shape: tuple[int, int], count: int | None, dtype: Any) -> Quantized:

@@ -41,13 +41,16 @@ def is_expression(text: str) -> bool:
     return re.search(r"[][\\^$*+?{}()|]", text) is not None
 
 
-def parse_bytes(text: str) -> int:
-    """'11GiB', '11.5 GB', '800MiB' as bytes: GiB is 2^30, GB 10^9. Raises InputError for anything else, or no bytes."""
+def parse_bytes(text: str, expected: str = "--memory_budget {}: expected auto, or") -> int:
+    """'11GiB', '11.5 GB', '800MiB' as bytes: GiB is 2^30, GB 10^9. Raises InputError for anything else, or no bytes.
+
+    expected: how the error begins, {} being the text.
+    """
     units = {f"{letter}{mark}B": base**power for power, letter in ((1, "K"), (2, "M"), (3, "G"), (4, "T"))
              for mark, base in (("i", 1024), ("", 1000))}  # fmt: skip
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]i?B)", text.strip())
     if not found or not (size := int(float(found[1]) * units[found[2]])):
-        raise InputError(f"--memory_budget {text!r}: expected auto, or a number with its unit, such as 11GiB or 800MiB")
+        raise InputError(f"{expected.format(repr(text))} a number with its unit, such as 11GiB or 800MiB")
     return size
 
 
@@ -251,7 +254,9 @@ class TrainArguments:
         False, "say what a step needs, whether it fits and how long the run would take; train and write nothing"
     )
     device: str | None = _flag(None, "with --dry_run: plan for a card that is not here, h200")
-    optim: Literal["adamw", "adamw_torch", "adamw_8bit"] = _flag("adamw", "adamw_torch is adamw; 8bit: its moments")
+    optim: Literal["adamw", "adamw_torch", "adamw_8bit", "paged_adamw", "paged_adamw_32bit", "paged_adamw_8bit"] = (
+        _flag("adamw", "adamw_torch is adamw; 8bit: its moments; paged: its moments wait on the host")
+    )
     logging_steps: int = _flag(1, "steps a line of metrics")
     save_steps: int = _flag(500, "steps a checkpoint; 0 saves at the end only")
     save_total_limit: int | None = _flag(None, "keep the newest N checkpoints")

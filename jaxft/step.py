@@ -11,6 +11,7 @@ from jaxft.kernels.gpu import one_device
 from jaxft.loss import Batch, sft_loss
 from jaxft.models import Model
 from jaxft.optim import LossScale, apply_updates, next_loss_scale
+from jaxft.optim_paged import holds_paged, is_paged
 from jaxft.trees import Tree
 
 TrainStep = Callable[[Tree, optax.OptState, Tree, Batch, jax.Array], tuple[Tree, optax.OptState, dict[str, jax.Array]]]
@@ -78,10 +79,11 @@ def make_train_step(
         else:
             grads = jax.tree.map(lambda g: (g.astype(jnp.float32) * factor).astype(g.dtype), grads)
             old = opt_state.inner if scaled else opt_state
-            updates, new = optimizer.update(grads, old, trainable)
+            extra = {"finite": finite} if holds_paged(old) else {}
+            updates, new = optimizer.update(grads, old, trainable, **extra)
             updated = apply_updates(trainable, updates, rounding_key)
-            keep = lambda new, old: jnp.where(finite, new, old)  # noqa: E731
-            trainable, inner = jax.tree.map(keep, (updated, new), (trainable, old))
+            keep = lambda new, old: new if is_paged(new) else jnp.where(finite, new, old)  # noqa: E731
+            trainable, inner = jax.tree.map(keep, (updated, new), (trainable, old), is_leaf=is_paged)
             opt_state = next_loss_scale(opt_state, finite, inner) if scaled else inner
         metrics = {
             "loss": mean,

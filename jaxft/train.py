@@ -26,6 +26,7 @@ from jaxft.memory import plan_run, with_plan
 from jaxft.metrics import MetricsFile
 from jaxft.mixture import Source, mix
 from jaxft.optim import make_optimizer, make_schedule, with_loss_scale
+from jaxft.optim_paged import check_device
 from jaxft.output import CHECKPOINTS, METRICS, choose_directory, is_finished, model_card, write_result
 from jaxft.packing import Batches, eval_batches, make_plan
 from jaxft.prepare import Prepared, prepare
@@ -303,6 +304,8 @@ def make_run(
         settings.lr_scheduler_type, settings.learning_rate, warmup, total, settings.lr_scheduler_kwargs
     )
     own_rate = settings.embedding_learning_rate
+    if settings.optim.startswith("paged") and not settings.device:
+        check_device(prepared.mesh.devices.flat[0])
     optimizer = make_optimizer(
         schedule, adam_beta1=settings.adam_beta1, adam_beta2=settings.adam_beta2, adam_epsilon=settings.adam_epsilon,
         weight_decay=settings.weight_decay, max_grad_norm=settings.max_grad_norm,

@@ -4,6 +4,7 @@ Shapes are those of `jaxft.bench`'s workloads and a few more. Every array is an 
 spend minutes on a large constant. A `Case` without gradients has `of` empty.
 """
 
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -23,7 +24,7 @@ from jaxft.kernels.mlp import mlp
 from jaxft.kernels.norm_rope import norm_rope
 from jaxft.kernels.rms_norm import residual_rms_norm
 from jaxft.optim_8bit import dequantize, scale_by_adam_8bit
-from jaxft.quant import NF4, dense, quantize_nf4
+from jaxft.quant import NF4, dense, multiply, quantize_nf4
 
 
 @dataclass(frozen=True)
@@ -308,6 +309,29 @@ def dequantize_cases(shape: Shape, dtype: jnp.dtype, rank: int) -> Iterator[Case
         )  # fmt: skip
 
 
+def nf4_product_cases(shape: Shape, dtype: jnp.dtype, rank: int) -> Iterator[Case]:
+    """One step of generation: 1 and 8 rows with weights in 4 bits, read in the product or made dense before it."""
+    sizes = {"q": (shape.N * shape.H, shape.D), "gate": (shape.F, shape.D), "down": (shape.D, shape.F)}
+    for (name, size), rows in itertools.product(sizes.items(), (1, 8)):
+
+        def arguments(key, size=size, rows=rows):
+            (x,) = normal(key, ((rows, 1, size[1]),), dtype)
+            return x, jax.jit(quantize_nf4)(jax.random.normal(key, size, dtype))
+
+        def way(implementation):
+            return lambda x, leaf: multiply(x, leaf, implementation=implementation)
+
+        def dense_first(x, leaf):
+            return matmul(x, dense(leaf, dtype))
+
+        def definition(x, leaf):
+            return matmul(x, dense(leaf, dtype).astype(x.dtype))  # of the weights as they are read, summed in float32
+
+        ways = {"triton": way("triton"), "dense first": dense_first}
+        moved = size[0] * size[1] * (0.5 + 1 / 64) / 1e12
+        yield Case(f"nf4_product {name} {rows}", arguments, ways, definition, (moved, 0), "TB/s")
+
+
 def adamw_8bit_cases(shape: Shape, dtype: jnp.dtype, rank: int) -> Iterator[Case]:
     """One step on four stacked layers' gate weights, from moments that are not zero."""
     L, size = 4, (4, shape.F, shape.D)
@@ -353,5 +377,6 @@ OPS: dict[str, Callable[[Shape, jnp.dtype, int], Iterator[Case]]] = {
     "rms_norm": rms_norm_cases,
     "linear_cross_entropy": cross_entropy_cases,
     "dequantize": dequantize_cases,
+    "nf4_product": nf4_product_cases,
     "adamw_8bit": adamw_8bit_cases,
 }

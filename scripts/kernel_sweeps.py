@@ -102,6 +102,19 @@ def dequantize(shape: Shape, dtype: jnp.dtype, rank: int) -> Iterator[Try]:
         yield "nf4", (threads, rows), run, (leaf,)
 
 
+def nf4_product(shape: Shape, dtype: jnp.dtype, rank: int) -> Iterator[Try]:
+    capability, size = device_capability(), (shape.F, shape.D)
+    (x,) = normal(jax.random.key(0), ((8, 1, shape.D),), dtype)
+    leaf = jax.jit(quantize_nf4)(jax.random.normal(jax.random.key(0), size, dtype))
+    arrays = x, leaf.codes, leaf.scales, leaf.nested, leaf.offset
+    for rows, width, warps, stages in itertools.product((16, 32, 64, 128), (16, 32), (2, 4, 8), (2, 3, 4, 5)):
+        tile = dequantize_triton.Tile(rows, width, warps, stages)
+        run = functools.partial(
+            dequantize_triton.multiply_nf4, shape=size, block=leaf.block, capability=capability, tile=tile
+        )
+        yield "product", tuple(asdict(tile).values()), run, arrays
+
+
 SWEEPS: dict[str, Callable[[Shape, jnp.dtype, int], Iterator[Try]]] = {
-    "attention": attention, "mlp": mlp, "dequantize": dequantize,
+    "attention": attention, "mlp": mlp, "dequantize": dequantize, "nf4_product": nf4_product,
 }  # fmt: skip

@@ -1,4 +1,4 @@
-"""Runs the Triton kernel of NF4 dequantisation by Triton's interpreter on the CPU and compares it with the reference.
+"""Runs the Triton kernels that read NF4 by Triton's interpreter on the CPU and compares them with the reference.
 
 Its own process, because of `tests/interpreted.py`: `python tests/interpret_dequantize.py` prints one line a case and
 fails on the first value that differs.
@@ -25,9 +25,31 @@ def compare(shape: tuple[int, int], dtype: str, block: int = 64, double: bool = 
         wanted = (wanted.view(np.uint32) >> 16).astype(np.uint16).view(jnp.bfloat16)
     name = f"{shape} {dtype} block {block} {'double' if double else 'single'}"
     interpreted.compare(name, got, wanted, 1e-30)
-    others = [None if part is None else jnp.stack([jnp.zeros_like(part), part, jnp.ones_like(part)]) for part in parts]
-    got = triton.dequantize_nf4(*others, jnp.int32(1), shape, block, jnp.dtype(dtype), 90)
+    got = triton.dequantize_nf4(*stacked(parts), jnp.int32(1), shape, block, jnp.dtype(dtype), 90)
     interpreted.compare(f"{name}, the second of a stack", np.asarray(got), wanted, 1e-30)
+
+
+def stacked(parts):
+    """The arrays of a weight between those of two others."""
+    return [None if part is None else jnp.stack([jnp.zeros_like(part), part, jnp.ones_like(part)]) for part in parts]
+
+
+def compare_product(
+    shape: tuple[int, int], rows: int, dtype: str, tolerance: float, block: int = 64, double: bool = True
+):
+    random = np.random.default_rng(shape[0])
+    weight = jnp.asarray(random.normal(size=shape), jnp.float32)
+    leaf = jax.jit(lambda w: quantize_nf4(w, block=block, double=double))(weight)
+    x = jnp.asarray(random.normal(size=(rows, 1, shape[1])), dtype)
+    parts = leaf.codes, leaf.scales, leaf.nested, leaf.offset
+    got = triton.multiply_nf4(x, *parts, None, shape, block, 90)
+    assert got.shape == (rows, 1, shape[0]) and got.dtype == x.dtype
+    dense = reference.dequantize_nf4(*parts, shape, block, x.dtype)
+    wanted = np.einsum("rti,oi->rto", np.float32(x), np.float32(dense))
+    name = f"product {shape} × {rows} {dtype} block {block} {'double' if double else 'single'}"
+    interpreted.compare(name, got, wanted, tolerance)
+    got = triton.multiply_nf4(x, *stacked(parts), jnp.int32(1), shape, block, 90)
+    interpreted.compare(f"{name}, the second of a stack", got, wanted, tolerance)
 
 
 if __name__ == "__main__":
@@ -36,3 +58,7 @@ if __name__ == "__main__":
     compare((5, 7), "float32")
     compare((96, 64), "float16", block=128)
     compare((48, 100), "float32", block=32, double=False)
+    compare_product((96, 256), 3, "float16", 1e-3)
+    compare_product((130, 1024), 16, "float16", 1e-3)  # a last tile that is not full, several parts
+    compare_product((64, 384), 1, "float16", 1e-3, block=128, double=False)
+    compare_product((64, 128), 2, "float16", 1e-3, block=32)

@@ -26,6 +26,7 @@ def records(bench, tmp_path, *arguments) -> tuple[int, list[dict]]:
 def test_every_op_runs_at_a_tiny_shape_and_is_right(bench, tmp_path, capsys):
     code, found = records(bench, tmp_path, "all")
     assert code == 0, capsys.readouterr().out
+    products = ("q", "gate", "down")
     measured = {(r["op"], r["way"]) for r in found if "refused" not in r}
     assert measured == {
         ("attention", "chunked"), ("linears", "linears: frozen products alone"), ("linears", "fused"),
@@ -33,7 +34,7 @@ def test_every_op_runs_at_a_tiny_shape_and_is_right(bench, tmp_path, capsys):
         ("qkv_mlp", "qkv_mlp: frozen products alone"), ("qkv_mlp", "fused"),
         ("norm_rope", "reference"), ("rms_norm", "reference"), ("linear_cross_entropy", "tiled"),
         ("dequantize q", "reference"), ("dequantize k", "reference"), ("dequantize gate", "reference"),
-        ("adamw_8bit", "xla"),
+        ("adamw_8bit", "xla"), *((f"nf4_product {name} {rows}", "dense first") for name in products for rows in (1, 8)),
     }  # fmt: skip
     refused = {r["way"].split("(")[0] for r in found if "refused" in r}
     assert refused == {"triton", "cudnn"}  # no GPU here
@@ -67,4 +68,4 @@ def test_a_wrong_gradient_is_found_and_named(bench, tmp_path, capsys, monkeypatc
 def test_what_cannot_be_swept_is_said(bench, capsys):
     with pytest.raises(SystemExit):
         bench.main(["rms_norm", "--sweep"])
-    assert "rms_norm has no tiles to try; attention, mlp, dequantize have" in capsys.readouterr().err
+    assert "rms_norm has no tiles to try; attention, mlp, dequantize, nf4_product have" in capsys.readouterr().err

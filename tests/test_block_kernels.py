@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxft.kernels import gpu
+from jaxft.kernels import dequantize, gpu
 from jaxft.kernels import mlp as mlp_module
 from jaxft.kernels import norm_rope as norm_rope_module
 from jaxft.kernels import rms_norm as rms_norm_module
@@ -16,7 +16,7 @@ from jaxft.kernels.mlp import mlp
 from jaxft.kernels.norm_rope import norm_rope
 from jaxft.kernels.rms_norm import residual_rms_norm
 from jaxft.models.layers import REMAT
-from jaxft.quant import dense, quantize
+from jaxft.quant import dense, describe_leaf, quantize
 from tests.test_linear_kernels import KEY, distance, group, layer, mlp_case, products, with_gradients
 
 
@@ -183,7 +183,16 @@ def test_the_norms_kernels_refuse_by_name_and_are_passed_over_by_default(way, ca
     assert way(patch=card, **case) is None
 
 
-WAYS = [(mlp_way, dict()), (norm_rope_way, dict()), (rms_norm_way, dict())]
+def dequantize_way(implementation=None, patch=None):
+    """The card that a 4-bit weight is made dense for by Triton, None where it is by the reference."""
+    seen = []
+    patch.setattr(dequantize.triton, "dequantize_nf4", lambda *a: (seen.append(a[-1]), jnp.zeros((64, 128)))[1])
+    leaf = describe_leaf("nf4", (64, 128), None, jnp.bfloat16)
+    jax.eval_shape(lambda leaf: dense(leaf, jnp.bfloat16, implementation=implementation), leaf)
+    return seen[0] if seen else None
+
+
+WAYS = [(mlp_way, dict()), (norm_rope_way, dict()), (rms_norm_way, dict()), (dequantize_way, dict())]
 
 
 @pytest.mark.parametrize("way, case", WAYS)
@@ -204,3 +213,12 @@ def test_devices_meshes_and_packages_are_refused_by_name_and_passed_over_by_defa
     refused("compute capability 7.0")
     card.undo()
     refused("cpu device")
+
+
+def test_four_bits_are_read_for_the_card_of_a_plan_and_for_the_device_here_after_it(monkeypatch):
+    card = type("Card", (), {"platform": "gpu", "compute_capability": "8.9"})()
+    assert dequantize_way(patch=monkeypatch) is None
+    with monkeypatch.context() as patch, gpu.compiling_for(card):
+        patch.setattr(gpu, "find_spec", lambda name: name)
+        assert dequantize_way(patch=patch) == 89
+    assert dequantize_way(patch=monkeypatch) is None

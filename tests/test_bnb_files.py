@@ -11,7 +11,7 @@ from safetensors.numpy import load_file, save_file
 
 from jaxft import load_model, save_model
 from jaxft.convert import bnb
-from jaxft.convert.hf import _quantize
+from jaxft.convert.hf import quantize_matrix
 from jaxft.errors import InputError
 from jaxft.models.quantized import all_linears, with_quantized
 from jaxft.quant import NF4, Int8, is_quantized, kind_of
@@ -46,7 +46,7 @@ def test_a_directory_in_bitsandbytes_layout_loads_as_it_is(kind, directories):
         np.testing.assert_array_equal(jax.tree.leaves(one)[0], jax.tree.leaves(two)[0])
         if is_quantized(one):
             assert kind_of(two) == kind and two.shape == plain[path].shape
-            expected = _quantize(plain[path][2], kind)
+            expected = quantize_matrix(plain[path][2], kind)
             jax.tree.map(np.testing.assert_array_equal, jax.tree.leaves(two[2]), jax.tree.leaves(expected))
     written = json.loads((directories / kind / "config.json").read_text(encoding="utf-8"))["quantization_config"]
     assert written["quant_method"] == "bitsandbytes" and written["llm_int8_skip_modules"] == ["lm_head"]
@@ -98,7 +98,7 @@ def quantized_tensors(name, array, leaves):
     """A tensor of a plain file as it stands in one where `leaves` are quantised."""
     if name not in leaves:
         return {name: array}
-    return bnb.leaf_tensors(name, _quantize(jnp.asarray(array), "nf4"))
+    return bnb.leaf_tensors(name, quantize_matrix(jnp.asarray(array), "nf4"))
 
 
 def changed(directory: Path, target: Path, change) -> Path:

@@ -12,10 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxft.kernels import gpu
 from jaxft.kernels.dequantize import dequantize_nf4, triton
-from jaxft.quant import _divide, dense, quantize, quantize_nf4
+from jaxft.kernels.linear import Weights, linears
+from jaxft.quant import _divide, dense, describe_leaf, multiply, quantize, quantize_nf4
 from tests.nf4_cases import CASES, DTYPES, PARTS, bell, digest
-from tests.ptx import CAPABILITIES, MISSING, NEEDED, compiled
+from tests.ptx import CAPABILITIES, MISSING, NEEDED, SHARED, assemble, compiled
 
 ROOT = Path(__file__).resolve().parents[1]
 GOLDEN = json.loads((ROOT / "tests" / "data" / "nf4_golden.json").read_text(encoding="utf-8"))["cases"]
@@ -118,13 +120,27 @@ def test_the_kernel_compiles_for_every_card_with_wide_stores_and_no_shared_memor
 
 
 @needs_triton
-def test_the_interpreted_kernel_equals_the_reference():
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_the_product_compiles_for_every_card_and_fits_it(capability, tmp_path):
+    (O, I), S = (4096, 2560), jax.ShapeDtypeStruct
+    n = O * I
+    arrays = S((n // 2,), jnp.uint8), S((n // 64,), jnp.uint8), S((n // 64 // 256,), jnp.float32), S((), jnp.float32)
+    function = lambda x, *parts: triton.multiply_nf4(x, *parts, (O, I), 64, capability)  # noqa: E731
+    ((shared, ptx),) = compiled(function, S((8, 1, I), jnp.bfloat16), *arrays).values()
+    assert shared <= SHARED[capability] * 1024
+    assert "mma" in ptx  # tensor cores
+    registers, spilled = assemble(ptx, capability, tmp_path)
+    assert registers <= 255 and spilled == 0
+
+
+@needs_triton
+def test_the_interpreted_kernels_equal_the_reference():
     done = subprocess.run(
         [sys.executable, str(ROOT / "tests" / "interpret_dequantize.py")], capture_output=True, text=True, cwd=ROOT,
         env=os.environ | {"PYTHONPATH": str(ROOT)}, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count(": ok") == 10
+    assert done.stdout.count(": ok") == 18
 
 
 def test_the_kernel_refuses_a_dtype_that_it_cannot_write():
@@ -132,3 +148,42 @@ def test_the_kernel_refuses_a_dtype_that_it_cannot_write():
     parts = leaf.codes, leaf.scales, leaf.nested, leaf.offset
     with pytest.raises(NotImplementedError, match="dtype int32"):
         dequantize_nf4(*parts, shape=(64, 128), block=64, dtype=jnp.int32, implementation="triton")
+
+
+PRODUCT_REFUSED = {
+    "17 rows: the kernel takes up to 16": (17, jnp.bfloat16, (64, 128), 64, 90),
+    "dtype float32": (1, jnp.float32, (64, 128), 64, 90),
+    "100 columns in blocks of 64": (1, jnp.bfloat16, (64, 100), 64, 90),
+    "compute capability 7.5": (1, jnp.bfloat16, (64, 128), 64, 75),
+}
+
+
+@pytest.mark.parametrize("reason", PRODUCT_REFUSED)
+def test_the_product_says_what_it_does_not_serve(reason):
+    with pytest.raises(NotImplementedError, match=reason):
+        triton.check_product(*PRODUCT_REFUSED[reason])
+
+
+def test_a_few_rows_are_multiplied_with_the_four_bits_and_many_with_the_dense_weight(monkeypatch):
+    seen = []
+    monkeypatch.setattr(gpu, "device_capability", lambda: 90)
+    monkeypatch.setattr(gpu, "find_spec", lambda name: name)
+
+    def multiply(x, *rest):
+        seen.append(rest[-1])
+        return jnp.zeros((*x.shape[:-1], 64), x.dtype)
+
+    monkeypatch.setattr(triton, "multiply_nf4", multiply)
+    monkeypatch.setattr(triton, "dequantize_nf4", lambda *a: (seen.append("dense"), jnp.zeros((64, 128), a[-2]))[1])
+    leaf = describe_leaf("nf4", (64, 128), None, jnp.bfloat16)
+    for rows, expected in ((1, 90), (16, 90), (17, "dense")):
+        x = jax.ShapeDtypeStruct((rows, 1, 128), jnp.bfloat16)
+        (y,) = jax.eval_shape(lambda x, leaf: linears(x, (Weights(leaf),)), x, leaf)
+        assert seen.pop() == expected and not seen and y.shape == (rows, 1, 64)
+
+
+def test_the_product_by_the_reference_is_that_with_the_dense_weight():
+    leaf, x = leaf_of("33 x 35, float32", "nf4"), jnp.asarray(bell((3, 35), 8, 1.0), jnp.float32)
+    np.testing.assert_allclose(multiply(x, leaf), np.asarray(x) @ np.asarray(dense(leaf, jnp.float32)).T, atol=1e-6)
+    with pytest.raises(ValueError, match=r"x has shape \(3, 34\), the weight \(O, I\) \(33, 35\)"):
+        multiply(x[:, 1:], leaf)

@@ -1,17 +1,16 @@
 """Dense weights from NF4 codes with block scales (QLoRA, Dettmers et al. 2023, https://arxiv.org/abs/2305.14314)."""
 
-import functools
-import logging
 import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 
 from jaxft.kernels.dequantize import reference, triton
 from jaxft.kernels.dequantize.tables import BLOCK_SIZES, NESTED_BLOCK
-from jaxft.kernels.gpu import device_capability
+from jaxft.kernels.gpu import serving
 
-__all__ = ["dequantize_nf4"]
+__all__ = ["dequantize_nf4", "multiply_nf4"]
 
 IMPLEMENTATIONS = ("triton", "reference")
 
@@ -34,9 +33,60 @@ def dequantize_nf4(
     values: float32, or uint8 codes of the 8-bit dynamic map with nested: (⌈blocks/256⌉,) float32 and offset: ()
     float32: scale = map[code] · nested + offset, each of the two operations rounded to float32.
     layer: () int32 where all four have a leading L; the weight is that row of them, in [0, L).
-    implementation: "triton" (CUDA), "reference", or None: triton on a GPU where it is installed. Has no derivative.
-    Raises ValueError where a shape or dtype does not fit, NotImplementedError where Triton cannot serve the device.
+    implementation: "triton" (one GPU), "reference", or None: the first that serves. Has no derivative. Raises
+    ValueError where a shape or dtype does not fit, NotImplementedError where Triton was asked for and cannot serve.
     """
+    _check_parts(packed, scales, nested, offset, layer, shape, block)
+    if implementation not in (None, *IMPLEMENTATIONS):
+        raise ValueError(f"implementation {implementation!r}: must be one of {', '.join(IMPLEMENTATIONS)}")
+    if implementation != "reference":
+        check = partial(triton.check, math.prod(shape), jnp.dtype(dtype))
+        capability = serving("dequantize_nf4", check, implementation)
+        if capability is not None:
+            return triton.dequantize_nf4(packed, scales, nested, offset, layer, shape, block, dtype, capability)
+    parts = (packed, scales, nested, offset)
+    if layer is not None:
+        parts = jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, layer, keepdims=False), parts)
+    return reference.dequantize_nf4(*parts, shape, block, dtype)
+
+
+def multiply_nf4(
+    x: jax.Array,
+    packed: jax.Array,
+    scales: jax.Array,
+    nested: jax.Array | None,
+    offset: jax.Array | None,
+    *,
+    shape: tuple[int, int],
+    block: int,
+    layer: jax.Array | None = None,
+    implementation: str | None = None,
+) -> jax.Array:
+    """x Wᵀ for x (..., I) and the W (O, I) that `dequantize_nf4` gives in x's dtype: (..., O), accumulated in float32.
+
+    Where x has few rows and a GPU serves, W is read in 4 bits inside of the product and never written ("triton");
+    else it is made dense first ("reference"). Has no derivative. Raises as `dequantize_nf4`.
+    """
+    if x.shape[-1] != shape[1]:
+        raise ValueError(f"x has shape {x.shape}, the weight (O, I) {shape}")
+    _check_parts(packed, scales, nested, offset, layer, shape, block)
+    if implementation not in (None, *IMPLEMENTATIONS):
+        raise ValueError(f"implementation {implementation!r}: must be one of {', '.join(IMPLEMENTATIONS)}")
+    if implementation != "reference":
+        check = partial(triton.check_product, math.prod(x.shape[:-1]), x.dtype, shape, block)
+        capability = serving("multiply_nf4", check, implementation)
+        if capability is not None:
+            return triton.multiply_nf4(x, packed, scales, nested, offset, layer, shape, block, capability)
+    weight = dequantize_nf4(
+        packed, scales, nested, offset, shape=shape, block=block, dtype=x.dtype, layer=layer,
+        implementation=implementation,
+    )  # fmt: skip
+    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+    return jnp.einsum("...I,OI->...O", x, weight, precision=precision)
+
+
+def _check_parts(packed, scales, nested, offset, layer, shape: tuple[int, ...], block: int) -> None:
+    """Raises ValueError where the arrays are not those of a weight of `shape`."""
     n = math.prod(shape)
     blocks = -(-n // block)
     expected: dict[str, tuple[jax.Array | None, tuple[int, ...], str]] = {
@@ -50,26 +100,3 @@ def dequantize_nf4(
     for name, (array, size, kind) in expected.items():
         if array is not None and (array.shape[0 if layer is None else 1 :] != size or array.dtype != kind):
             raise ValueError(f"{name} is {array.dtype} {array.shape}; a weight of shape {shape} needs {kind} {size}")
-    chosen = implementation or _default(n, jnp.dtype(dtype).name)
-    if chosen == "reference":
-        parts = (packed, scales, nested, offset)
-        if layer is not None:
-            parts = jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, layer, keepdims=False), parts)
-        return reference.dequantize_nf4(*parts, shape, block, dtype)
-    if chosen != "triton":
-        raise ValueError(f"implementation {implementation!r}: must be one of {', '.join(IMPLEMENTATIONS)}")
-    triton.check(n, dtype)
-    return triton.dequantize_nf4(packed, scales, nested, offset, layer, shape, block, dtype, device_capability())
-
-
-@functools.cache
-def _default(n: int, dtype: str) -> str:
-    """ "triton" where the device and the size let it; a GPU without it is worth a warning."""
-    try:
-        triton.check(n, jnp.dtype(dtype))
-        device_capability()
-    except NotImplementedError as refusal:
-        level = logging.INFO if jax.default_backend() == "cpu" else logging.WARNING
-        logging.getLogger("jaxft").log(level, "NF4: reference (triton: %s)", refusal)
-        return "reference"
-    return "triton"

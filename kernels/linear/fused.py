@@ -24,7 +24,7 @@ from jax.custom_derivatives import SymbolicZero
 
 from jaxft.kernels.linear import reference
 from jaxft.kernels.linear.weights import Weights
-from jaxft.quant import Weight, dense, is_quantized
+from jaxft.quant import Weight, dense, is_quantized, multiply
 
 Keys = tuple[jax.Array | None, ...]  # one dropout key a layer
 
@@ -119,8 +119,7 @@ def outputs(
     """y_i = x W_iᵀ + u_i (s_i B_i)ᵀ + bias_i, (..., O_i) in x's dtype each; the first one + add."""
     found: list[jax.Array] = []
     for layer, u in zip(layers, lows, strict=True):
-        # one quantised weight after the other, so that their dense arrays are never there together
-        y = reference.matmul(x, dense(layer.weight, x.dtype, after=found[-1] if found else None))
+        y = multiply(x, layer.weight)
         start, add = add, None
         if layer.lora is not None and u is not None:
             low = reference.matmul(u, scaled_b(layer, x.dtype))

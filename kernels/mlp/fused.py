@@ -25,7 +25,7 @@ from jaxft.kernels.linear.fused import Keys, Wanted
 from jaxft.kernels.linear.weights import Weights
 from jaxft.kernels.mlp import triton
 from jaxft.kernels.mlp.reference import ACTIVATIONS
-from jaxft.quant import dense, is_quantized
+from jaxft.quant import dense, is_quantized, multiply
 
 Layers = tuple[Weights, Weights, Weights]  # gate, up, down
 
@@ -48,8 +48,7 @@ def _inner(x, layers: Layers, rate: float, keys: Keys, card: int | None):
     if card is None:
         e, v = linear.outputs(x, lows, layers[:2])
     else:
-        e = reference.matmul(x, dense(layers[0].weight, x.dtype))
-        v = reference.matmul(x, dense(layers[1].weight, x.dtype, after=e))  # one dense array at a time
+        e, v = (multiply(x, layer.weight) for layer in layers[:2])
     return checkpoint_name(e, "mlp_gate"), checkpoint_name(v, "mlp_up"), lows
 
 
