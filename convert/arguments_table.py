@@ -241,7 +241,7 @@ TRAINING = [
         "prediction_loss_only eval_do_concat_batches eval_use_gather_object eval_accumulation_steps "
         "batch_eval_metrics bf16_full_eval fp16_full_eval",
     ),
-    needless("the last checkpoint holds everything, and is small beside it", "save_only_model enable_jit_checkpoint"),
+    needless("a checkpoint holds what resuming needs; a signal saves one", "save_only_model enable_jit_checkpoint"),
     needless("matmuls accumulate in float32", "tf32"),
     needless("nothing is cached in training", "use_cache"),
     needless("set JAX_PLATFORMS=cpu in the environment", "use_cpu"),
@@ -263,7 +263,8 @@ TRAINING = [
     ),
     missing("only `metrics.jsonl` is written", "report_to trackio_space_id trackio_bucket_id trackio_static_space_id"),
     missing("one loss: cross entropy; your own by `make_train_step(loss=…)`", "loss_type", lambda v: v == "nll"),
-    missing("write it as your own loss: notebooks/own_loss.ipynb", "label_smoothing_factor neftune_noise_alpha"),
+    missing("write it as your own loss: notebooks/own_loss.ipynb", "label_smoothing_factor"),
+    missing("embeddings get no noise", "neftune_noise_alpha"),
     missing("no mixture of experts here", "router_aux_loss_coef"),
     missing("a short last batch is filled with padding, never dropped", "dataloader_drop_last"),
     missing("`seed` orders the data too", "data_seed"),
