@@ -16,18 +16,16 @@ from typing import Any, NamedTuple
 import yaml
 
 from jaxft.config import parse
-from jaxft.convert.arguments_table import ALL_TURNS, DEFAULTS, rule_for
+from jaxft.convert.arguments_table import ALL_TURNS, DEFAULTS, rule_for, taken_by_name
 from jaxft.convert.script import Given, Source, read_script
 from jaxft.errors import InputError
 from jaxft.settings import GROUPS, LoraArguments, TrainSettings
 
-SETTINGS = {field.name for field in dataclasses.fields(TrainSettings)} - {"settings_given", "settings_ignored"}
 LORA_ORIGINS = {"LoraConfig", "FastLanguageModel.get_peft_model", "trl with --use_peft"}
 # a setting that is given twice: the trainer's own counts
 ORDER = ("SFTConfig", "UnslothTrainingArguments", "TrainingArguments", "SFTTrainer", "UnslothTrainer", "Trainer",
          "command", "LoraConfig", "FastLanguageModel.get_peft_model")  # fmt: skip
 SECRET = ("token", "hub_token", "api_key")
-UNLIKE = ("debug",)  # names that are a setting here too, and another one
 
 
 class Taken(NamedTuple):
@@ -137,15 +135,13 @@ def _settled(source: Source) -> Converted:
             lost.append(f"{one.name} = {one.unread}")
             continue
         rule = rule_for(one.origin, one.name)
-        own = one.name in SETTINGS and one.name not in UNLIKE and (rule is None or rule.lost)
+        own = taken_by_name(rule, one.name)
         if rule is None and not own:
             lost.append(f"{one.name} = {shown}: unknown")
             continue
-        if own:
+        made, remark, is_lost = ({one.name: one.value}, "", False) if rule is None else rule.act(one.name, one.value)
+        if own and is_lost:
             made, remark, is_lost = {one.name: one.value}, "", False
-        else:
-            assert rule is not None
-            made, remark, is_lost = rule.act(one.name, one.value)
         for name, value in made.items():
             if name in settings and settings[name].value != value:
                 lost.append(f"{one.name} = {shown}: {name} is {settings[name].value} elsewhere")

@@ -3,11 +3,15 @@
 A rule says what becomes of a setting that is given. The defaults that differ stand at the end.
 """
 
+import dataclasses
 import typing
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from jaxft.settings import SCHEDULES, TrainArguments
+from jaxft.settings import SCHEDULES, TrainArguments, TrainSettings
+
+SETTINGS = {field.name for field in dataclasses.fields(TrainSettings)} - {"settings_given", "settings_ignored"}
+UNLIKE = ("debug",)  # names that are a setting here too, and another one
 
 
 class Outcome(NamedTuple):
@@ -163,6 +167,21 @@ def _by_steps(value: Any) -> Outcome:
     return Outcome({}, "counted in steps here", lost=str(value) != "no")
 
 
+def _evaluation(value: Any) -> Outcome:
+    name = str(value).lower().removeprefix("intervalstrategy.")
+    if is_off(value) or name == "no":
+        return Outcome({}, "as it is here")
+    if "eval_strategy" in SETTINGS:
+        return Outcome({"eval_strategy": name})
+    return Outcome({}, "eval_steps says when" if name == "steps" else "counted in steps here", lost=name != "steps")
+
+
+def _template(value: Any) -> Outcome:
+    if value is not None and "chat_template" in SETTINGS:
+        return Outcome({"chat_template": value})
+    return Outcome({}, "the tokenizer's own template is used", lost=value is not None)
+
+
 def _sampling(value: Any) -> Outcome:
     if str(value) in ("random", "None"):
         return Outcome({}, "as it is here")
@@ -206,6 +225,12 @@ TRAINING = [
     changed("activation_offloading", "`gradient_checkpointing: offload`", "", _offloading),
     changed("resume_from_checkpoint", "`resume_from_checkpoint`", "true is `auto`", _resume),
     changed("save_strategy", "`save_steps`", "`no` is 0; `epoch` has to be said in steps", _save_strategy),
+    changed(
+        "eval_strategy evaluation_strategy",
+        "`eval_strategy`" if "eval_strategy" in SETTINGS else "`eval_steps`",
+        "" if "eval_strategy" in SETTINGS else "counted in steps",
+        _evaluation,
+    ),
     changed("logging_strategy", "`logging_steps`", "counted in steps", _by_steps),
     changed("train_sampling_strategy", "`shuffle_dataset`", "`sequential` is false", _sampling),
     changed("assistant_only_loss", "`train_on`", "true is `responses`, false `all`", _assistant_only),
@@ -249,11 +274,6 @@ TRAINING = [
     missing("the columns tell the format: rename the column to `text`", "dataset_text_field", lambda v: v == "text"),
     missing("first fit decreasing is the one way to pack", "packing_strategy", lambda v: v in ("bfd", "ffd")),
     missing("what is too long is cut at its end", "truncation_mode", lambda v: v == "keep_start"),
-    missing(
-        "evaluation is by steps: `eval_steps`, and at the end",
-        "eval_strategy evaluation_strategy",
-        lambda v: is_off(v) or v == "steps",
-    ),
     missing("evaluation packs as training does", "eval_packing"),
     missing("a run ends by `max_steps` or its epochs", "early_stopping_patience early_stopping_threshold"),
     missing("evaluation begins before the first step", "eval_delay"),
@@ -281,7 +301,12 @@ TRAINING = [
     missing("AdamW has the settings of its own flags", "optim_args optim_target_modules"),
     missing("metrics are the loss and perplexity", "include_for_metrics"),
     missing("`jaxft.load_model` in a script of your own", "model_init_kwargs dataset_kwargs"),
-    missing("the tokenizer's template is used", "chat_template_path"),
+    changed(
+        "chat_template_path chat_template",
+        "`chat_template`" if "chat_template" in SETTINGS else "",
+        "a file or the name of one that is here" if "chat_template" in SETTINGS else "the tokenizer's own is used",
+        _template,
+    ),
     missing("`debug` there is another thing", "debug"),
     missing("no code of a model's repository is run", "trust_remote_code"),
 ]  # fmt: skip
@@ -399,6 +424,11 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "trl": {"learning_rate": 2e-5, "packing": False},
     "trl with --use_peft": {"lora_alpha": 32, "lora_dropout": 0.05, "lora_target_modules": "q_proj,v_proj"},
 }
+
+
+def taken_by_name(rule: Rule | None, name: str) -> bool:
+    """Whether a setting that the table has no counterpart for has one of its own name: it is newer than its rule."""
+    return name in SETTINGS and name not in UNLIKE and (rule is None or rule.lost)
 
 
 def rule_for(origin: str, name: str) -> Rule | None:

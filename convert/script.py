@@ -11,6 +11,7 @@ from jaxft.errors import InputError
 
 OTHER_TRAINING = ("DPOConfig", "GRPOConfig", "ORPOConfig", "KTOConfig", "PPOConfig", "RLOOConfig", "CPOConfig",
                   "RewardConfig", "GKDConfig")  # fmt: skip
+READ_OF_CALLS = ("early_stopping_patience", "early_stopping_threshold", "chat_template")
 BFLOAT16_ASKED = ("is_bfloat16_supported", "is_bf16_supported", "is_torch_bf16_gpu_available")
 
 
@@ -145,8 +146,8 @@ def read_script(path: Path) -> Source:
         origin = f"FastLanguageModel.{word}" if owner.startswith("Fast") else word
         if word == "train_on_responses_only":
             found.append(Given("SFTConfig", "assistant_only_loss", True))
-        elif word == "EarlyStoppingCallback":
-            found += script.keywords("SFTConfig", call)
+        elif word in ("EarlyStoppingCallback", "get_chat_template"):
+            found += [one for one in script.keywords("SFTConfig", call) if one.name in READ_OF_CALLS]
         elif word in OTHER_TRAINING:
             others.append(word)
         elif word == "from_pretrained" and owner.startswith("Fast") + ("ForCausalLM" in owner) == 0:

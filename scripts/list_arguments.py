@@ -10,8 +10,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from jaxft.config import parse
-from jaxft.convert.arguments import SETTINGS
-from jaxft.convert.arguments_table import COMMAND, DEFAULTS, PEFT, TRAINER, TRAINING, UNSLOTH, Rule
+from jaxft.convert.arguments_table import (
+    COMMAND,
+    DEFAULTS,
+    PEFT,
+    TRAINER,
+    TRAINING,
+    UNSLOTH,
+    Rule,
+    taken_by_name,
+)
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 BEGIN, END = "<!-- made by scripts/list_arguments.py; do not edit -->", "<!-- made until here -->"
@@ -57,11 +65,6 @@ def table(title: str, rules: list[Rule], origins: tuple[str, ...]) -> Iterator[s
             ours = getattr(usual, name)
             if ours != value:
                 yield f"- Where `{origin}` is silent, `{name}` is `{text(value)}` there and `{text(ours)}` here."
-
-
-def taken_by_name(rule: Rule, name: str) -> bool:
-    """Whether a setting that had no counterpart has one of its name by now."""
-    return rule.lost and name in SETTINGS and name != "debug"
 
 
 def listed(names: list[str] | tuple[str, ...]) -> str:

@@ -9,8 +9,8 @@ import yaml
 
 from jaxft.config import parse
 from jaxft.convert import __main__ as command
-from jaxft.convert.arguments import SETTINGS, convert
-from jaxft.convert.arguments_table import COMMAND, DEFAULTS, ORIGINS, PEFT, TABLE, TRAINING, rule_for
+from jaxft.convert.arguments import convert
+from jaxft.convert.arguments_table import COMMAND, DEFAULTS, ORIGINS, PEFT, SETTINGS, TABLE, TRAINING, rule_for
 from jaxft.errors import InputError, run_command
 
 UNSLOTH = '''
@@ -224,6 +224,6 @@ def test_every_setting_of_transformers_and_trl_is_in_the_table_with_its_default(
 
 
 def test_a_value_that_asks_for_nothing_loses_nothing():
-    rule = rule_for("SFTConfig", "push_to_hub")
+    rule = rule_for("SFTConfig", "data_seed")
     assert rule is not None
-    assert [rule.act("push_to_hub", value).lost for value in (False, "no", None, True)] == [False, False, False, True]
+    assert [rule.act("data_seed", value).lost for value in (False, "no", None, True)] == [False, False, False, True]
