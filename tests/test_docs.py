@@ -113,6 +113,7 @@ def test_the_site_builds_without_a_warning(tmp_path):
         env=os.environ | {"PYTHONPATH": str(ROOT), "NO_MKDOCS_2_WARNING": "1"}, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0 and "WARNING" not in done.stderr, done.stderr
+    assert {page.stem for page in PAGES[1:]} <= {made.stem for made in (tmp_path / "site").glob("*.html")}
     reference = (tmp_path / "site" / "reference.html").read_text(encoding="utf-8")
     assert "Σ weight · nll" in reference and 'id="jaxft.make_train_step"' in reference
     settings = (tmp_path / "site" / "settings.html").read_text(encoding="utf-8")

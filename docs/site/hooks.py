@@ -1,9 +1,28 @@
-"""A hook of mkdocs: appends to settings.md the tables of all settings, made of the dataclasses behind the flags."""
+"""Hooks of mkdocs: settings.md gets the tables of all settings; a page that the navigation lacks is added to it."""
 
 import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from jaxft.settings import GROUPS
+
+
+def on_config(config: Any) -> Any:
+    """Adds to the navigation's first section the pages that it does not name."""
+    named = set(paths(config["nav"]))
+    section = next(part for entry in config["nav"] for part in entry.values() if isinstance(part, list))
+    section += sorted(page.name for page in Path(config["docs_dir"]).glob("*.md") if page.name not in named)
+    return config
+
+
+def paths(nav: Any) -> Iterator[str]:
+    """Every page that a navigation names."""
+    if isinstance(nav, str):
+        yield nav
+    else:
+        for entry in nav.values() if isinstance(nav, dict) else nav:
+            yield from paths(entry)
 
 
 def on_page_markdown(markdown: str, *, page: Any, **_: Any) -> str:
