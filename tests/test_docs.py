@@ -88,10 +88,9 @@ def test_pages_with_commands_are_followed_literally_before_a_change_lands():
     ]
     followed = {"README", *re.findall(r"[\w-]+", line.partition("docs/{")[2].partition("}")[0])}
     assert "README.md docs/{" in line
-    # real data and real vocabularies, minutes each; the test suite itself; nothing but a message to be read
-    assert {page.stem for page in PAGES if list(follow_docs.steps(page.read_text("utf-8")))} - followed <= {
-        "gsm8k", "numbers", "errors",
-    }  # fmt: skip
+    assert followed >= {"README", "index", "quick-start", "recipes", "from-trl", "from-unsloth"}
+    for name in followed - {"README"}:
+        assert list(follow_docs.steps((ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8"))), name
 
 
 def test_a_line_that_is_shown_and_does_not_come_is_found():
