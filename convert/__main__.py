@@ -1,4 +1,4 @@
-"""`python -m jaxft.convert merge|quantize|gguf|hf|imatrix …`: model files out of model files."""
+"""`python -m jaxft.convert merge|quantize|gguf|hf|imatrix …`: model files out of model files; `args`: settings too."""
 
 import argparse
 import json
@@ -44,9 +44,19 @@ def main(argv: list[str] | None = None) -> int:
     for name in PUSHED & commands.choices.keys():
         add_hub_flags(commands.choices[name])
     add_imatrix_command(commands)
+    theirs = commands.add_parser(
+        "args", allow_abbrev=False, help="settings out of a script, YAML or command line for TRL or Unsloth",
+        description="Writes YAML for `jaxft.train --config`, and lists what has no counterpart. A script is read as "
+        "text and never run.",
+    )  # fmt: skip
+    theirs.add_argument("source", metavar="SOURCE", help="a .py, .ipynb or .yaml file, or a command line in quotes")
+    theirs.add_argument("--out", metavar="FILE", type=Path, help="a YAML file that does not exist; without it stdout")
+    theirs.add_argument("--debug", action="store_true", help="show the traceback of an error")
     options, flags = parser.parse_known_args(argv)
     if flags and options.command != "imatrix":  # whose further flags are those of another command
         parser.error(f"unrecognized arguments: {' '.join(flags)}")
+    if options.command == "args":
+        return convert_arguments(options.source, options.out)
     options.flags = flags
     repository = None
     if getattr(options, "push_to_hub", False):
@@ -59,6 +69,24 @@ def main(argv: list[str] | None = None) -> int:
     if repository is not None:
         found["pushed"] = push(repository, *written(options, found))
     print(json.dumps(found), flush=True)
+    return 0
+
+
+def convert_arguments(source: str, out: Path | None) -> int:
+    """`args`: YAML to stdout or a new file, what is lost to stderr."""
+    from jaxft.convert.arguments import convert
+
+    if out is not None and out.exists():
+        raise InputError(f"--out {out} exists already; name a new file")
+    made = convert(source)
+    text = made.to_yaml(Path(source).name if "\n" not in source and Path(source).is_file() else "a command line")
+    if out is None:
+        print(text, end="", flush=True)
+    else:
+        out.write_text(text, encoding="utf-8")
+    for line in made.lost:
+        print(f"no counterpart: {line}", file=sys.stderr)
+    print(f"{len(made.settings)} settings, {len(made.lost)} without a counterpart", file=sys.stderr, flush=True)
     return 0
 
 

@@ -19,6 +19,7 @@ EXIT = {"InputError": 2, "RunError": 1}
 # what the user was doing, by the beginning of a file's path; the longest beginning that fits counts
 GROUPS = {
     "Typing settings": ("jaxft/config.py", "jaxft/settings.py"),
+    "Bringing settings of another library": ("convert/arguments", "convert/script.py"),
     "Choosing devices and processes": ("jaxft/sharding.py", "jaxft/processes.py"),
     "Naming a model, its weights and its tokenizer": (
         "jaxft/load.py", "jaxft/models/", "jaxft/quant.py", "jaxft/prepare.py",
