@@ -117,24 +117,30 @@ def make_optimizer(
     max_grad_norm: float = 1.0,
     optim: str = "adamw",
     embedding_factor: float = 1.0,
+    loraplus_lr_ratio: float | None = None,
 ) -> optax.GradientTransformation:
     """AdamW (Loshchilov and Hutter 2019, https://arxiv.org/abs/1711.05101) after clipping by the global norm.
 
     Moments are float32 whatever the parameters' dtype; with optim "adamw_8bit" they are held in 8 bits
     (`jaxft.optim_8bit`). max_grad_norm 0 does not clip. embedding_factor: how many times the schedule's learning rate
-    embedding and head have. Raises InputError for an unknown optim.
+    embedding and head have. loraplus_lr_ratio: how many times it LoRA's B has, and DoRA's magnitudes (LoRA+, Hayou et
+    al. 2024, https://arxiv.org/abs/2402.12354). Raises InputError for an unknown optim.
     """
     adam = _make_adam(schedule, adam_beta1, adam_beta2, adam_epsilon, weight_decay, max_grad_norm, optim)
-    return adam if embedding_factor == 1 else optax.chain(adam, _scale_embeddings(embedding_factor))
+    ratio = 1.0 if loraplus_lr_ratio is None else loraplus_lr_ratio
+    return adam if embedding_factor == ratio == 1 else optax.chain(adam, _scale_rates(embedding_factor, ratio))
 
 
-def _scale_embeddings(factor: float) -> optax.GradientTransformation:
-    def update(updates, params=None):
-        del params
-        own = {name: jax.tree.map(lambda leaf: leaf * factor, updates[name]) for name in SAVABLE if name in updates}
-        return updates | own
+def _scale_rates(embedding_factor: float, loraplus_lr_ratio: float) -> optax.GradientTransformation:
+    """Multiplies the updates of embedding and head, and those of what LoRA+ gives a learning rate of its own."""
 
-    return optax.stateless(update)
+    def scaled(path, leaf):
+        if path[0].key in SAVABLE:
+            return leaf * embedding_factor
+        # as PEFT's create_loraplus_optimizer: B, and vectors
+        return leaf * loraplus_lr_ratio if path[-2].key == "lora" and path[-1].key in ("b", "magnitude") else leaf
+
+    return optax.stateless(lambda updates, params: jax.tree.map_with_path(scaled, updates))
 
 
 def _make_adam(schedule, adam_beta1, adam_beta2, adam_epsilon, weight_decay, max_grad_norm, optim):

@@ -121,6 +121,7 @@ class LoraArguments:
         nargs="?",
         const=True,
     )
+    loraplus_lr_ratio: float | None = _flag(None, "learning rate of LoRA's B as a multiple of A's (LoRA+), such as 16")
     full_finetuning: bool = _flag(False, "train every weight, without LoRA")
 
     @property
@@ -312,7 +313,7 @@ RANGES: list[tuple[str, str, Callable[[float], bool]]] = [
     ("buffer_size mlp_tiles", "at least 1", lambda x: x >= 1),
     ("max_new_tokens per_device_train_batch_size per_device_eval_batch_size", "at least 1", lambda x: x >= 1),
     ("lora_dropout adam_beta1 adam_beta2", "at least 0 and below 1", lambda x: 0 <= x < 1),
-    ("adam_epsilon num_train_epochs", "above 0", lambda x: x > 0),
+    ("adam_epsilon num_train_epochs loraplus_lr_ratio", "above 0", lambda x: x > 0),
     ("warmup_ratio", "from 0 to 1", lambda x: 0 <= x <= 1),
     ("top_p", "above 0 and at most 1", lambda x: 0 < x <= 1),
     ("top_k", "at least 0; 0 keeps all tokens", lambda x: x >= 0),

@@ -235,6 +235,7 @@ def make_run(
         schedule, adam_beta1=settings.adam_beta1, adam_beta2=settings.adam_beta2, adam_epsilon=settings.adam_epsilon,
         weight_decay=settings.weight_decay, max_grad_norm=settings.max_grad_norm,
         optim=settings.optim, embedding_factor=1.0 if own_rate is None else own_rate / settings.learning_rate,
+        loraplus_lr_ratio=settings.loraplus_lr_ratio,
     )  # fmt: skip
     if prepared.compute_dtype == np.dtype("float16"):
         optimizer = with_loss_scale(optimizer)
@@ -261,6 +262,7 @@ def fingerprint(
         "full_finetuning", "max_length", "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps",
         "warmup_ratio", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "seed",
         "shuffle_dataset", "packing", "optim", "load_in_4bit", "load_in_8bit", "embedding_learning_rate", "add_tokens",
+        "loraplus_lr_ratio",
     )  # fmt: skip
     found: dict[str, Any] = {name: getattr(settings, name) for name in names}
     if prepared.lora is not None:
