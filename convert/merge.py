@@ -1,4 +1,7 @@
-"""An adapter merged into its model: W + s · B · A, written as a Hugging Face model directory, one shard at a time."""
+"""An adapter merged into its model: W + s · B · A, written as a Hugging Face model directory, one shard at a time.
+
+With DoRA every row of that sum is brought to its magnitude.
+"""
 
 import json
 from collections.abc import Callable
@@ -93,8 +96,11 @@ def merged_tensor(source: Source, name: str, dtype: np.dtype) -> np.ndarray:
         return _cast(peft.read_tensor(source.adapter, source.whole[name]), dtype, name)
     own, module = source.base_name(name), name.removesuffix(".weight")
     branch = source.branches.get(module)
+    magnitude = None
     if branch is not None:
         a, b = (peft.read_tensor(source.adapter, f"{peft.PREFIX}{module}.lora_{part}.weight") for part in "AB")
+        if (tensor := f"{peft.PREFIX}{module}.lora_magnitude_vector") in source.adapter:
+            magnitude = peft.read_tensor(source.adapter, tensor)
 
     def add(rows: np.ndarray, start: int) -> np.ndarray:
         if branch is None:
@@ -102,6 +108,10 @@ def merged_tensor(source: Source, name: str, dtype: np.dtype) -> np.ndarray:
         total = b[start : start + len(rows)] @ a
         total *= np.float32(branch.scale)  # in place: a chunk is large
         total += rows.astype(np.float32)
+        if magnitude is not None:
+            norms, wanted = np.linalg.norm(total, axis=1), magnitude[start : start + len(rows)]
+            factors = np.divide(wanted, norms, out=np.ones_like(norms), where=(wanted != 0) & (norms > 0))
+            total *= factors[:, None]
         return _cast(total, dtype, name)
 
     if own in source.stored:

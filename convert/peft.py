@@ -24,7 +24,6 @@ PREFIX = "base_model.model."
 # fields of PEFT's LoraConfig that change what is computed, and the values under which they change nothing
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "bias": ("none",),
-    "use_dora": (False, None),
     "layers_pattern": (None, [], "", "layers", ["layers"]),
     "fan_in_fan_out": (False, None),
     "lora_bias": (False, None),
@@ -50,11 +49,13 @@ def adapter_parts(model: Model) -> dict[str, Part]:
     The rows of A and columns of B that only pad a stack of layers are no part of any tensor.
     """
     found = {}
+    trained = dict(flatten(lora_shapes(model)[0]))
     for module, (place, rank, _) in branches(model).items():
         row = () if place.row is None else (place.row,)
         found[f"{PREFIX}{module}.lora_A.weight"] = Part(f"{place.path}/lora/a", (*row, slice(rank)))
         found[f"{PREFIX}{module}.lora_B.weight"] = Part(f"{place.path}/lora/b", (*row, slice(None), slice(rank)))
-    trained = dict(flatten(lora_shapes(model)[0]))
+        if f"{place.path}/lora/magnitude" in trained:
+            found[f"{PREFIX}{module}.lora_magnitude_vector"] = Part(f"{place.path}/lora/magnitude", row)
     for path, name in savable_names(model.family.names).items():
         if path in trained:
             found[PREFIX + name] = Part(path, ())
@@ -94,6 +95,7 @@ def save_adapter(directory: Path, model: Model, trained: Tree, config: LoraConfi
         "lora_alpha": config.lora_alpha,
         "lora_dropout": config.lora_dropout,
         "use_rslora": config.use_rslora,
+        "use_dora": config.use_dora,
         "target_modules": target_names(model, config),
         "layers_to_transform": None if config.layers_to_transform is None else list(config.layers_to_transform),
         "rank_pattern": config.rank_pattern,
@@ -150,6 +152,7 @@ def read_adapter_config(directory: Path) -> LoraConfig:
             lora_dropout=float(written.get("lora_dropout") or 0.0),
             target_modules=targets,
             use_rslora=bool(written.get("use_rslora", False)),
+            use_dora=bool(written.get("use_dora", False)),
             layers_to_transform=tuple(int(layer) for layer in layers) if layers else None,
             rank_pattern={key: int(rank) for key, rank in (written.get("rank_pattern") or {}).items()},
             alpha_pattern={key: float(alpha) for key, alpha in (written.get("alpha_pattern") or {}).items()},

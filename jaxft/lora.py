@@ -14,10 +14,12 @@ from flax import nnx
 
 from jaxft.convert.hf import Place, places
 from jaxft.errors import InputError
+from jaxft.kernels.linear.reference import row_norms
 from jaxft.lora_config import LoraConfig, check_patterns, check_targets, layer_of, reaches, saved_modules
 from jaxft.models import Model, model_of
 from jaxft.models.decoder import Decoder
 from jaxft.models.layers import Linear, Lora, LoRAParam, LoRAScale, SavedParam, stack
+from jaxft.quant import Weight
 from jaxft.trees import Tree, flatten, join, unflatten
 from jaxft.vocabulary import part_head
 
@@ -91,7 +93,8 @@ def with_lora(model: Model, config: LoraConfig) -> Model:
         count = linear.weight.shape[0] if stacked else 1
         ranks = tuple(rows[i].rank if i in rows else 0 for i in range(count))
         scales = tuple(rows[i].scale if i in rows else 0.0 for i in range(count))
-        lora = Lora(linear.in_features, linear.out_features, ranks, scales, linear.axes, config.lora_dropout)
+        sizes = linear.in_features, linear.out_features
+        lora = Lora(*sizes, ranks, scales, linear.axes, config.lora_dropout, config.use_dora)
         linear.lora = nnx.data(stack(lora, count) if stacked else lora)
     for name in saved:
         module = getattr(decoder, name)
@@ -116,11 +119,13 @@ def padding(model: Model) -> int:
     for linear in linear_modules(model.bind(model.shapes)).values():
         ranks = () if linear.lora is None else linear.lora.ranks
         total += sum(max(ranks) - rank for rank in ranks) * (linear.in_features + linear.out_features)
+        if linear.lora is not None and linear.lora.magnitude is not None:
+            total += ranks.count(0) * linear.out_features
     return total
 
 
 def lora_shapes(model: Model) -> tuple[Tree, Tree]:
-    """The trained leaves (A, B, what is trained whole) and the frozen scales of a model with LoRA, as shapes."""
+    """The trained leaves (A, B, magnitudes, modules to save) and the frozen scales of a model with LoRA, as shapes."""
     _, state = nnx.split(model.bind(model.shapes))
     trained, scales, _ = nnx.split_state(state, nnx.Any(LoRAParam, SavedParam), LoRAScale, ...)
     return nnx.to_pure_dict(trained), nnx.to_pure_dict(scales)
@@ -129,9 +134,9 @@ def lora_shapes(model: Model) -> tuple[Tree, Tree]:
 def add_lora(model: Model, params: Tree, config: LoraConfig, key: jax.Array) -> tuple[Model, Tree, Tree]:
     """Puts LoRA on a loaded model: returns (model, trainable, frozen).
 
-    trainable: float32 A, uniform in ±1/√I (PEFT's default, Kaiming with a = √5), B, zero, and float32 copies of
-    the modules to save (activations are then float32 unless a dtype is given to the step). frozen: the other params and
-    the scales. Raises InputError for settings that name what the model has not.
+    trainable: float32 A, uniform in ±1/√I (PEFT's default, Kaiming with a = √5), B, zero, DoRA's magnitudes, the norms
+    of W's rows, and float32 copies of the modules to save (activations are then float32 unless a dtype is given to the
+    step). frozen: the other params and the scales. Raises InputError for settings that name what the model has not.
     """
     model = with_lora(model, config)
     check_patterns(config, list(branches(model)))
@@ -140,10 +145,14 @@ def add_lora(model: Model, params: Tree, config: LoraConfig, key: jax.Array) -> 
     leaves = dict(flatten(trained))
     base = whole_params(model, params)
     ranks = {f"{path}/lora/a": m.lora.ranks for path, m in linear_modules(model.bind(model.shapes)).items() if m.lora}
-    low_rank = [path for path in leaves if "/lora/" in path]
+    weights = dict(flatten(params))
+    low_rank = [path for path in leaves if path.endswith(("/lora/a", "/lora/b"))]
     keys = dict(zip(low_rank, jax.random.split(key, len(low_rank)), strict=True))
 
     def first(path: str, shape: tuple[int, ...]) -> jax.Array:
+        if path.endswith("/lora/magnitude"):
+            place = path.removesuffix("/lora/magnitude")
+            return first_magnitudes(weights[f"{place}/weight"], ranks[f"{place}/lora/a"])
         if path not in keys:
             return jnp.array(base[path], jnp.float32, copy=True)  # its own: the step donates it
         if path.endswith("/b"):
@@ -154,6 +163,19 @@ def add_lora(model: Model, params: Tree, config: LoraConfig, key: jax.Array) -> 
         return jnp.where(inside.reshape(*shape[:-1], 1), a, 0.0)
 
     return model, unflatten({path: first(path, leaf.shape) for path, leaf in leaves.items()}), frozen
+
+
+def first_magnitudes(weight: Weight, ranks: tuple[int, ...]) -> jax.Array:
+    """The norms of W's rows, (O,) float32, or (L, O) of a stack; 0, which is none, for a layer without a branch."""
+
+    def norms(one: Weight) -> jax.Array:
+        rows, columns = one.shape
+        return row_norms(one, (jnp.zeros((1, columns)), jnp.zeros((rows, 1)), jnp.float32(1)))
+
+    if weight.ndim == 2:
+        return jax.jit(norms)(weight)
+    present = jnp.array(ranks)[:, None] > 0
+    return jnp.where(present, jax.jit(lambda stack: jax.lax.map(norms, stack))(weight), 0.0)
 
 
 def whole_params(model: Model, params: Tree) -> dict[str, jax.Array]:

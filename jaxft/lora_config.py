@@ -18,7 +18,7 @@ class LoraConfig:
     layers (not with a regular expression). rank_pattern, alpha_pattern: r and alpha of modules whose name ends with a
     match of the key; the first key that does counts. modules_to_save: embed_tokens, lm_head, trained whole.
     ensure_weight_tying: a head that is the embedding stays it; otherwise, as in PEFT, a head and an embedding of which
-    one is saved part ways.
+    one is saved part ways. use_dora: rows of trained length beside the branch (`jaxft.kernels.linear.dora`).
     """
 
     r: int = 16
@@ -32,6 +32,7 @@ class LoraConfig:
     modules_to_save: tuple[str, ...] = ()
     ensure_weight_tying: bool = False
     exclude_modules: str | tuple[str, ...] = ()
+    use_dora: bool = False
 
     @property
     def is_pattern(self) -> bool:

@@ -201,6 +201,7 @@ def lora_settings(settings: TrainSettings, tied: bool) -> LoraConfig:
         lora_dropout=settings.lora_dropout,
         target_modules=settings.lora_targets,
         use_rslora=settings.use_rslora,
+        use_dora=settings.use_dora,
         layers_to_transform=settings.lora_layers,
         rank_pattern=dict(settings.rank_pattern),
         alpha_pattern=dict(settings.alpha_pattern),
@@ -219,6 +220,7 @@ def _check_adapter(settings: TrainSettings, adapter: LoraConfig, model: Model) -
 
     fields = {
         "lora_r": "r", "lora_alpha": "lora_alpha", "lora_dropout": "lora_dropout", "use_rslora": "use_rslora",
+        "use_dora": "use_dora",
         "rank_pattern": "rank_pattern", "alpha_pattern": "alpha_pattern", "ensure_weight_tying": "ensure_weight_tying",
     }  # fmt: skip
     for flag, field in fields.items():

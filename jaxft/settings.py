@@ -121,6 +121,7 @@ class LoraArguments:
         nargs="?",
         const=True,
     )
+    use_dora: bool = _flag(False, "train the length of each weight's rows beside LoRA (DoRA)")
     loraplus_lr_ratio: float | None = _flag(None, "learning rate of LoRA's B as a multiple of A's (LoRA+), such as 16")
     full_finetuning: bool = _flag(False, "train every weight, without LoRA")
 

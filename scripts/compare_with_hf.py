@@ -184,7 +184,9 @@ def reference_course(
             total += loss.item()
         losses.append(total)
         gradients = gradients or {
-            name.replace(".modules_to_save", "").replace(".default.", "."): p.grad.numpy().copy()
+            name.replace(".modules_to_save", "")
+            .replace("vector.default.weight", "vector")  # as PEFT writes DoRA's magnitudes
+            .replace(".default", ""): p.grad.numpy().copy()
             for name, p in named.items()
             if p.grad is not None
         }

@@ -180,7 +180,6 @@ def edit_tensors(directory, change):
 
 A = "base_model.model.model.layers.1.self_attn.q_proj.lora_A.weight"
 UNSUPPORTED = {
-    "use_dora": True,
     "bias": "all",
     "lora_bias": True,
     "fan_in_fan_out": True,

@@ -44,7 +44,7 @@ def describe(
 
 
 class Lora(nnx.Module):
-    """A (R, I), B (O, R) and scale of one linear layer, or of a stack of them.
+    """A (R, I), B (O, R) and scale of one linear layer, or of a stack of them; with DoRA a magnitude (O,) too.
 
     ranks, scales: of each layer of the stack. R is the largest rank: the rows of A and columns of B beyond a layer's
     own rank are zero, so that they add nothing, have no gradient and stay zero. A layer without a branch has rank 0.
@@ -52,10 +52,11 @@ class Lora(nnx.Module):
 
     def __init__(
         self, in_features: int, out_features: int, ranks: tuple[int, ...], scales: tuple[float, ...],
-        axes: tuple[str, str], dropout: float,
+        axes: tuple[str, str], dropout: float, dora: bool = False,
     ):  # fmt: skip
         self.a = describe((max(ranks), in_features), ("rank", axes[1]), LoRAParam)
         self.b = describe((out_features, max(ranks)), (axes[0], "rank"), LoRAParam)
+        self.magnitude = nnx.data(describe((out_features,), axes[:1], LoRAParam) if dora else None)
         self.scale = describe((), (), LoRAScale)
         self.ranks, self.scales, self.dropout = ranks, scales, dropout
 
@@ -70,8 +71,12 @@ class Linear(nnx.Module):
         self.lora: Lora | None = nnx.data(None)
 
     def weights(self) -> linear_op.Weights:
-        lora = None if self.lora is None else (self.lora.a[...], self.lora.b[...], self.lora.scale[...])
-        return linear_op.Weights(self.weight[...], None if self.bias is None else self.bias[...], lora)
+        bias = None if self.bias is None else self.bias[...]
+        if self.lora is None:
+            return linear_op.Weights(self.weight[...], bias)
+        magnitude = None if self.lora.magnitude is None else self.lora.magnitude[...]
+        lora = (self.lora.a[...], self.lora.b[...], self.lora.scale[...])
+        return linear_op.Weights(self.weight[...], bias, lora, magnitude)
 
 
 def linears(
@@ -213,22 +218,24 @@ def stack(block: M, count: int) -> M:
 
 
 ATTENTION = ("attention_out", "attention_lse")  # what an attention kernel needs to not run forward again
-LOW_RANK = "mlp_low_rank"  # R columns that spare the backward pass the MLP's widest array
+# R columns that spare the backward pass the MLP's widest array, and DoRA's norms, which need no second look at W
+LOW_RANK = ("mlp_low_rank", "dora_norm")
 kept = jax.checkpoint_policies.save_only_these_names
 REMAT: dict[str, Callable[..., bool] | None] = {
     # keeps everything that the backward pass reads
     "none": None,
     # keeps each layer's input and computes the rest again
-    "full": kept(LOW_RANK),
+    "full": kept(*LOW_RANK),
     # keeps each layer's input and attention's output and log-sum-exp
-    "attention": kept(LOW_RANK, *ATTENTION),
+    "attention": kept(*LOW_RANK, *ATTENTION),
     # keeps what the hand-derived backward passes read: only norms, rotations and activations are computed again
     "products": kept(
-        LOW_RANK, "attention_qkv", *ATTENTION, "layer_middle", "mlp_gate", "mlp_up", "lora_low_rank", "branch_out"
+        *(*LOW_RANK, "attention_qkv", *ATTENTION, "layer_middle", "mlp_gate", "mlp_up"),
+        *("lora_low_rank", "dora_product", "branch_out"),
     ),
     # full and attention with what is kept on the host (`offload.py`)
-    "offload": kept(LOW_RANK),
-    "offload_attention": kept(LOW_RANK, *ATTENTION),
+    "offload": kept(*LOW_RANK),
+    "offload_attention": kept(*LOW_RANK, *ATTENTION),
 }
 OFFLOADED = ("offload", "offload_attention")
 
