@@ -18,6 +18,7 @@ from jaxft.errors import InputError, RunError
 from jaxft.load import (
     adapter_tokenizer,
     base_changes,
+    check_base,
     copy_tokenizer,
     find_directory,
     load_adapter,
@@ -69,6 +70,7 @@ class Source:
 
 def open_source(model_directory: Path, adapter_directory: Path) -> Source:
     """Raises InputError where model or adapter is missing, damaged or not for the other; no weight is read."""
+    check_base(adapter_directory, model_directory)
     config, adapter = peft.read_adapter_config(adapter_directory), peft.open_adapter(adapter_directory)
     model = describe_model(with_changes(read_hf_config(model_directory), base_changes(adapter_directory)))
     if model.family.passed_over:
@@ -98,9 +100,7 @@ def merged_tensor(source: Source, name: str, dtype: np.dtype) -> np.ndarray:
     branch = source.branches.get(module)
     magnitude = None
     if branch is not None:
-        a, b = (peft.read_tensor(source.adapter, f"{peft.PREFIX}{module}.lora_{part}.weight") for part in "AB")
-        if (tensor := f"{peft.PREFIX}{module}.lora_magnitude_vector") in source.adapter:
-            magnitude = peft.read_tensor(source.adapter, tensor)
+        a, b, magnitude = peft.read_branch(source.adapter, module)
 
     def add(rows: np.ndarray, start: int) -> np.ndarray:
         if branch is None:

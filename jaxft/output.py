@@ -12,13 +12,14 @@ from safetensors import SafetensorError
 
 from jaxft.config import to_yaml
 from jaxft.convert import peft
+from jaxft.convert.hf import whole_directory
 from jaxft.errors import InputError, RunError
-from jaxft.load import copy_tokenizer, write_changes, write_model
+from jaxft.load import QUANTIZED_BASE, copy_tokenizer, write_changes, write_model
 from jaxft.models.extension import describe_changes
-from jaxft.prepare import Prepared
+from jaxft.prepare import SUBTRACTED, Prepared
 from jaxft.processes import ENVIRONMENT
 from jaxft.settings import TrainSettings
-from jaxft.trees import Tree
+from jaxft.trees import Tree, flatten, unflatten
 
 CONFIG, METRICS, CHECKPOINTS = "config.yaml", "metrics.jsonl", "checkpoints"
 RESULTS = ("adapter_config.json", "adapter_model.safetensors", "config.json", "model.safetensors")
@@ -82,7 +83,11 @@ def write_result(directory: Path, prepared: Prepared, trainable: Tree, settings:
         temporary.mkdir(parents=True)
         if prepared.lora is not None:
             base = settings.model_name_or_path or str(prepared.directory)
-            peft.save_adapter(temporary, model, trainable, prepared.lora, base)
+            if prepared.subtracted and prepared.quantized:  # no quantisation of the original is what was trained over
+                write_base(temporary / QUANTIZED_BASE, prepared, trainable)
+                peft.save_adapter(temporary, model, trainable, prepared.lora, str(directory / QUANTIZED_BASE))
+            else:
+                peft.save_adapter(temporary, model, trainable, prepared.lora, base, prepared.subtracted)
             write_changes(temporary, prepared.changes)
         else:
             # float32 masters are written as they are: what was trained is what is shipped
@@ -106,6 +111,36 @@ def write_result(directory: Path, prepared: Prepared, trainable: Tree, settings:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def write_base(directory: Path, prepared: Prepared, trainable: Tree) -> None:
+    """The quantised base, from which parts were subtracted, as a model directory of its own."""
+    directory.mkdir()
+    leaves = dict(flatten(prepared.frozen))
+    dtype = next(leaf.dtype for path, leaf in leaves.items() if path.endswith("norm/weight"))
+    leaves |= {path: leaf.astype(dtype) for path, leaf in flatten(trainable)}
+    write_model(
+        directory, prepared.model, unflatten({p: leaf for p, leaf in leaves.items() if "/lora/" not in p}), dtype
+    )
+    copy_tokenizer(prepared.directory, directory)
+    if prepared.new_tokens:
+        prepared.tokenizer.save_pretrained(directory)
+
+
+def write_subtracted(directory: Path, prepared: Prepared, settings: TrainSettings) -> None:
+    """Keeps what was taken from the base, before the first step: a resumed run reads it (`prepare.resumed_factors`).
+
+    Raises InputError where the directory cannot be made.
+    """
+    if prepared.lora is None or not prepared.subtracted:
+        return
+    base = settings.model_name_or_path or str(prepared.directory)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with whole_directory(directory / SUBTRACTED) as temporary:
+            peft.save_factors(temporary, prepared.model, prepared.subtracted, prepared.lora, base)
+    except (OSError, SafetensorError) as failure:
+        raise InputError(f"--output_dir {directory} cannot be written: {failure}; name another") from failure
+
+
 def model_card(prepared: Prepared, settings: TrainSettings, facts: dict[str, Any]) -> str:
     """README.md of the output directory: what was trained on what, the figures of this run, how to load the result."""
     base = settings.model_name_or_path or str(prepared.directory)
@@ -118,7 +153,8 @@ def model_card(prepared: Prepared, settings: TrainSettings, facts: dict[str, Any
     rows = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
     lines, imports = ['model = AutoModelForCausalLM.from_pretrained("THIS_DIRECTORY")'], "AutoModelForCausalLM"
     if prepared.lora is not None:
-        lines = [f"base = AutoModelForCausalLM.from_pretrained({base!r})"]
+        place = f"THIS_DIRECTORY/{QUANTIZED_BASE}" if prepared.subtracted and prepared.quantized else base
+        lines = [f"base = AutoModelForCausalLM.from_pretrained({place!r})"]
         if prepared.changes:
             imports = f"AutoConfig, {imports}"
             lines = [

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxft.adalora import with_adalora
 from jaxft.config import describe, parse
 from jaxft.data import tokenize_dataset
 from jaxft.decode import generate
@@ -24,7 +25,7 @@ from jaxft.lora import padding
 from jaxft.memory import plan_run, with_plan
 from jaxft.mixture import Source, mix
 from jaxft.optim import make_optimizer, make_schedule, with_loss_scale
-from jaxft.output import choose_directory, is_finished, model_card, write_result
+from jaxft.output import choose_directory, is_finished, model_card, write_result, write_subtracted
 from jaxft.packing import Batches, eval_batches, make_plan
 from jaxft.prepare import Prepared, prepare
 from jaxft.processes import gathered, is_first, joined, leave, meet, on_first
@@ -69,12 +70,14 @@ def train(settings: TrainSettings) -> int:
         batches, data = lay_out(samples, prepared, settings), {"data": samples.checksum()}
     heldout = tokenize("held out", heldout_rows, prepared, settings) if heldout_rows else []
     say_model(prepared)
+    prepared = with_schedule(prepared, settings, steps_of(settings, batches))
     run = make_run(settings, prepared, directory, batches, data, heldout)
     if settings.dry_run or settings.memory_budget:
         planned = plan_run(run, prepared, say)
         if settings.dry_run:
             return 0
         run = with_plan(run, planned)
+    on_first(lambda: write_subtracted(directory, prepared, settings))
     with jax.set_mesh(prepared.mesh):
         prompts = sample_prompts(heldout, settings.sample_prompts)
         before = answer(prepared, prepared.trainable, prompts)
@@ -218,25 +221,44 @@ def say_model(prepared: Prepared) -> None:
     )
 
 
+def steps_of(settings: TrainSettings, batches: Batches | StreamBatches) -> int:
+    """How many optimizer steps the run has."""
+    if settings.max_steps >= 0:
+        return settings.max_steps
+    return math.ceil(settings.num_train_epochs * batches.steps_per_epoch)  # as transformers rounds it
+
+
+def with_schedule(prepared: Prepared, settings: TrainSettings, total: int) -> Prepared:
+    """AdaLoRA's settings with the number of steps that its schedule needs; those of an adapter stay as they were."""
+    if prepared.lora is None or prepared.lora.adalora is None or settings.adapter is not None:
+        return prepared
+    adalora = replace(prepared.lora.adalora, total_step=total)
+    return replace(prepared, lora=replace(prepared.lora, adalora=adalora))
+
+
 def make_run(
     settings: TrainSettings, prepared: Prepared, directory: Path, batches: Batches | StreamBatches,
     data: dict[str, Any], heldout: Sequence[Sample],
 ) -> Run:  # fmt: skip
     """Everything the loop needs, computed from the settings once."""
-    total = settings.max_steps
-    if total < 0:
-        total = math.ceil(settings.num_train_epochs * batches.steps_per_epoch)  # as transformers rounds it
+    total = steps_of(settings, batches)
     warmup = settings.warmup_steps if settings.warmup_ratio is None else math.ceil(settings.warmup_ratio * total)
     schedule = make_schedule(
         settings.lr_scheduler_type, settings.learning_rate, warmup, total, settings.lr_scheduler_kwargs
     )
     own_rate = settings.embedding_learning_rate
+    adalora = None if prepared.lora is None else prepared.lora.adalora
     optimizer = make_optimizer(
         schedule, adam_beta1=settings.adam_beta1, adam_beta2=settings.adam_beta2, adam_epsilon=settings.adam_epsilon,
-        weight_decay=settings.weight_decay, max_grad_norm=settings.max_grad_norm,
+        weight_decay=settings.weight_decay, 
+        max_grad_norm=0.0 if adalora else settings.max_grad_norm,
         optim=settings.optim, embedding_factor=1.0 if own_rate is None else own_rate / settings.learning_rate,
         loraplus_lr_ratio=settings.loraplus_lr_ratio,
     )  # fmt: skip
+    if adalora is not None:
+        optimizer = with_adalora(
+            optimizer, prepared.model, adalora, max_grad_norm=settings.max_grad_norm, allocate=settings.adapter is None
+        )
     if prepared.compute_dtype == np.dtype("float16"):
         optimizer = with_loss_scale(optimizer)
     eval_rows = settings.per_device_eval_batch_size * data_parallel_size(prepared.mesh)

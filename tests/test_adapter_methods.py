@@ -22,6 +22,7 @@ from jaxft import (
     load_adapter,
     load_model,
     make_optimizer,
+    save_adapter,
     save_model,
     sft_loss,
     train,
@@ -284,9 +285,12 @@ def test_a_run_resumes_bit_for_bit_evaluates_merges_and_loads_in_peft(method, pl
     np.testing.assert_allclose(decoder.logits(hidden), expected, atol=1e-4 * max(1, np.abs(expected).max()))
 
 
-def test_flags_that_contradict_an_adapter_with_magnitudes_are_refused(place):
+def test_flags_that_contradict_an_adapter_with_magnitudes_are_refused(place, tmp_path):
     given = flags(model_name_or_path=place / "base", dataset=place / "train.jsonl", output_dir=place / "never")
+    config = LoraConfig(r=4, use_dora=True)
+    model, trainable, _ = add_lora(*load_model(place / "base"), config, jax.random.key(0))
+    save_adapter(tmp_path / "dora", model, trainable, config, "base")
     with pytest.raises(InputError, match="--use_dora has no meaning with --full_finetuning"):
         train.main([*given, "--use_dora", "--full_finetuning"])
     with pytest.raises(InputError, match=r"--use_dora False contradicts --adapter .*, whose use_dora is True"):
-        train.main([*given, *RUN[:3], "--use_dora=false", f"--adapter={place / 'dora'}"])
+        train.main([*given, *RUN[:3], "--use_dora=false", f"--adapter={tmp_path / 'dora'}"])

@@ -44,7 +44,8 @@ def describe(
 
 
 class Lora(nnx.Module):
-    """A (R, I), B (O, R) and scale of one linear layer, or of a stack of them; with DoRA a magnitude (O,) too.
+    """A (R, I), B (O, R) and scale of one linear layer, or of a stack of them; with DoRA a magnitude (O,)
+    too, with AdaLoRA E (R, 1), which A's rows are multiplied by.
 
     ranks, scales: of each layer of the stack. R is the largest rank: the rows of A and columns of B beyond a layer's
     own rank are zero, so that they add nothing, have no gradient and stay zero. A layer without a branch has rank 0.
@@ -52,11 +53,12 @@ class Lora(nnx.Module):
 
     def __init__(
         self, in_features: int, out_features: int, ranks: tuple[int, ...], scales: tuple[float, ...],
-        axes: tuple[str, str], dropout: float, dora: bool = False,
+        axes: tuple[str, str], dropout: float, dora: bool = False, adalora: bool = False,
     ):  # fmt: skip
         self.a = describe((max(ranks), in_features), ("rank", axes[1]), LoRAParam)
         self.b = describe((out_features, max(ranks)), (axes[0], "rank"), LoRAParam)
         self.magnitude = nnx.data(describe((out_features,), axes[:1], LoRAParam) if dora else None)
+        self.e = nnx.data(describe((max(ranks), 1), ("rank", None), LoRAParam) if adalora else None)
         self.scale = describe((), (), LoRAScale)
         self.ranks, self.scales, self.dropout = ranks, scales, dropout
 
@@ -75,7 +77,8 @@ class Linear(nnx.Module):
         if self.lora is None:
             return linear_op.Weights(self.weight[...], bias)
         magnitude = None if self.lora.magnitude is None else self.lora.magnitude[...]
-        lora = (self.lora.a[...], self.lora.b[...], self.lora.scale[...])
+        a = self.lora.a[...] if self.lora.e is None else self.lora.a[...] * self.lora.e[...]
+        lora = (a, self.lora.b[...], self.lora.scale[...])
         return linear_op.Weights(self.weight[...], bias, lora, magnitude)
 
 
