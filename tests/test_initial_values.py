@@ -76,7 +76,7 @@ def parted(base: Path, config: LoraConfig, **options):
     return parting, *add_lora(model, params, config, jax.random.key(0), first=parting.first)
 
 
-@pytest.mark.parametrize("kind", ["pissa", "pissa_niter_16"])
+@pytest.mark.parametrize("kind", ["pissa", pytest.param("pissa_niter_16", marks=pytest.mark.long)])
 def test_pissa_computes_and_trains_as_peft_s(kind, hf_model, tmp_path):
     base = hf_model("qwen3")
     theirs = peft.get_peft_model(
@@ -189,7 +189,9 @@ METHODS = {
 }
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    "method", [name if name == "pissa over 4 bits" else pytest.param(name, marks=pytest.mark.long) for name in METHODS]
+)  # whole runs
 def test_a_run_resumes_bit_for_bit_evaluates_merges_and_loads_in_peft(method, place, tmp_path, capsys):
     argv, own_base = METHODS[method], method in ("pissa over 4 bits", "loftq in three rounds")
 
