@@ -104,10 +104,10 @@ def save_adapter(
     kept: dict[str, list[bool]] = {}
     if config.adalora is not None:
         kept = kept_triplets(model, tensors)
-        for module, own in kept.items():
+        for module, inside in kept.items():
             for name, axis in (("lora_E", 0), ("lora_A", 0), ("lora_B", 1)):
                 tensor = f"{PREFIX}{module}.{name}"
-                tensors[tensor] = np.ascontiguousarray(np.compress(own, tensors[tensor], axis=axis))
+                tensors[tensor] = np.ascontiguousarray(np.compress(inside, tensors[tensor], axis=axis))
     head = PREFIX + savable_names(model.family.names)["lm_head/weight"]
     if config.ensure_weight_tying and model.config.tie_word_embeddings and "embed_tokens/weight" in leaves:
         tensors[head] = leaves["embed_tokens/weight"]  # PEFT looks for it under both names
