@@ -23,6 +23,7 @@ from jaxft.trees import Tree, flatten, unflatten
 
 CHUNK_BYTES = 64 << 20  # host memory that a load holds beside what stays
 SHARD_BYTES = 2 << 30
+Change = Callable[[str, jax.Array, str | None], Any]  # (name, weight (O, I), how it is quantised) -> what is held
 INDEX = "model.safetensors.index.json"
 # buffers that older checkpoints carry and that the configuration determines
 COMPUTED = ("rotary_emb.inv_freq", "attn.masked_bias", "attn.bias")
@@ -174,23 +175,27 @@ def _write_leaf(stack: Quantized, leaf: Quantized, row: jax.Array) -> Quantized:
     return jax.tree.unflatten(jax.tree.structure(stack), list(arrays))
 
 
-def read_matrix(where: dict[str, Any], name: str) -> jax.Array:
-    """One matrix on the default device in the dtype of its file, read in chunks."""
+def read_matrix(where: dict[str, Any], name: str, dtype: Any = None) -> jax.Array:
+    """One matrix on the default device, in `dtype` or in that of its file, read in chunks."""
     weight = None
     for start, chunk in chunks(where[name], name):
         if weight is None:
-            weight = _empty(tuple(where[name].get_slice(name).get_shape()), chunk.dtype, None)
+            shape = tuple(where[name].get_slice(name).get_shape())
+            weight = _empty(shape, chunk.dtype if dtype is None else dtype, None)
         weight = write_rows(weight, chunk, np.array([start, 0], np.int32))
         weight.block_until_ready()
     assert weight is not None  # a matrix has at least one row
     return weight
 
 
-def load_leaf(where: dict[str, Any], name: str, leaf: Quantized, stored: Quantized | None) -> Quantized:
+def load_leaf(
+    where: dict[str, Any], name: str, leaf: Quantized, stored: Quantized | None, change: Change | None = None
+) -> Quantized:
     """One weight (O, I) as the leaf describes it: as it is stored, or quantised from the stored values."""
     if stored is not None:
         return bnb.read_leaf(where, name, stored)
-    return quantize_matrix(read_matrix(where, name), kind_of(leaf))
+    weight = read_matrix(where, name)
+    return quantize_matrix(weight, kind_of(leaf)) if change is None else change(name, weight, kind_of(leaf))
 
 
 def check_names(expected: dict[str, tuple[int, ...]], where: dict[str, Any], source: Path | str) -> None:
@@ -244,14 +249,17 @@ def load_params(
     dtype: Any,
     shardings: Tree | None = None,
     where: dict[str, Any] | None = None,
+    changes: dict[str, Change] | None = None,
 ) -> Tree:
     """The parameters of a model directory as a tree of arrays of `dtype`, each made on its devices and filled in place.
 
     Host memory beside the result stays below two chunks of CHUNK_BYTES. shapes: the model's tree; shardings: a tree
-    like it, or None for the default device. where: what `open_model` found in the directory. A weight whose leaf in
-    shapes is quantised is taken as it is where the files hold it so, and quantised from the stored values, before any
-    cast, where they do not: device memory beside the result then stays below two tensors. Raises InputError for files
-    or tensors that are missing, left over, damaged or of the wrong shape.
+    like it, or None for the default device. where: what `open_model` found in the directory. changes: by name of a
+    weight, what takes its place: change(name, weight, kind) of the whole (O, I) in the dtype that it will have, or of
+    the stored values if it will be quantised as `kind` says. A weight whose leaf in shapes is quantised is taken as it
+    is where the files hold it so, and quantised from the stored values, before any cast, where they do not: device
+    memory beside the result then stays below two tensors. Raises InputError for files or tensors that are missing, left
+    over, damaged or of the wrong shape.
     """
     where = open_model(directory) if where is None else where
     stored, _ = check_model(directory, where, names, shapes)
@@ -263,12 +271,17 @@ def load_params(
         if is_quantized(target):
             if place.path not in arrays:
                 arrays[place.path] = _empty_leaf(target, sharding)
-            leaf = load_leaf(where, hf, target, stored.get(hf))
+            leaf = load_leaf(where, hf, target, stored.get(hf), (changes or {}).get(hf))
             arrays[place.path] = jax.block_until_ready(_write_leaf(arrays[place.path], leaf, np.int32(place.row or 0)))
             continue
         shape = target.shape
         if place.path not in arrays:
             arrays[place.path] = _empty(shape, dtype, sharding)
+        if changes and hf in changes:
+            matrix = changes[hf](hf, read_matrix(where, hf, dtype), None)
+            at = [0] * len(shape) if place.row is None else [place.row, 0, 0]
+            arrays[place.path] = write_rows(arrays[place.path], matrix, np.array(at, np.int32)).block_until_ready()
+            continue
         for start, chunk in chunks(where[hf], hf):
             at = [0] * len(shape) if place.row is None else [place.row, *[0] * (len(shape) - 1)]
             at[0 if place.row is None else 1] += start

@@ -1,4 +1,7 @@
-"""An adapter merged into its model: W + s · B · A, written as a Hugging Face model directory, one shard at a time."""
+"""An adapter merged into its model: W + s · B · A, written as a Hugging Face model directory, one shard at a time.
+
+With DoRA every row of that sum is brought to its magnitude.
+"""
 
 import json
 from collections.abc import Callable
@@ -16,6 +19,7 @@ from jaxft.files import is_hub_name
 from jaxft.load import (
     adapter_tokenizer,
     base_changes,
+    check_base,
     copy_tokenizer,
     find_directory,
     load_adapter,
@@ -69,6 +73,7 @@ class Source:
 
 def open_source(model_directory: Path, adapter_directory: Path) -> Source:
     """Raises InputError where model or adapter is missing, damaged or not for the other; no weight is read."""
+    check_base(adapter_directory, model_directory)
     config, adapter = peft.read_adapter_config(adapter_directory), peft.open_adapter(adapter_directory)
     model = describe_model(with_changes(read_hf_config(model_directory), base_changes(adapter_directory)))
     if model.family.passed_over:
@@ -96,8 +101,9 @@ def merged_tensor(source: Source, name: str, dtype: np.dtype) -> np.ndarray:
         return _cast(peft.read_tensor(source.adapter, source.whole[name]), dtype, name)
     own, module = source.base_name(name), name.removesuffix(".weight")
     branch = source.branches.get(module)
+    magnitude = None
     if branch is not None:
-        a, b = (peft.read_tensor(source.adapter, f"{peft.PREFIX}{module}.lora_{part}.weight") for part in "AB")
+        a, b, magnitude = peft.read_branch(source.adapter, module)
 
     def add(rows: np.ndarray, start: int) -> np.ndarray:
         if branch is None:
@@ -105,6 +111,10 @@ def merged_tensor(source: Source, name: str, dtype: np.dtype) -> np.ndarray:
         total = b[start : start + len(rows)] @ a
         total *= np.float32(branch.scale)  # in place: a chunk is large
         total += rows.astype(np.float32)
+        if magnitude is not None:
+            norms, wanted = np.linalg.norm(total, axis=1), magnitude[start : start + len(rows)]
+            factors = np.divide(wanted, norms, out=np.ones_like(norms), where=(wanted != 0) & (norms > 0))
+            total *= factors[:, None]
         return _cast(total, dtype, name)
 
     if own in source.stored:

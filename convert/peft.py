@@ -1,6 +1,8 @@
 """PEFT's LoRA adapters: adapter_config.json and adapter_model.safetensors, read and written as PEFT lays them out."""
 
+import dataclasses
 import json
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -12,8 +14,9 @@ import numpy as np
 from jaxft.convert.hf import chunks, open_weights, write_tensors
 from jaxft.convert.table import Name
 from jaxft.errors import InputError
+from jaxft.initial import Factors, doubled
 from jaxft.lora import branches, linear_places, lora_shapes
-from jaxft.lora_config import SAVABLE, LoraConfig, reaches, saved_modules
+from jaxft.lora_config import SAVABLE, AdaLora, LoraConfig, reaches, saved_modules
 from jaxft.models import Model
 from jaxft.trees import Tree, flatten, unflatten
 from jaxft.vocabulary import resized
@@ -24,7 +27,6 @@ PREFIX = "base_model.model."
 # fields of PEFT's LoraConfig that change what is computed, and the values under which they change nothing
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "bias": ("none",),
-    "use_dora": (False, None),
     "layers_pattern": (None, [], "", "layers", ["layers"]),
     "fan_in_fan_out": (False, None),
     "lora_bias": (False, None),
@@ -50,11 +52,16 @@ def adapter_parts(model: Model) -> dict[str, Part]:
     The rows of A and columns of B that only pad a stack of layers are no part of any tensor.
     """
     found = {}
+    trained = dict(flatten(lora_shapes(model)[0]))
     for module, (place, rank, _) in branches(model).items():
         row = () if place.row is None else (place.row,)
-        found[f"{PREFIX}{module}.lora_A.weight"] = Part(f"{place.path}/lora/a", (*row, slice(rank)))
-        found[f"{PREFIX}{module}.lora_B.weight"] = Part(f"{place.path}/lora/b", (*row, slice(None), slice(rank)))
-    trained = dict(flatten(lora_shapes(model)[0]))
+        end = ".weight"
+        if f"{place.path}/lora/e" in trained:
+            found[f"{PREFIX}{module}.lora_E"], end = Part(f"{place.path}/lora/e", (*row, slice(rank))), ""
+        found[f"{PREFIX}{module}.lora_A{end}"] = Part(f"{place.path}/lora/a", (*row, slice(rank)))
+        found[f"{PREFIX}{module}.lora_B{end}"] = Part(f"{place.path}/lora/b", (*row, slice(None), slice(rank)))
+        if f"{place.path}/lora/magnitude" in trained:
+            found[f"{PREFIX}{module}.lora_magnitude_vector"] = Part(f"{place.path}/lora/magnitude", row)
     for path, name in savable_names(model.family.names).items():
         if path in trained:
             found[PREFIX + name] = Part(path, ())
@@ -74,19 +81,50 @@ def excluded_modules(passed_over: tuple[str, ...]) -> str | None:
     return f".*({'|'.join(parts)}).*" if parts else None
 
 
-def save_adapter(directory: Path, model: Model, trained: Tree, config: LoraConfig, base_model: str) -> None:
+def save_adapter(
+    directory: Path,
+    model: Model,
+    trained: Tree,
+    config: LoraConfig,
+    base_model: str,
+    subtracted: dict[str, Factors] | None = None,
+) -> None:
     """Writes an adapter that `PeftModel.from_pretrained(base, directory)` loads, into an existing directory.
 
     trained: the tree of float32 A and B, and of what is trained whole; base_model: what the adapter's config names as
-    its base. Parts of the base that were not loaded have no branch, and are excluded by name.
+    its base. Parts of the base that were not loaded have no branch, and are excluded by name. subtracted: what was
+    taken from the base's modules; it is written into the adapter, [A; A′] and [B, −B′] of twice the rank, so that the
+    adapter is right over the base as it was.
     """
     leaves = {path: np.asarray(leaf) for path, leaf in flatten(trained)}
     tensors = {name: np.ascontiguousarray(leaves[path][index]) for name, (path, index) in adapter_parts(model).items()}
+    for module, (a, b) in (subtracted or {}).items():
+        for name, own, axis in ((f"{PREFIX}{module}.lora_A.weight", a, 0), (f"{PREFIX}{module}.lora_B.weight", -b, 1)):
+            tensors[name] = np.concatenate([tensors[name], own], axis=axis)
+    kept: dict[str, list[bool]] = {}
+    if config.adalora is not None:
+        kept = kept_triplets(model, tensors)
+        for module, inside in kept.items():
+            for name, axis in (("lora_E", 0), ("lora_A", 0), ("lora_B", 1)):
+                tensor = f"{PREFIX}{module}.{name}"
+                tensors[tensor] = np.ascontiguousarray(np.compress(inside, tensors[tensor], axis=axis))
     head = PREFIX + savable_names(model.family.names)["lm_head/weight"]
     if config.ensure_weight_tying and model.config.tie_word_embeddings and "embed_tokens/weight" in leaves:
         tensors[head] = leaves["embed_tokens/weight"]  # PEFT looks for it under both names
     write_tensors(directory / WEIGHTS, tensors)
-    written = {
+    write_config(directory, model, doubled(config) if subtracted else config, base_model, kept)
+
+
+def kept_triplets(model: Model, tensors: dict[str, np.ndarray]) -> dict[str, list[bool]]:
+    """Module -> which of its triplets AdaLoRA has not masked: those whose E is not 0."""
+    return {module: (tensors[f"{PREFIX}{module}.lora_E"][:, 0] != 0).tolist() for module in branches(model)}
+
+
+def write_config(
+    directory: Path, model: Model, config: LoraConfig, base_model: str, kept: dict[str, list[bool]] | None = None
+) -> None:
+    """adapter_config.json; kept: of AdaLoRA, see `kept_triplets`."""
+    written: dict[str, Any] = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base_model,
@@ -94,6 +132,7 @@ def save_adapter(directory: Path, model: Model, trained: Tree, config: LoraConfi
         "lora_alpha": config.lora_alpha,
         "lora_dropout": config.lora_dropout,
         "use_rslora": config.use_rslora,
+        "use_dora": config.use_dora,
         "target_modules": target_names(model, config),
         "layers_to_transform": None if config.layers_to_transform is None else list(config.layers_to_transform),
         "rank_pattern": config.rank_pattern,
@@ -106,7 +145,48 @@ def save_adapter(directory: Path, model: Model, trained: Tree, config: LoraConfi
         "inference_mode": True,
         "init_lora_weights": True,
     }
+    if config.adalora is not None:
+        own = dataclasses.asdict(config.adalora)
+        rows = config.adalora.init_r
+        pattern = {f"{module}.lora_E": (one + [False] * rows)[:rows] for module, one in (kept or {}).items()}
+        written |= {"peft_type": "ADALORA", **own, "rank_pattern": pattern or None}
     (directory / CONFIG).write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
+
+
+def save_factors(
+    directory: Path, model: Model, factors: dict[str, Factors], config: LoraConfig, base_model: str
+) -> None:
+    """Writes A and B of modules as an adapter of their own, into an existing directory."""
+    tensors = {
+        f"{PREFIX}{module}.lora_{name}.weight": np.ascontiguousarray(array)
+        for module, pair in factors.items()
+        for name, array in zip("AB", pair, strict=True)
+    }
+    write_tensors(directory / WEIGHTS, tensors)
+    write_config(directory, model, replace(config, use_dora=False, modules_to_save=()), base_model)
+
+
+def read_factors(directory: Path) -> dict[str, Factors]:
+    """What `save_factors` wrote. Raises InputError where it is missing or damaged."""
+    where = open_adapter(directory)
+    modules = [name.removesuffix(".lora_A.weight") for name in where if name.endswith(".lora_A.weight")]
+    return {
+        module.removeprefix(PREFIX): Factors(*(read_tensor(where, f"{module}.lora_{name}.weight") for name in "AB"))
+        for module in modules
+    }
+
+
+def read_branch(where: dict[str, Any], module: str) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    """A, with AdaLoRA's E in it, B, and DoRA's magnitudes of one module."""
+    prefix = f"{PREFIX}{module}."
+    magnitude, e = f"{prefix}lora_magnitude_vector", f"{prefix}lora_E"
+    end = "" if e in where else ".weight"
+    a, b = (read_tensor(where, f"{prefix}lora_{part}{end}") for part in "AB")
+    return (
+        a * read_tensor(where, e) if e in where else a,
+        b,
+        read_tensor(where, magnitude) if magnitude in where else None,
+    )
 
 
 def target_names(model: Model, config: LoraConfig) -> list[str]:
@@ -130,8 +210,8 @@ def read_adapter_config(directory: Path) -> LoraConfig:
         kind = written.get("peft_type")
     except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
         raise InputError(f"{path} is not a JSON object: {error}") from error
-    if kind != "LORA":
-        raise InputError(f"{path}: peft_type {kind!r} is not supported; only LORA adapters are")
+    if kind not in ("LORA", "ADALORA"):
+        raise InputError(f"{path}: peft_type {kind!r} is not supported; only LORA and ADALORA adapters are")
     for field, neutral in NEUTRAL.items():
         if field in written and written[field] not in neutral:
             raise InputError(f"{path}: {field} = {written[field]!r} is not supported yet")
@@ -143,15 +223,26 @@ def read_adapter_config(directory: Path) -> LoraConfig:
     excluded = written.get("exclude_modules") or ()
     layers = written.get("layers_to_transform")
     layers = [layers] if isinstance(layers, int) else layers
+    ranks, adalora = written.get("rank_pattern") or {}, None
     try:
+        if kind == "ADALORA":
+            adalora = AdaLora(
+                **{field.name: written[field.name] for field in dataclasses.fields(AdaLora) if field.name in written}
+            )
+            if not all(isinstance(rank, int) for rank in (adalora.init_r, adalora.target_r)):
+                raise ValueError(f"init_r is {adalora.init_r!r}, target_r {adalora.target_r!r}")
+            written = written | {"r": adalora.init_r, "use_rslora": False, "alpha_pattern": None}
+            ranks = {re.escape(name.rsplit(".lora_E", 1)[0]): sum(kept) for name, kept in ranks.items()}
         config = LoraConfig(
             r=int(written["r"]),
+            adalora=adalora,
             lora_alpha=float(written["lora_alpha"]),
             lora_dropout=float(written.get("lora_dropout") or 0.0),
             target_modules=targets,
             use_rslora=bool(written.get("use_rslora", False)),
+            use_dora=bool(written.get("use_dora", False)),
             layers_to_transform=tuple(int(layer) for layer in layers) if layers else None,
-            rank_pattern={key: int(rank) for key, rank in (written.get("rank_pattern") or {}).items()},
+            rank_pattern={key: int(rank) for key, rank in ranks.items()},
             alpha_pattern={key: float(alpha) for key, alpha in (written.get("alpha_pattern") or {}).items()},
             modules_to_save=tuple(written.get("modules_to_save") or ()),
             ensure_weight_tying=bool(written.get("ensure_weight_tying", False)),
@@ -161,7 +252,7 @@ def read_adapter_config(directory: Path) -> LoraConfig:
         raise InputError(
             f"{path}: r, lora_alpha, their patterns and layers_to_transform must be numbers: {error!r}"
         ) from error
-    if min([config.r, *config.rank_pattern.values()]) < 1:
+    if min([config.r, *config.rank_pattern.values()]) < (1 if adalora is None else 0):
         raise InputError(f"{path}: a rank below 1 is none")
     return config
 
@@ -247,7 +338,10 @@ def check_tensors(directory: Path, where: dict[str, Any], model: Model, beside: 
     Raises InputError where that is not so.
     """
     path, wanted = directory / WEIGHTS, adapter_parts(model)
-    missing, extra = sorted(set(wanted) - set(where)), sorted(set(where) - set(wanted) - beside)
+    missing, extra = (
+        sorted(set(wanted) - set(where)),
+        sorted(name for name in set(where) - set(wanted) - beside if 0 not in shape_of(where, name)),
+    )  # of a layer that AdaLoRA left without a rank
     if missing or extra:
         what = f"{len(missing)} of its tensors are missing, e.g. {missing[0]}" if missing else (
             f"{len(extra)} tensors belong to no part of this model, e.g. {extra[0]}"

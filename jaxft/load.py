@@ -18,7 +18,17 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from jaxft.convert import bnb, hf, peft
 from jaxft.errors import InputError
-from jaxft.lora import LoraConfig, add_lora, first_layer, frozen_params, kept_params, lora_shapes, with_lora
+from jaxft.initial import Factors, Parting
+from jaxft.lora import (
+    LoraConfig,
+    add_lora,
+    first_layer,
+    frozen_params,
+    kept_params,
+    lora_shapes,
+    wanted_branches,
+    with_lora,
+)
 from jaxft.models import FAMILIES, Model, describe_model, read_hf_config
 from jaxft.models.extension import Changes, with_changes
 from jaxft.models.quantized import all_linears, linear_weights, with_quantized
@@ -28,6 +38,7 @@ from jaxft.templates import saved_template
 from jaxft.trees import Tree, flatten, join, like
 
 BASE_CONFIG = "base_config.json"  # beside an adapter: fields that its base's config.json must have otherwise
+QUANTIZED_BASE = "quantized_base"  # beside an adapter: the base that it needs, where that is not the quantised original
 EMBEDDED = Path(__file__).parent / "embedded"
 MODEL_FILES = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
 TOKENIZER_FILES = (
@@ -74,13 +85,15 @@ def load_model(
     quantization: str | None = None,
     changes: Changes | None = None,
     lora: LoraConfig | None = None,
+    parting: Parting | None = None,
 ) -> tuple[Model, Tree]:
     """A Hugging Face model by directory or hub name: its description and its parameters, of `dtype`, on `mesh`.
 
     quantization: "nf4" (4 bits with double quantisation) or "int8" for all linear layers but the head; None: as the
     files have them, which may be quantised by bitsandbytes. changes: fields that config.json should have had otherwise,
     such as `base_changes(adapter)`. lora: the adapter that will be put on; the layers below its first one then form
-    runs of their own, so that no backward pass enters them. Raises InputError for a model that is missing, damaged, of
+    runs of their own, so that no backward pass enters them. parting: takes its weights apart while they
+    load. Raises InputError for a model that is missing, damaged, of
     an unknown type, or already quantised in another way, and where lora names what it has not.
     """
     directory = find_directory(str(name))
@@ -88,7 +101,18 @@ def load_model(
     where = hf.open_model(directory, model.family.older, model.family.passed_over)
     model = _as_held(model, where, directory, dtype, quantization, lora)
     places = None if mesh is None else shardings(model.axes, model.shapes, mesh)
-    return model, hf.load_params(directory, model.family.names, model.shapes, dtype, places, where)
+    changed: dict[str, hf.Change] = {}
+    if parting is not None:
+        if bnb.stored_leaves(where, directory):
+            raise InputError(
+                f"init_lora_weights {parting.config.init_lora_weights} needs the 16-bit weights that {directory} was "
+                "quantised from; name their directory, with --load_in_4bit"
+            )
+        for module in wanted_branches(model, parting.config):
+            changed[f"{module}.weight"] = lambda name, weight, kind: parting.part(
+                name.removesuffix(".weight"), weight, kind
+            )
+    return model, hf.load_params(directory, model.family.names, model.shapes, dtype, places, where, changed)
 
 
 def model_shapes(
@@ -184,6 +208,16 @@ def with_saved_vocabulary(adapter: str | Path, model: Model, config: LoraConfig)
     return peft.saved_vocabulary(directory, peft.open_adapter(directory, model.family.passed_over), model, config)[0]
 
 
+def check_base(adapter: str | Path, directory: Path) -> None:
+    """Raises InputError where an adapter needs the quantised base that stands beside it, and `directory` is another."""
+    own = find_directory(str(adapter)) / QUANTIZED_BASE
+    if own.is_dir() and own.resolve() != directory.resolve():
+        raise InputError(
+            f"{adapter} was trained over {own}, which is not {directory} in 4 bits (parts of its weights were "
+            f"taken out); name {own} as the model, without --load_in_4bit"
+        )
+
+
 def base_changes(adapter: str | Path) -> Changes:
     """What an adapter needs its base's configuration to have otherwise; {} for most. Raises InputError if damaged."""
     path = find_directory(str(adapter)) / BASE_CONFIG
@@ -203,10 +237,16 @@ def write_changes(directory: Path, changes: Changes) -> None:
 
 
 def new_adapter(
-    model: Model, params: Tree, config: LoraConfig, key: jax.Array, *, mesh: Mesh | None = None
+    model: Model,
+    params: Tree,
+    config: LoraConfig,
+    key: jax.Array,
+    *,
+    mesh: Mesh | None = None,
+    first: dict[str, Factors] | None = None,
 ) -> tuple[Model, Tree, Tree]:
     """`add_lora` with the new leaves put on `mesh`."""
-    model, trainable, frozen = add_lora(model, params, config, key)
+    model, trainable, frozen = add_lora(model, params, config, key, first=first)
     return model, *on_mesh(model, trainable, frozen, mesh)
 
 
@@ -259,10 +299,16 @@ def adapter_tokenizer(
     return tokenizer, ()
 
 
-def save_adapter(directory: str | Path, model: Model, trainable: Tree, config: LoraConfig, base_model: str) -> None:
-    """Writes a PEFT adapter: `PeftModel.from_pretrained(base, directory)` loads it. Nothing half made is left."""
+def save_adapter(
+    directory: str | Path, model: Model, trainable: Tree, config: LoraConfig, base_model: str,
+    subtracted: dict[str, Factors] | None = None,
+) -> None:  # fmt: skip
+    """Writes a PEFT adapter: `PeftModel.from_pretrained(base, directory)` loads it. Nothing half made is left.
+
+    subtracted: what `jaxft.initial.Parting` took from the base, so that the adapter is right over the base as it was.
+    """
     with hf.whole_directory(Path(directory)) as temporary:
-        peft.save_adapter(temporary, model, trainable, config, base_model)
+        peft.save_adapter(temporary, model, trainable, config, base_model, subtracted)
 
 
 def save_model(directory: str | Path, model: Model, params: Tree, *, dtype: Any = None) -> None:

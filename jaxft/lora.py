@@ -14,13 +14,19 @@ from flax import nnx
 
 from jaxft.convert.hf import Place, places
 from jaxft.errors import InputError
+from jaxft.initial import Factors
+from jaxft.kernels.linear.reference import row_norms
 from jaxft.lora_config import LoraConfig, check_patterns, check_targets, layer_of, reaches, saved_modules
 from jaxft.models import Model, model_of
 from jaxft.models.layers import Linear, Lora, LoRAParam, LoRAScale, SavedParam, stack
+from jaxft.quant import Weight
 from jaxft.trees import Tree, flatten, join, unflatten
 from jaxft.vocabulary import part_head
 
 __all__ = ["LoraConfig", "add_lora", "branches", "frozen_params", "lora_shapes", "with_lora"]
+
+
+ADALORA_DEVIATION = 0.02  # of its first A and B, as PEFT's
 
 
 class Branch(NamedTuple):
@@ -60,7 +66,11 @@ def wanted_branches(model: Model, config: LoraConfig) -> dict[str, Branch]:
     if any(place.path == "lm_head" for place in reached.values()):
         # the loss reads the head as one matrix, without a branch
         raise InputError("lora_target_modules: a branch on lm_head is not supported yet; leave lm_head out")
-    return {name: Branch(place, config.rank(name), config.scale(name)) for name, place in reached.items()}
+    return {  # AdaLoRA may leave a layer without a rank
+        name: Branch(place, config.rank(name), config.scale(name))
+        for name, place in reached.items()
+        if config.rank(name)
+    }
 
 
 def first_layer(model: Model, config: LoraConfig) -> int:
@@ -93,7 +103,10 @@ def with_lora(model: Model, config: LoraConfig) -> Model:
         count = linear.weight.shape[0] if stacked else 1
         ranks = tuple(rows[i].rank if i in rows else 0 for i in range(count))
         scales = tuple(rows[i].scale if i in rows else 0.0 for i in range(count))
-        lora = Lora(linear.in_features, linear.out_features, ranks, scales, linear.axes, config.lora_dropout)
+        sizes = linear.in_features, linear.out_features
+        lora = Lora(
+            *sizes, ranks, scales, linear.axes, config.lora_dropout, config.use_dora, config.adalora is not None
+        )
         linear.lora = nnx.data(stack(lora, count) if stacked else lora)
     for name in saved:
         module = getattr(decoder, name)
@@ -117,24 +130,37 @@ def padding(model: Model) -> int:
     total = 0
     for linear in linear_modules(model.bind(model.shapes)).values():
         ranks = () if linear.lora is None else linear.lora.ranks
-        total += sum(max(ranks) - rank for rank in ranks) * (linear.in_features + linear.out_features)
+        total += sum(max(ranks) - rank for rank in ranks) * (
+            linear.in_features + linear.out_features + (linear.lora is not None and linear.lora.e is not None)
+        )
+        if linear.lora is not None and linear.lora.magnitude is not None:
+            total += ranks.count(0) * linear.out_features
     return total
 
 
 def lora_shapes(model: Model) -> tuple[Tree, Tree]:
-    """The trained leaves (A, B, what is trained whole) and the frozen scales of a model with LoRA, as shapes."""
+    """The trained leaves (A, B, magnitudes, modules to save) and the frozen scales of a model with LoRA, as shapes."""
     _, state = nnx.split(model.bind(model.shapes))
     trained, scales, _ = nnx.split_state(state, nnx.Any(LoRAParam, SavedParam), LoRAScale, ...)
     return nnx.to_pure_dict(trained), nnx.to_pure_dict(scales)
 
 
-def add_lora(model: Model, params: Tree, config: LoraConfig, key: jax.Array) -> tuple[Model, Tree, Tree]:
+def add_lora(
+    model: Model, params: Tree, config: LoraConfig, key: jax.Array, *, first: dict[str, Factors] | None = None
+) -> tuple[Model, Tree, Tree]:
     """Puts LoRA on a loaded model: returns (model, trainable, frozen).
 
-    trainable: float32 A, uniform in ±1/√I (PEFT's default, Kaiming with a = √5), B, zero, and float32 copies of
-    the modules to save (activations are then float32 unless a dtype is given to the step). frozen: the other params and
-    the scales. Raises InputError for settings that name what the model has not.
+    trainable: float32 A, uniform in ±1/√I (PEFT's default, Kaiming with a = √5), B, zero, DoRA's magnitudes, the norms
+    of W + s B A's rows, and float32 copies of the modules to save (activations are then float32 unless a dtype is given
+    to the step). frozen: the other params and the scales. first: module -> A and B to start with, as
+    `jaxft.initial.Parting` took them from the weights. Raises InputError for settings that name what the model has not,
+    and where they ask for such values and `first` is not there.
     """
+    if config.from_weights and first is None:
+        raise InputError(
+            f"init_lora_weights {config.init_lora_weights} starts from the weights as they are loaded: give "
+            "load_model a jaxft.initial.Parting, and its `first` to add_lora"
+        )
     model = with_lora(model, config)
     check_patterns(config, list(branches(model)))
     frozen = frozen_params(model, params)
@@ -142,20 +168,58 @@ def add_lora(model: Model, params: Tree, config: LoraConfig, key: jax.Array) -> 
     leaves = dict(flatten(trained))
     base = whole_params(model, params)
     ranks = {f"{path}/lora/a": m.lora.ranks for path, m in linear_modules(model.bind(model.shapes)).items() if m.lora}
-    low_rank = [path for path in leaves if "/lora/" in path]
+    low_rank = [path for path in leaves if path.endswith(("/lora/a", "/lora/b"))]
     keys = dict(zip(low_rank, jax.random.split(key, len(low_rank)), strict=True))
 
-    def first(path: str, shape: tuple[int, ...]) -> jax.Array:
+    def start(path: str, shape: tuple[int, ...]) -> jax.Array:
+        if path.endswith("/lora/e"):
+            return jnp.zeros(shape, jnp.float32)
         if path not in keys:
             return jnp.array(base[path], jnp.float32, copy=True)  # its own: the step donates it
-        if path.endswith("/b"):
+        if config.adalora is None and path.endswith("/b"):
             return jnp.zeros(shape, jnp.float32)
+        own = np.array(ranks[f"{path[:-2]}/a"])[:, None]
+        rows = -2 if path.endswith("/a") else -1
+        inside = np.arange(shape[rows])[None] < own  # (L, R)
+        inside = inside.reshape(*shape[:-2], *((-1, 1) if path.endswith("/a") else (1, -1)))
+        if config.adalora is not None:
+            return jnp.where(inside, jax.random.normal(keys[path], shape, jnp.float32) * ADALORA_DEVIATION, 0.0)
+        if config.init_lora_weights == "gaussian":
+            deviation = (1 / np.maximum(own, 1)).astype(np.float32).reshape(*shape[:-2], 1, 1)
+            return jnp.where(inside, jax.random.normal(keys[path], shape, jnp.float32) * deviation, 0.0)
         bound = 1 / math.sqrt(shape[-1])
-        a = jax.random.uniform(keys[path], shape, jnp.float32, -bound, bound)
-        inside = np.arange(shape[-2])[None] < np.array(ranks[path])[:, None]  # (L, R)
-        return jnp.where(inside.reshape(*shape[:-1], 1), a, 0.0)
+        return jnp.where(inside, jax.random.uniform(keys[path], shape, jnp.float32, -bound, bound), 0.0)
 
-    return model, unflatten({path: first(path, leaf.shape) for path, leaf in leaves.items()}), frozen
+    lengths = [path for path in leaves if path.endswith("/lora/magnitude")]
+    made = {path: start(path, leaf.shape) for path, leaf in leaves.items() if path not in lengths}
+    made |= _filled(model, made, first or {})
+    weights, scales = dict(flatten(params)), dict(flatten(frozen))
+    for path in lengths:
+        place = path.removesuffix("/magnitude")
+        lora = made[f"{place}/a"], made[f"{place}/b"], scales[f"{place}/scale"]
+        made[path] = first_magnitudes(weights[f"{place.removesuffix('/lora')}/weight"], lora, ranks[f"{place}/a"])
+    return model, unflatten({path: made[path] for path in leaves}), frozen
+
+
+def _filled(model: Model, leaves: dict[str, jax.Array], first: dict[str, Factors]) -> dict[str, jax.Array]:
+    """The leaves A and B of the modules in `first`, with these values."""
+    found: dict[str, np.ndarray] = {}
+    for module, (place, rank, _) in branches(model).items() if first else ():
+        row = () if place.row is None else (place.row,)
+        for name, array in zip(("a", "b"), first[module], strict=True):
+            path = f"{place.path}/lora/{name}"
+            whole = found.setdefault(path, np.zeros(leaves[path].shape, np.float32))
+            whole[(*row, slice(rank)) if name == "a" else (*row, slice(None), slice(rank))] = array
+    return {path: jnp.asarray(array) for path, array in found.items()}
+
+
+def first_magnitudes(weight: Weight, lora: tuple[jax.Array, jax.Array, jax.Array], ranks: tuple[int, ...]) -> jax.Array:
+    """The norms of the rows of W + s B A, (O,) float32, or (L, O) of a stack; 0, which is none, without a branch."""
+    if weight.ndim == 2:
+        return jax.jit(row_norms)(weight, lora)
+    present = jnp.array(ranks)[:, None] > 0
+    found = jax.jit(lambda weight, lora: jax.lax.map(lambda one: row_norms(*one), (weight, lora)))(weight, lora)
+    return jnp.where(present, found, 0.0)
 
 
 def whole_params(model: Model, params: Tree) -> dict[str, jax.Array]:

@@ -4,9 +4,45 @@ import math
 import re
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from jaxft.errors import InputError
 
 SAVABLE = ("embed_tokens", "lm_head")  # what modules_to_save may name
+
+
+@dataclass(frozen=True)
+class AdaLora:
+    """PEFT's AdaLoraConfig, as far as it goes beyond LoraConfig; the fields have PEFT's meaning."""
+
+    init_r: int = 12
+    target_r: int = 8
+    tinit: int = 0
+    tfinal: int = 0
+    deltaT: int = 1
+    beta1: float = 0.85
+    beta2: float = 0.85
+    orth_reg_weight: float = 0.5
+    total_step: int | None = None
+
+    def budgets(self, triplets: int, modules: int) -> np.ndarray:
+        """How many triplets each step masks, from step 1 on: (total_step,) int32; 0 where it leaves all as they are.
+
+        Raises InputError where no step is left for masking.
+        """
+        assert self.total_step is not None
+        last, target = self.total_step - self.tfinal, self.target_r * modules
+        if self.tinit >= last:
+            raise InputError(
+                f"adalora: with {self.total_step} steps, tinit {self.tinit} and tfinal {self.tfinal} leave none in "
+                "which ranks are reduced; choose smaller ones"
+            )
+        found = np.zeros(self.total_step, np.int32)
+        for step in range(self.tinit + 1, last + 1):
+            if step % self.deltaT == 0 or step == last:
+                share = 1 - (step - self.tinit) / (last - self.tinit)
+                found[step - 1] = triplets - int((triplets - target) * share**3 + target)
+        return found
 
 
 @dataclass(frozen=True)
@@ -18,7 +54,10 @@ class LoraConfig:
     layers (not with a regular expression). rank_pattern, alpha_pattern: r and alpha of modules whose name ends with a
     match of the key; the first key that does counts. modules_to_save: embed_tokens, lm_head, trained whole.
     ensure_weight_tying: a head that is the embedding stays it; otherwise, as in PEFT, a head and an embedding of which
-    one is saved part ways.
+    one is saved part ways. use_dora: rows of trained length beside the branch (`jaxft.kernels.linear.dora`).
+    init_lora_weights: "true" (A uniform, B zero), "gaussian" (A normal, deviation 1 / r), or from the weights by
+    `jaxft.initial`: "pissa", "pissa_niter_N", "loftq" with loftq_iter rounds.
+    adalora: ranks that are allocated while training (`jaxft.adalora`); r is then init_r.
     """
 
     r: int = 16
@@ -32,6 +71,25 @@ class LoraConfig:
     modules_to_save: tuple[str, ...] = ()
     ensure_weight_tying: bool = False
     exclude_modules: str | tuple[str, ...] = ()
+    use_dora: bool = False
+    init_lora_weights: str = "true"
+    loftq_iter: int = 1
+    adalora: AdaLora | None = None
+
+    @property
+    def peft_type(self) -> str:
+        """PEFT's name of the method, as the flag has it."""
+        return "lora" if self.adalora is None else "adalora"
+
+    @property
+    def from_weights(self) -> bool:
+        """Whether A and B start from the weights."""
+        return self.init_lora_weights == "loftq" or self.init_lora_weights.startswith("pissa")
+
+    @property
+    def subtracts(self) -> bool:
+        """Whether something is subtracted from the base."""
+        return self.from_weights and (self.init_lora_weights != "loftq" or self.loftq_iter > 1)
 
     @property
     def is_pattern(self) -> bool:
@@ -43,7 +101,9 @@ class LoraConfig:
         return self.rank_pattern.get(pattern_key(self.rank_pattern, module), self.r)
 
     def scale(self, module: str) -> float:
-        """s of the branch on `module`: alpha / r, or alpha / √r with rank stabilisation."""
+        """s of the branch on `module`: alpha / r, or alpha / √r with rank stabilisation; AdaLoRA's own has init_r."""
+        if self.adalora is not None:
+            return (self.lora_alpha if self.lora_alpha > 0 else self.adalora.init_r) / (self.adalora.init_r + 1e-5)
         alpha, rank = (
             self.alpha_pattern.get(pattern_key(self.alpha_pattern, module), self.lora_alpha),
             self.rank(module),

@@ -1,5 +1,6 @@
 """Optimizers and learning-rate schedules by the names that users of transformers type."""
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -13,7 +14,7 @@ from jaxft.in_place import InPlace, adamw_8bit_in_place
 from jaxft.lora_config import SAVABLE
 from jaxft.optim_8bit import Moment8, moment_shapes, scale_by_adam_8bit
 from jaxft.optim_paged import on_host, paged
-from jaxft.trees import Tree
+from jaxft.trees import Tree, flatten, unflatten
 
 OPTIMS = ("adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit")
 Factor = Callable[[jax.Array, int, int], jax.Array]  # (step, warmup_steps, total_steps) -> factor of learning_rate
@@ -120,15 +121,19 @@ def make_optimizer(
     max_grad_norm: float = 1.0,
     optim: str = "adamw",
     embedding_factor: float = 1.0,
+    loraplus_lr_ratio: float | None = None,
 ) -> optax.GradientTransformation | InPlace:
     """AdamW (Loshchilov and Hutter 2019, https://arxiv.org/abs/1711.05101) after clipping by the global norm.
 
     Moments are float32 whatever the parameters' dtype; with optim "adamw_8bit" they are held in 8 bits
     (`jaxft.optim_8bit`), with "paged_adamw" and "paged_adamw_8bit" on the host (`jaxft.optim_paged`), where
     `state_shapes` says so. max_grad_norm 0 does not clip. embedding_factor: how many times the schedule's learning rate
-    embedding and head have. Raises InputError for an unknown optim.
+    embedding and head have. loraplus_lr_ratio: how many times it LoRA's B has, and DoRA's magnitudes (LoRA+, Hayou et
+    al. 2024, https://arxiv.org/abs/2402.12354). Raises InputError for an unknown optim.
     """
-    scaled = [] if embedding_factor == 1 else [_scale_embeddings(embedding_factor)]
+    ratio = 1.0 if loraplus_lr_ratio is None else loraplus_lr_ratio
+    factor = functools.partial(_rate_factor, embedding_factor=embedding_factor, loraplus_lr_ratio=ratio)
+    scaled = [] if embedding_factor == ratio == 1 else [_scale_rates(factor)]
     clip = optax.clip_by_global_norm(max_grad_norm) if max_grad_norm else optax.identity()
     decay = optax.chain(optax.add_decayed_weights(weight_decay, decays), optax.scale_by_learning_rate(schedule))
     if optim == "adamw_8bit":
@@ -137,7 +142,7 @@ def make_optimizer(
             optax.chain(clip, adam, _in_float32(decay), *scaled), schedule,
             adam_beta1=adam_beta1, adam_beta2=adam_beta2, adam_epsilon=adam_epsilon, max_grad_norm=max_grad_norm,
             weight_decay=lambda params: jax.tree.map(lambda own: weight_decay if own else 0.0, decays(params)),
-            rate_factor=lambda path: embedding_factor if path.split("/")[0] in SAVABLE else 1.0,
+            rate_factor=factor,
         )  # fmt: skip
     if optim.startswith("paged_") and optim in OPTIMS:
         wide = _in_float32(optax.scale_by_adam(adam_beta1, adam_beta2, adam_epsilon))
@@ -149,13 +154,19 @@ def make_optimizer(
     return optax.chain(clip, _in_float32(adam), *scaled)
 
 
-def _scale_embeddings(factor: float) -> optax.GradientTransformation:
-    def update(updates, params=None):
-        del params
-        own = {name: jax.tree.map(lambda leaf: leaf * factor, updates[name]) for name in SAVABLE if name in updates}
-        return updates | own
+def _rate_factor(path: str, *, embedding_factor: float, loraplus_lr_ratio: float) -> float:
+    """What the learning rate is multiplied by for the leaf at a path."""
+    if path.split("/")[0] in SAVABLE:
+        return embedding_factor
+    # as PEFT's create_loraplus_optimizer: B, and vectors
+    return loraplus_lr_ratio if path.endswith(("lora/b", "lora/magnitude")) else 1.0
 
-    return optax.stateless(update)
+
+def _scale_rates(factor: Callable[[str], float]) -> optax.GradientTransformation:
+    """Multiplies the updates of leaves that have a learning rate of their own."""
+    return optax.stateless(
+        lambda updates, params: unflatten({path: leaf * factor(path) for path, leaf in flatten(updates)})
+    )
 
 
 def state_shapes(optimizer: optax.GradientTransformation, trainable: Tree) -> optax.OptState:

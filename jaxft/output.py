@@ -12,16 +12,17 @@ from safetensors import SafetensorError
 
 from jaxft.config import to_yaml
 from jaxft.convert import peft
+from jaxft.convert.hf import whole_directory
 from jaxft.errors import InputError, RunError
 from jaxft.files import is_hub_name
-from jaxft.load import copy_tokenizer, write_changes, write_model
+from jaxft.load import QUANTIZED_BASE, copy_tokenizer, write_changes, write_model
 from jaxft.models.extension import describe_changes
-from jaxft.prepare import Prepared
+from jaxft.prepare import SUBTRACTED, Prepared
 from jaxft.processes import ENVIRONMENT
 from jaxft.settings import TrainSettings
 from jaxft.stops import stop_token_ids
 from jaxft.templates import write_template
-from jaxft.trees import Tree
+from jaxft.trees import Tree, flatten, unflatten
 from jaxft.usage import python_lines
 
 CONFIG, METRICS, CHECKPOINTS = "config.yaml", "metrics.jsonl", "checkpoints"
@@ -91,7 +92,11 @@ def write_result(
         temporary.mkdir(parents=True)
         if prepared.lora is not None:
             base = settings.model_name_or_path or str(prepared.directory)
-            peft.save_adapter(temporary, model, trainable, prepared.lora, base)
+            if prepared.subtracted and prepared.quantized:  # no quantisation of the original is what was trained over
+                write_base(temporary / QUANTIZED_BASE, prepared, trainable)
+                peft.save_adapter(temporary, model, trainable, prepared.lora, str(directory / QUANTIZED_BASE))
+            else:
+                peft.save_adapter(temporary, model, trainable, prepared.lora, base, prepared.subtracted)
             write_changes(temporary, prepared.changes)
         else:
             # float32 masters are written as they are: what was trained is what is shipped
@@ -116,6 +121,36 @@ def write_result(
         ) from failure
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_base(directory: Path, prepared: Prepared, trainable: Tree) -> None:
+    """The quantised base, from which parts were subtracted, as a model directory of its own."""
+    directory.mkdir()
+    leaves = dict(flatten(prepared.frozen))
+    dtype = next(leaf.dtype for path, leaf in leaves.items() if path.endswith("norm/weight"))
+    leaves |= {path: leaf.astype(dtype) for path, leaf in flatten(trainable)}
+    write_model(
+        directory, prepared.model, unflatten({p: leaf for p, leaf in leaves.items() if "/lora/" not in p}), dtype
+    )
+    copy_tokenizer(prepared.directory, directory)
+    if prepared.new_tokens:
+        prepared.tokenizer.save_pretrained(directory)
+
+
+def write_subtracted(directory: Path, prepared: Prepared, settings: TrainSettings) -> None:
+    """Keeps what was taken from the base, before the first step: a resumed run reads it (`prepare.resumed_factors`).
+
+    Raises InputError where the directory cannot be made.
+    """
+    if prepared.lora is None or not prepared.subtracted:
+        return
+    base = settings.model_name_or_path or str(prepared.directory)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with whole_directory(directory / SUBTRACTED) as temporary:
+            peft.save_factors(temporary, prepared.model, prepared.subtracted, prepared.lora, base)
+    except (OSError, SafetensorError) as failure:
+        raise InputError(f"--output_dir {directory} cannot be written: {failure}; name another") from failure
 
 
 def model_card(prepared: Prepared, settings: TrainSettings, facts: dict[str, Any]) -> str:

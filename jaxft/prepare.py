@@ -1,5 +1,6 @@
 """What train, evaluate and generate have in common: from settings to a model, an adapter and a tokenizer on a mesh."""
 
+import dataclasses
 import json
 import os
 import sys
@@ -13,13 +14,15 @@ from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerBase
 
 from jaxft.cards import absent_card
-from jaxft.convert.peft import read_adapter_config
+from jaxft.convert.peft import read_adapter_config, read_factors
 from jaxft.errors import InputError
+from jaxft.initial import Factors, Parting
 from jaxft.load import (
     BASE_CONFIG,
     adapter_shapes,
     adapter_tokenizer,
     base_changes,
+    check_base,
     find_directory,
     held_shapes,
     load_adapter,
@@ -31,15 +34,17 @@ from jaxft.load import (
     with_saved_vocabulary,
 )
 from jaxft.lora import LoraConfig, wanted_branches
-from jaxft.lora_config import SAVABLE, saved_modules
+from jaxft.lora_config import SAVABLE, AdaLora, saved_modules
 from jaxft.models import Model, describe_model, read_hf_config
 from jaxft.models.extension import Changes, describe_changes, extend_positions, with_changes
 from jaxft.quant import is_quantized
-from jaxft.settings import GenerateSettings, Settings, TrainSettings
+from jaxft.settings import ADALORA, GenerateSettings, Settings, TrainSettings
 from jaxft.sharding import make_mesh, mesh_sizes
 from jaxft.templates import set_template
 from jaxft.trees import Tree, flatten
 from jaxft.vocabulary import add_tokens, read_tokens, resized, resized_params
+
+SUBTRACTED = "subtracted"  # in an output directory: what was taken from the base, which a resumed run takes again
 
 
 @dataclass(frozen=True)
@@ -47,7 +52,7 @@ class Prepared:
     """A model ready to run. trainable is {} where nothing is trained; lora is None without an adapter.
 
     new_tokens: what the tokenizer has that the model directory's own has not. new_template: whether its chat template
-    is another one than that.
+    is another one than that. subtracted: what was taken from the base's modules when they were loaded.
     """
 
     directory: Path
@@ -61,6 +66,12 @@ class Prepared:
     changes: Changes  # of the base's configuration, {} where it is as its config.json says
     new_tokens: tuple[str, ...] = ()
     new_template: bool = False
+    subtracted: dict[str, Factors] = dataclasses.field(default_factory=dict)
+
+    @property
+    def quantized(self) -> bool:
+        """Whether any weight is held in fewer than 16 bits."""
+        return any(is_quantized(leaf) for leaf in jax.tree.leaves(self.frozen, is_leaf=is_quantized))
 
 
 def compile_cache_directory() -> Path:
@@ -98,6 +109,7 @@ def prepare(settings: Settings, model_name: str, *, weights: bool = True) -> Pre
         if isinstance(settings, TrainSettings) and settings.full_finetuning:
             raise InputError("--adapter and --full_finetuning contradict each other; merge the adapter first")
         lora = read_adapter_config(find_directory(settings.adapter))
+        check_base(settings.adapter, directory)
         if isinstance(settings, TrainSettings):
             _check_adapter(settings, lora, described)
         tokenizer, new_tokens = adapter_tokenizer(settings.adapter, described, tokenizer)
@@ -108,10 +120,16 @@ def prepare(settings: Settings, model_name: str, *, weights: bool = True) -> Pre
         lora = lora_settings(settings, tied)
         if lora.modules_to_save and tied and not lora.ensure_weight_tying:
             print("head: parts from the embedding, as in PEFT; --ensure_weight_tying keeps them one", file=sys.stderr)
-    load = load_model if weights else model_shapes
-    model, params = load(
-        directory, dtype=param_dtype, mesh=mesh, quantization=settings.quantization, changes=changes, lora=lora
-    )
+    parting: Parting | None = None
+    held: dict[str, Any] = dict(dtype=param_dtype, mesh=mesh, quantization=settings.quantization, changes=changes)
+    if not weights:
+        model, params = model_shapes(directory, lora=lora, **held)
+    else:
+        if lora is not None and lora.from_weights:
+            assert isinstance(settings, TrainSettings)
+            parting = Parting(lora, settings.seed, resumed_factors(settings))
+            print(f"adapter: {lora.init_lora_weights} takes its first values from the weights", file=sys.stderr)
+        model, params = load_model(directory, lora=lora, parting=parting, **held)
     if isinstance(settings, TrainSettings) and settings.add_tokens:
         model, new_tokens = with_new_tokens(model, tokenizer, read_tokens(settings.add_tokens))
         if new_tokens and weights:
@@ -134,7 +152,8 @@ def prepare(settings: Settings, model_name: str, *, weights: bool = True) -> Pre
     elif isinstance(settings, TrainSettings):
         assert lora is not None
         if weights:
-            model, trainable, frozen = new_adapter(model, params, lora, jax.random.key(settings.seed), mesh=mesh)
+            first, key = None if parting is None else parting.first, jax.random.key(settings.seed)
+            model, trainable, frozen = new_adapter(model, params, lora, key, mesh=mesh, first=first)
         else:
             model, trainable, frozen = adapter_shapes(model, params, lora, mesh)
     else:
@@ -144,7 +163,7 @@ def prepare(settings: Settings, model_name: str, *, weights: bool = True) -> Pre
         raise InputError(f"--embedding_learning_rate: --adapter {settings.adapter} trains neither embedding nor head")
     return Prepared(
         directory, model, trainable, frozen, lora, tokenizer, mesh, compute_dtype, changes, new_tokens,
-        tokenizer.chat_template != known_template,
+        tokenizer.chat_template != known_template, {} if parting is None else parting.subtracted,
     )  # fmt: skip
 
 
@@ -156,6 +175,19 @@ def choose_template(settings: Settings, tokenizer: PreTrainedTokenizerBase, know
         print(f"chat template: {settings.chat_template}{instead}, turns end with {end}", file=sys.stderr)
     elif tokenizer.chat_template != known:
         print(f"chat template: that of {settings.adapter}", file=sys.stderr)
+
+
+def resumed_factors(settings: TrainSettings) -> dict[str, Factors] | None:
+    """What the run that is resumed subtracted from its base, None where there is no such run or it did not."""
+    resumed = settings.resume_from_checkpoint
+    if resumed is None:
+        return None
+    if resumed == "auto":
+        places = [Path(settings.output_dir or ".").expanduser()]
+    else:
+        path = Path(resumed).expanduser()
+        places = [path, *list(path.resolve().parents)[:2]]  # a run, its checkpoints, or one of them
+    return next((read_factors(place / SUBTRACTED) for place in places if (place / SUBTRACTED).is_dir()), None)
 
 
 def config_changes(settings: Settings, directory: Path) -> Changes:
@@ -219,11 +251,17 @@ def lora_settings(settings: TrainSettings, tied: bool) -> LoraConfig:
     if tying and not tied:
         raise InputError("--ensure_weight_tying: the head of this model is not its embedding; leave it out")
     return LoraConfig(
-        r=settings.lora_r,
+        r=settings.init_r if settings.peft_type == "adalora" else settings.lora_r,
         lora_alpha=settings.lora_alpha,
         lora_dropout=settings.lora_dropout,
         target_modules=settings.lora_targets,
         use_rslora=settings.use_rslora,
+        use_dora=settings.use_dora,
+        adalora=AdaLora(**{name: getattr(settings, name) for name in ADALORA})
+        if settings.peft_type == "adalora"
+        else None,
+        init_lora_weights=settings.init_lora_weights,
+        loftq_iter=settings.loftq_iter,
         layers_to_transform=settings.lora_layers,
         rank_pattern=dict(settings.rank_pattern),
         alpha_pattern=dict(settings.alpha_pattern),
@@ -242,6 +280,7 @@ def _check_adapter(settings: TrainSettings, adapter: LoraConfig, model: Model) -
 
     fields = {
         "lora_r": "r", "lora_alpha": "lora_alpha", "lora_dropout": "lora_dropout", "use_rslora": "use_rslora",
+        "use_dora": "use_dora", "peft_type": "peft_type",
         "rank_pattern": "rank_pattern", "alpha_pattern": "alpha_pattern", "ensure_weight_tying": "ensure_weight_tying",
     }  # fmt: skip
     for flag, field in fields.items():

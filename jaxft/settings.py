@@ -143,6 +143,23 @@ class LoraArguments:
         nargs="?",
         const=True,
     )
+    peft_type: Literal["lora", "adalora"] = _flag("lora", "adalora allocates the ranks while training; see init_r")
+    init_r: int = _flag(12, "AdaLoRA: first rank of every module")
+    target_r: int = _flag(8, "AdaLoRA: mean rank at the end")
+    tinit: int = _flag(0, "AdaLoRA: steps before the first reduction")
+    tfinal: int = _flag(0, "AdaLoRA: steps after the last reduction")
+    deltaT: int = _flag(1, "AdaLoRA: steps a reduction")
+    beta1: float = _flag(0.85, "AdaLoRA: smoothing of the sensitivity")
+    beta2: float = _flag(0.85, "AdaLoRA: smoothing of the uncertainty")
+    orth_reg_weight: float = _flag(0.5, "AdaLoRA: weight of the orthogonal regulariser")
+    init_lora_weights: str = _flag(
+        "true",
+        "first values of A and B: true (A uniform, B zero), gaussian, pissa or pissa_niter_N (the largest singular "
+        "values of the weights, taken out of the base), loftq (those of what 4 bits lose)",
+    )
+    loftq_iter: int = _flag(1, "rounds of quantisation and decomposition in loftq")
+    use_dora: bool = _flag(False, "train the length of each weight's rows beside LoRA (DoRA)")
+    loraplus_lr_ratio: float | None = _flag(None, "learning rate of LoRA's B as a multiple of A's (LoRA+), such as 16")
     full_finetuning: bool = _flag(False, "train every weight, without LoRA")
 
     @property
@@ -431,11 +448,12 @@ SETTINGS: dict[str, type] = {
 
 RANGES: list[tuple[str, str, Callable[[float], bool]]] = [
     ("learning_rate embedding_learning_rate weight_decay max_grad_norm temperature", "at least 0", lambda x: x >= 0),
-    ("warmup_steps save_steps eval_steps sample_prompts", "at least 0", lambda x: x >= 0),
+    ("warmup_steps save_steps eval_steps sample_prompts tinit tfinal orth_reg_weight", "at least 0", lambda x: x >= 0),
     ("eval_metric_samples early_stopping_threshold", "at least 0", lambda x: x >= 0),
     ("eval_max_new_tokens early_stopping_patience", "at least 1", lambda x: x >= 1),
     ("lora_r lora_alpha logging_steps save_total_limit gradient_accumulation_steps", "at least 1", lambda x: x >= 1),
     ("buffer_size mlp_tiles conversation_extension", "at least 1", lambda x: x >= 1),
+    ("loftq_iter init_r target_r deltaT", "at least 1", lambda x: x >= 1),
     ("show_samples", "at least 0", lambda x: x >= 0),
     (
         "eval_split",
@@ -444,7 +462,8 @@ RANGES: list[tuple[str, str, Callable[[float], bool]]] = [
     ),
     ("max_new_tokens per_device_train_batch_size per_device_eval_batch_size", "at least 1", lambda x: x >= 1),
     ("lora_dropout adam_beta1 adam_beta2", "at least 0 and below 1", lambda x: 0 <= x < 1),
-    ("adam_epsilon num_train_epochs", "above 0", lambda x: x > 0),
+    ("adam_epsilon num_train_epochs loraplus_lr_ratio", "above 0", lambda x: x > 0),
+    ("beta1 beta2", "above 0 and below 1", lambda x: 0 < x < 1),
     ("warmup_ratio", "from 0 to 1", lambda x: 0 <= x <= 1),
     ("top_p", "above 0 and at most 1", lambda x: 0 < x <= 1),
     ("top_k", "at least 0; 0 keeps all tokens", lambda x: x >= 0),
@@ -560,6 +579,9 @@ def _check_watch(settings: TrainSettings, where: dict[str, str]) -> None:
         raise InputError(f"{where['early_stopping_threshold']} has no meaning without --early_stopping_patience")
 
 
+ADALORA = ("init_r", "target_r", "tinit", "tfinal", "deltaT", "beta1", "beta2", "orth_reg_weight")
+
+
 def _check_lora(settings: TrainSettings, where: dict[str, str]) -> None:
     """The part of `check` about what is trained."""
     targets = settings.lora_target_modules.split(",")
@@ -577,6 +599,34 @@ def _check_lora(settings: TrainSettings, where: dict[str, str]) -> None:
         for key, value in getattr(settings, name).items():
             if not isinstance(value, kinds) or isinstance(value, bool) or value <= 0:
                 raise InputError(f"{where[name]}: {key!r} is {value!r}; it must be {text} above 0")
+    initial = settings.init_lora_weights
+    if not re.fullmatch(r"true|gaussian|loftq|pissa(_niter_[1-9]\d*)?", initial):
+        raise InputError(
+            f"{where['init_lora_weights']} is {initial!r}; it must be true, gaussian, pissa, pissa_niter_N or loftq"
+        )
+    if initial != "true" and settings.adapter:
+        raise InputError(
+            f"{where['init_lora_weights']} and {where['adapter']} contradict each other: an adapter has its values"
+        )
+    if initial == "loftq" and settings.quantization is None:
+        raise InputError(f"{where['init_lora_weights']} loftq makes up for quantisation; add --load_in_4bit")
+    if settings.loftq_iter != 1 and initial != "loftq":
+        raise InputError(f"{where['loftq_iter']} has a meaning with --init_lora_weights loftq only")
+    given = [where[name] for name in ADALORA if name in where]
+    if settings.peft_type == "adalora":
+        others = ("lora_r", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "init_lora_weights")
+        chosen = [where[name] for name in others if name in where and getattr(settings, name) != "true"]
+        if chosen:
+            raise InputError(
+                f"{where['peft_type']} adalora and {chosen[0]} contradict each other: it has its own ranks, "
+                "--init_r and --target_r, scale and first values"
+            )
+        if settings.target_r > settings.init_r:
+            raise InputError(f"target_r {settings.target_r} is more than init_r {settings.init_r}: ranks only fall")
+    elif given and not settings.full_finetuning:
+        raise InputError(f"{given[0]} has a meaning with --peft_type adalora only")
+    if settings.adapter and given:
+        raise InputError(f"{given[0]} and {where['adapter']} contradict each other: an adapter keeps its ranks")
     own = [field.name for field in dataclasses.fields(LoraArguments) if field.name != "full_finetuning"]
     given = [name for name in own if where.get(name, "").startswith("--")]
     if settings.full_finetuning and given:

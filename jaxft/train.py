@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxft.adalora import with_adalora
 from jaxft.config import describe, parse
 from jaxft.data import shape_line, split_rows, tokenize_dataset
 from jaxft.errors import InputError, run_command
@@ -27,7 +28,15 @@ from jaxft.metrics import MetricsFile
 from jaxft.mixture import Source, mix
 from jaxft.optim import make_optimizer, make_schedule, with_loss_scale
 from jaxft.optim_paged import check_device
-from jaxft.output import CHECKPOINTS, METRICS, choose_directory, is_finished, model_card, write_result
+from jaxft.output import (
+    CHECKPOINTS,
+    METRICS,
+    choose_directory,
+    is_finished,
+    model_card,
+    write_result,
+    write_subtracted,
+)  # fmt: skip
 from jaxft.packing import Batches, eval_batches, make_plan
 from jaxft.prepare import Prepared, prepare
 from jaxft.processes import gathered, is_first, joined, leave, meet, on_first
@@ -91,12 +100,14 @@ def train(settings: TrainSettings, provenance: dict[str, str]) -> int:
     heldout: Sequence[Sample] = kept[0] if len(kept) == 1 else mix(kept, None, 0)[0] if kept else []
     check_held_out(settings, heldout)
     say_model(prepared)
+    prepared = with_schedule(prepared, settings, steps_of(settings, batches))
     run = make_run(settings, prepared, directory, batches, data, heldout)
     if settings.dry_run or settings.memory_budget:
         planned = plan_run(run, prepared, say)
         if settings.dry_run:
             return 0
         run = with_plan(run, planned)
+    on_first(lambda: write_subtracted(directory, prepared, settings))
     with jax.set_mesh(prepared.mesh):
         outcome = run_training(run, prepared)
         seen = sum(map(len, tables))
@@ -291,14 +302,27 @@ def say_model(prepared: Prepared) -> None:
     )
 
 
+def steps_of(settings: TrainSettings, batches: Batches | StreamBatches) -> int:
+    """How many optimizer steps the run has."""
+    if settings.max_steps >= 0:
+        return settings.max_steps
+    return math.ceil(settings.num_train_epochs * batches.steps_per_epoch)  # as transformers rounds it
+
+
+def with_schedule(prepared: Prepared, settings: TrainSettings, total: int) -> Prepared:
+    """AdaLoRA's settings with the number of steps that its schedule needs; those of an adapter stay as they were."""
+    if prepared.lora is None or prepared.lora.adalora is None or settings.adapter is not None:
+        return prepared
+    adalora = replace(prepared.lora.adalora, total_step=total)
+    return replace(prepared, lora=replace(prepared.lora, adalora=adalora))
+
+
 def make_run(
     settings: TrainSettings, prepared: Prepared, directory: Path, batches: Batches | StreamBatches,
     data: dict[str, Any], heldout: Sequence[Sample],
 ) -> Run:  # fmt: skip
     """Everything the loop needs, computed from the settings once."""
-    total = settings.max_steps
-    if total < 0:
-        total = math.ceil(settings.num_train_epochs * batches.steps_per_epoch)  # as transformers rounds it
+    total = steps_of(settings, batches)
     warmup = settings.warmup_steps if settings.warmup_ratio is None else math.ceil(settings.warmup_ratio * total)
     schedule = make_schedule(
         settings.lr_scheduler_type, settings.learning_rate, warmup, total, settings.lr_scheduler_kwargs
@@ -306,11 +330,18 @@ def make_run(
     own_rate = settings.embedding_learning_rate
     if settings.optim.startswith("paged") and not settings.device:
         check_device(prepared.mesh.devices.flat[0])
+    adalora = None if prepared.lora is None else prepared.lora.adalora
     optimizer = make_optimizer(
         schedule, adam_beta1=settings.adam_beta1, adam_beta2=settings.adam_beta2, adam_epsilon=settings.adam_epsilon,
-        weight_decay=settings.weight_decay, max_grad_norm=settings.max_grad_norm,
+        weight_decay=settings.weight_decay, 
+        max_grad_norm=0.0 if adalora else settings.max_grad_norm,
         optim=settings.optim, embedding_factor=1.0 if own_rate is None else own_rate / settings.learning_rate,
+        loraplus_lr_ratio=settings.loraplus_lr_ratio,
     )  # fmt: skip
+    if adalora is not None:
+        optimizer = with_adalora(
+            optimizer, prepared.model, adalora, max_grad_norm=settings.max_grad_norm, allocate=settings.adapter is None
+        )
     if prepared.compute_dtype == np.dtype("float16"):
         optimizer = with_loss_scale(optimizer)
     eval_rows = settings.per_device_eval_batch_size * data_parallel_size(prepared.mesh)
@@ -337,7 +368,7 @@ def fingerprint(
         "full_finetuning", "max_length", "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps",
         "warmup_ratio", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "seed",
         "shuffle_dataset", "packing", "optim", "load_in_4bit", "load_in_8bit", "embedding_learning_rate", "add_tokens",
-        "chat_template", "eval_split",
+        "chat_template", "eval_split", "loraplus_lr_ratio",
     )  # fmt: skip
     found: dict[str, Any] = {name: getattr(settings, name) for name in names}
     if prepared.lora is not None:

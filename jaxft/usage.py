@@ -3,6 +3,7 @@
 import shlex
 from pathlib import Path
 
+from jaxft.load import QUANTIZED_BASE
 from jaxft.prepare import Prepared
 from jaxft.settings import TrainSettings
 
@@ -14,7 +15,9 @@ def python_lines(prepared: Prepared, settings: TrainSettings, directory: str) ->
     base = settings.model_name_or_path or str(prepared.directory)
     lines, imports = [f"model = AutoModelForCausalLM.from_pretrained({directory!r})"], "AutoModelForCausalLM"
     if prepared.lora is not None:
-        lines = [f"base = AutoModelForCausalLM.from_pretrained({base!r})"]
+        # PiSSA and LoftQ take from the base what the adapter begins with; in 4 bits the rest is a model of its own
+        place = f"{directory}/{QUANTIZED_BASE}" if prepared.subtracted and prepared.quantized else base
+        lines = [f"base = AutoModelForCausalLM.from_pretrained({place!r})"]
         if prepared.changes:
             imports = f"AutoConfig, {imports}"
             lines = [
@@ -51,8 +54,7 @@ def usage(prepared: Prepared, settings: TrainSettings, directory: Path) -> dict[
     else:
         found["vLLM"] = f"{merge}vllm serve {whole}"
     gguf = shlex.quote(f"{directory.name}.gguf")
-    found["llama.cpp"] = (
-        f"{merge}python llama.cpp/convert_hf_to_gguf.py {whole} --outfile {gguf}\n"
-        f'llama-cli -m {gguf} -p "What is 12 * 12?"'
-    )
+    base = out if lora is None else base
+    written = f"{base} {gguf} --quant q4_k_m" + ("" if lora is None else f" --adapter {out}")
+    found["llama.cpp"] = f'python -m jaxft.convert gguf {written}\nllama-cli -m {gguf} -p "What is 12 * 12?"'
     return found

@@ -150,8 +150,19 @@ def reference_logits(model: torch.nn.Module, micro: Batch) -> np.ndarray:
     return np.concatenate([row[:length] for row, length in zip(found, document_sizes(micro), strict=True)])
 
 
-def reference_course(model: torch.nn.Module, batches: Iterable[Batch], steps: int, training: Training) -> Course:
-    """Trains with transformers' loss and schedule and torch's AdamW; norms and biases do not decay."""
+def reference_course(
+    model: torch.nn.Module,
+    batches: Iterable[Batch],
+    steps: int,
+    training: Training,
+    *,
+    adam: torch.optim.Optimizer | None = None,
+    after_step: Callable[[int], None] = lambda step: None,
+) -> Course:
+    """Trains with transformers' loss and schedule and torch's AdamW; norms and biases do not decay.
+
+    adam: an optimizer in its place. after_step: called with the number of each step, from 1, before gradients go.
+    """
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
     no_decay = {name for name in named if "norm" in name or name.endswith("bias")}
     own_rate = {name for name in named if training.embedding_learning_rate and re.search("embed_tokens|lm_head", name)}
@@ -161,10 +172,10 @@ def reference_course(model: torch.nn.Module, batches: Iterable[Batch], steps: in
          "weight_decay": 0.0 if kind[1] else training.weight_decay}
         for kind in ((False, False), (False, True), (True, False))
     ]  # fmt: skip
-    adam = torch.optim.AdamW(groups, lr=training.learning_rate, betas=(0.9, 0.999), eps=1e-8)
+    adam = adam or torch.optim.AdamW(groups, lr=training.learning_rate, betas=(0.9, 0.999), eps=1e-8)
     schedule = get_scheduler(training.lr_scheduler_type, adam, training.warmup_steps, steps)
     losses, norms, gradients = [], [], {}
-    for _, batch in zip(range(steps), batches, strict=False):
+    for step, batch in zip(range(1, steps + 1), batches, strict=False):
         count = sum(int((separated(micro)[1] != -100).sum()) for micro in micro_batches(batch))
         total = 0.0
         for tokens, labels in (part for micro in micro_batches(batch) for part in reference_runs(model, micro)):
@@ -173,7 +184,9 @@ def reference_course(model: torch.nn.Module, batches: Iterable[Batch], steps: in
             total += loss.item()
         losses.append(total)
         gradients = gradients or {
-            name.replace(".modules_to_save", "").replace(".default.", "."): p.grad.numpy().copy()
+            name.replace(".modules_to_save", "")
+            .replace("vector.default.weight", "vector")  # as PEFT writes DoRA's magnitudes
+            .replace(".default", ""): p.grad.numpy().copy()
             for name, p in named.items()
             if p.grad is not None
         }
@@ -181,6 +194,7 @@ def reference_course(model: torch.nn.Module, batches: Iterable[Batch], steps: in
         norms.append(torch.nn.utils.clip_grad_norm_(list(named.values()), limit).item())
         adam.step()
         schedule.step()
+        after_step(step)
         adam.zero_grad()
     return Course(losses, norms, gradients)
 

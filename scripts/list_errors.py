@@ -25,7 +25,7 @@ GROUPS = {
         "jaxft/load.py", "jaxft/models/", "jaxft/quant.py", "jaxft/prepare.py",
     ),
     "Reading and writing weight files": ("convert/",),
-    "Naming an adapter": ("jaxft/lora.py", "convert/peft.py"),
+    "Naming an adapter": ("jaxft/lora", "jaxft/initial.py", "jaxft/adalora.py", "convert/peft.py"),
     "Reading data": ("jaxft/data", "jaxft/columns.py", "jaxft/files.py", "jaxft/packing.py"),
     "Rendering conversations": ("jaxft/chat.py", "jaxft/templates.py"),
     "Training": (

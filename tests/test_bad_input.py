@@ -247,8 +247,8 @@ def test_an_adapter_that_is_missing_broken_or_for_another_model_is_refused(comma
     shutil.copytree(adapter, copy)
     config = json.loads((copy / "adapter_config.json").read_text())
     for change, words in (
-        ({"peft_type": "IA3"}, "peft_type 'IA3' is not supported; only LORA adapters are"),
-        ({"use_dora": True}, "use_dora = True is not supported yet"),
+        ({"peft_type": "IA3"}, "peft_type 'IA3' is not supported; only LORA and ADALORA adapters are"),
+        ({"lora_bias": True}, "lora_bias = True is not supported yet"),
         ({"modules_to_save": ["norm"]}, "modules_to_save: 'norm' is not supported; expected embed_tokens or lm_head"),
         ({"r": "many"}, "must be numbers"),
     ):

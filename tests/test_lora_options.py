@@ -41,7 +41,7 @@ pytestmark = [
 
 STEPS = 4
 TRAINING = Training(learning_rate=3e-3, weight_decay=0.5, embedding_learning_rate=7e-4)
-TRAINED = ("patterns", "embedding and head", "tied model that stays tied", "everything")
+TRAINED = ("patterns", "embedding and head", "tied model that stays tied", "everything", "magnitudes")
 
 
 def micro():
@@ -142,6 +142,7 @@ BREAKS: dict[str, tuple[str, dict]] = {
     "ranks ignored": ("patterns", {"rank_pattern": {}}),
     "alphas ignored": ("patterns", {"alpha_pattern": {}}),
     "last key instead of the first": ("patterns", {"alpha_pattern": {"q_proj": 16, r"layers\.2\..*": 3}}),
+    "magnitudes ignored": ("magnitudes", {"use_dora": False}),
     "scale without the own rank": ("everything", {"use_rslora": False}),
     "head that follows the embedding": ("embedding of a tied model", {"ensure_weight_tying": True}),
     "embedding that follows the head": ("head of a tied model", {"ensure_weight_tying": True}),

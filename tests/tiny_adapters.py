@@ -34,6 +34,14 @@ OPTIONS: dict[str, tuple[str, dict, int]] = {
         "qwen2_tied",
         {"target_modules": ["q_proj", "down_proj"], "modules_to_save": ["lm_head"], "ensure_weight_tying": True}, 14,
     ),
+    "magnitudes": (
+        "llama_bias",
+        {"target_modules": "all-linear", "use_dora": True, "rank_pattern": {"q_proj": 2},
+         "alpha_pattern": {"down_proj": 1}}, 63,
+    ),
+    "magnitudes in some layers": (
+        "qwen3", {"target_modules": ["v_proj", "up_proj"], "use_dora": True, "layers_to_transform": [0, 2]}, 12,
+    ),
     "everything": (
         "llama_linear_tied",
         {"target_modules": ["v_proj", "gate_proj", "lm_head"], "modules_to_save": BOTH, "layers_to_transform": [0, 2],

@@ -49,7 +49,8 @@ class Seen(nnx.Variable):
 
 
 class Lora(nnx.Module):
-    """A (R, I), B (O, R) and scale of one linear layer, or of a stack of them.
+    """A (R, I), B (O, R) and scale of one linear layer, or of a stack of them; with DoRA a magnitude (O,)
+    too, with AdaLoRA E (R, 1), which A's rows are multiplied by.
 
     ranks, scales: of each layer of the stack. R is the largest rank: the rows of A and columns of B beyond a layer's
     own rank are zero, so that they add nothing, have no gradient and stay zero. A layer without a branch has rank 0.
@@ -57,10 +58,12 @@ class Lora(nnx.Module):
 
     def __init__(
         self, in_features: int, out_features: int, ranks: tuple[int, ...], scales: tuple[float, ...],
-        axes: tuple[str, str], dropout: float,
+        axes: tuple[str, str], dropout: float, dora: bool = False, adalora: bool = False,
     ):  # fmt: skip
         self.a = describe((max(ranks), in_features), ("rank", axes[1]), LoRAParam)
         self.b = describe((out_features, max(ranks)), (axes[0], "rank"), LoRAParam)
+        self.magnitude = nnx.data(describe((out_features,), axes[:1], LoRAParam) if dora else None)
+        self.e = nnx.data(describe((max(ranks), 1), ("rank", None), LoRAParam) if adalora else None)
         self.scale = describe((), (), LoRAScale)
         self.ranks, self.scales, self.dropout = ranks, scales, dropout
 
@@ -80,8 +83,13 @@ class Linear(nnx.Module):
             self.seen.set_value(x)
 
     def weights(self) -> linear_op.Weights:
-        lora = None if self.lora is None else (self.lora.a[...], self.lora.b[...], self.lora.scale[...])
-        return linear_op.Weights(self.weight[...], None if self.bias is None else self.bias[...], lora)
+        bias = None if self.bias is None else self.bias[...]
+        if self.lora is None:
+            return linear_op.Weights(self.weight[...], bias)
+        magnitude = None if self.lora.magnitude is None else self.lora.magnitude[...]
+        a = self.lora.a[...] if self.lora.e is None else self.lora.a[...] * self.lora.e[...]
+        lora = (a, self.lora.b[...], self.lora.scale[...])
+        return linear_op.Weights(self.weight[...], bias, lora, magnitude)
 
 
 def linears(
@@ -230,22 +238,24 @@ def stack(block: M, count: int) -> M:
 
 
 ATTENTION = ("attention_out", "attention_lse")  # what an attention kernel needs to not run forward again
-LOW_RANK = "mlp_low_rank"  # R columns that spare the backward pass the MLP's widest array
+# R columns that spare the backward pass the MLP's widest array, and DoRA's norms, which need no second look at W
+LOW_RANK = ("mlp_low_rank", "dora_norm")
 kept = jax.checkpoint_policies.save_only_these_names
 REMAT: dict[str, Callable[..., bool] | None] = {
     # keeps everything that the backward pass reads
     "none": None,
     # keeps each layer's input and computes the rest again
-    "full": kept(LOW_RANK),
+    "full": kept(*LOW_RANK),
     # keeps each layer's input and attention's output and log-sum-exp
-    "attention": kept(LOW_RANK, *ATTENTION),
+    "attention": kept(*LOW_RANK, *ATTENTION),
     # keeps what the hand-derived backward passes read: only norms, rotations and activations are computed again
     "products": kept(
-        LOW_RANK, "attention_qkv", *ATTENTION, "layer_middle", "mlp_gate", "mlp_up", "lora_low_rank", "branch_out"
+        *(*LOW_RANK, "attention_qkv", *ATTENTION, "layer_middle", "mlp_gate", "mlp_up"),
+        *("lora_low_rank", "dora_product", "branch_out"),
     ),
     # full and attention with what is kept on the host (`offload.py`)
-    "offload": kept(LOW_RANK),
-    "offload_attention": kept(LOW_RANK, *ATTENTION),
+    "offload": kept(*LOW_RANK),
+    "offload_attention": kept(*LOW_RANK, *ATTENTION),
 }
 OFFLOADED = ("offload", "offload_attention")
 

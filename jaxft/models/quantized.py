@@ -10,7 +10,7 @@ from jaxft.errors import InputError
 from jaxft.lora import linear_modules
 from jaxft.models import Model, model_of
 from jaxft.quant import Quantized, describe_leaf, leaf_axes, stacked
-from jaxft.trees import flatten
+from jaxft.trees import flatten, unflatten
 
 
 def linear_weights(model: Model) -> dict[str, tuple[int, int]]:
@@ -18,7 +18,8 @@ def linear_weights(model: Model) -> dict[str, tuple[int, int]]:
     paths = {f"{path}/weight" for path in linear_modules(model.bind(model.shapes)) if not path.startswith("lm_head")}
     leaves = dict(flatten(model.shapes))
     found = {}
-    for name, place in places(model.family.names, model.shapes).items():
+    plain = {path: leaf for path, leaf in leaves.items() if "/lora/" not in path}
+    for name, place in places(model.family.names, unflatten(plain)).items():
         if place.path in paths:
             rows, columns = leaves[place.path].shape[-2:]
             found[name] = (rows, columns)

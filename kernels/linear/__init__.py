@@ -2,7 +2,7 @@
 
 import jax
 
-from jaxft.kernels.linear import fused, reference
+from jaxft.kernels.linear import dora, fused, reference
 from jaxft.kernels.linear.weights import Weights
 
 __all__ = ["Weights", "check_add", "check_fit", "layer_keys", "linears"]
@@ -21,7 +21,8 @@ def linears(
 
     x: (..., I), its dtype is the compute dtype: weights, A and B are read in theirs and cast to it; products
     accumulate in float32; each y_i is (..., O_i) in x's dtype. dropout is LoRA's, drawn anew for each layer from
-    key, and off where key is None. add: added to y_0, a residual, of its shape and dtype.
+    key, and off where key is None. add: added to y_0, a residual, of its shape and dtype. A layer with a magnitude is
+    DoRA's, see `dora`.
     implementation: "fused" (default; reverse-mode derivatives only) or "reference". Raises ValueError where a shape
     does not fit or the implementation is unknown.
     """
@@ -30,12 +31,14 @@ def linears(
     keys = layer_keys(key, len(layers))
     if implementation == "reference":
         found = [
-            reference.linear(x, layer.weight, layer.bias, layer.lora, dropout, layer_key)
+            reference.linear(x, layer.weight, layer.bias, layer.lora, dropout, layer_key, layer.magnitude)
             for layer, layer_key in zip(layers, keys, strict=True)
         ]
         return (found[0] if add is None else found[0] + add, *found[1:])
     if implementation not in (None, "fused"):
         raise ValueError(f"implementation {implementation!r}: must be 'fused' or 'reference'")
+    if any(layer.magnitude is not None for layer in layers):
+        return dora.linears(x, layers, dropout, keys, add)
     return fused.linears(x, layers, dropout, keys, add)
 
 
@@ -46,6 +49,10 @@ def check_fit(shape: tuple[int, ...], layers: tuple[Weights, ...]) -> None:
         low_rank = [] if layer.lora is None else [layer.lora[0].shape[1:], layer.lora[1].shape[:1]]
         if shape[-1] != columns or (low_rank and low_rank != [(columns,), (rows,)]):
             raise ValueError(f"x has shape {shape}, weight (O, I) {layer.weight.shape}, A and B need (R, I), (O, R)")
+        if layer.magnitude is not None and (layer.lora is None or layer.magnitude.shape != (rows,)):
+            raise ValueError(
+                f"magnitude has shape {layer.magnitude.shape}; it must be ({rows},) and stand beside A and B"
+            )
 
 
 def check_add(x: jax.Array, layer: Weights, add: jax.Array | None) -> None:

@@ -229,7 +229,7 @@ def no_gradients(layers: tuple[Weights, ...], wanted: Wanted) -> tuple[PerLeaf, 
         return jnp.zeros(leaf.shape, jnp.float32) if asked else None
 
     return tuple(
-        PerLeaf(*jax.tree.map(zeros, tuple(want), tuple(layer)))
+        PerLeaf(*jax.tree.map(zeros, tuple(want), (layer.weight, layer.bias, layer.lora)))
         for layer, want in zip(layers, wanted.layers, strict=True)
     )
 
@@ -244,7 +244,7 @@ def perturbed(x: Any, layers: Any) -> Wanted:
 
     def asked(layer: Any) -> PerLeaf:
         weight = False if is_quantized(layer.weight) else layer.weight.perturbed
-        return PerLeaf(weight, *jax.tree.map(lambda leaf: leaf.perturbed, tuple(layer[1:])))
+        return PerLeaf(weight, *jax.tree.map(lambda leaf: leaf.perturbed, (layer.bias, layer.lora)))
 
     return Wanted(x.perturbed, tuple(map(asked, layers)))
 

@@ -41,6 +41,13 @@ def dropout(x: jax.Array, rate: float, key: jax.Array) -> jax.Array:
     return jnp.where(kept, x / (1 - rate), jnp.zeros_like(x))
 
 
+def row_norms(weight: Weight, lora: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
+    """‖W_o + s (B A)_o‖ of every row o, (O,) float32, computed in float32; a constant to the gradient."""
+    weight, (a, b, scale) = jax.lax.stop_gradient((weight, lora))
+    low_rank = matmul(b.astype(jnp.float32) * scale.astype(jnp.float32), a.T)
+    return jnp.linalg.norm(dense(weight, jnp.float32) + low_rank, axis=1)
+
+
 def linear(
     x: jax.Array,
     weight: Weight,
@@ -48,13 +55,20 @@ def linear(
     lora: tuple[jax.Array, jax.Array, jax.Array] | None,
     rate: float,
     key: jax.Array | None,
+    magnitude: jax.Array | None = None,
 ) -> jax.Array:
-    """x Wᵀ + bias + s · dropout(x) Aᵀ Bᵀ; see `__init__`."""
+    """x Wᵀ + bias + s · dropout(x) Aᵀ Bᵀ; see `__init__`, and `dora` for the rows' magnitudes, which multiply by c."""
     y = matmul(x, weight)
-    if bias is not None:
-        y = y + jax.lax.expand_dims(bias.astype(x.dtype), range(y.ndim - 1))
     if lora is not None:
         a, b, scale = lora
         branch = dropout(x, rate, key) if rate and key is not None else x
-        y = y + matmul(matmul(branch, a), b) * scale.astype(x.dtype)
+        low_rank = matmul(matmul(branch, a), b) * scale.astype(x.dtype)
+        if magnitude is None:
+            y = y + low_rank
+        else:
+            c = jnp.where(magnitude != 0, magnitude / row_norms(weight, lora), 1.0)
+            c = jax.lax.expand_dims(c.astype(x.dtype), range(y.ndim - 1))
+            y = y + (c - 1) * matmul(branch, weight) + c * low_rank
+    if bias is not None:
+        y = y + jax.lax.expand_dims(bias.astype(x.dtype), range(y.ndim - 1))
     return y

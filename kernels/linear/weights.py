@@ -8,8 +8,9 @@ from jaxft.quant import Weight
 
 
 class Weights(NamedTuple):
-    """weight (O, I), bias (O,), and LoRA's A (R, I), B (O, R) and scale ()."""
+    """weight (O, I), bias (O,), LoRA's A (R, I), B (O, R) and scale (), and with them DoRA's magnitude (O,) float32."""
 
     weight: Weight
     bias: jax.Array | None = None
     lora: tuple[jax.Array, jax.Array, jax.Array] | None = None
+    magnitude: jax.Array | None = None

@@ -6,7 +6,7 @@ import jax
 
 from jaxft.kernels.gpu import serving
 from jaxft.kernels.linear import Weights, check_add, check_fit, layer_keys
-from jaxft.kernels.mlp import fused, reference, triton
+from jaxft.kernels.mlp import composed, fused, reference, triton
 from jaxft.kernels.mlp.reference import ACTIVATIONS
 
 __all__ = ["ACTIVATIONS", "hidden", "mlp"]
@@ -33,7 +33,8 @@ def mlp(
     tiles: how many parts the tokens are cut into, one after the other, each computed again in the backward pass: only
     one part's (…, F) arrays exist at a time. Dropout draws other masks for each number of tiles.
     implementation: "triton" (own kernels between the large products), "fused" (plain XLA; both with reverse-mode
-    derivatives only), "reference" (tiles must be 1), or None: the first of them that serves. What is kept for backward,
+    derivatives only), "reference" (tiles must be 1), or None: the first of them that serves, and for layers with
+    magnitudes (DoRA) `composed`. What is kept for backward,
     and its names for rematerialisation policies: see `fused`. Raises ValueError where a shape does not fit or a name is
     unknown, NotImplementedError where the implementation that was asked for cannot serve.
     """
@@ -56,6 +57,10 @@ def mlp(
     if implementation not in (None, "triton", "fused"):
         raise ValueError(f"implementation {implementation!r}: must be 'triton', 'fused' or 'reference'")
     layers = (gate, up, down)
+    if any(layer.magnitude is not None for layer in layers):
+        if implementation is not None:
+            raise NotImplementedError(f"a magnitude (DoRA): {implementation} serves LoRA alone")
+        return composed.mlp(x, layers, activation, dropout, both, add, tiles)
     dropped = bool(dropout) and any(key is not None for key in both)
     check = partial(triton.check, x.dtype, layers, activation, dropped)
     card = None if implementation == "fused" else serving("mlp", check, implementation)

@@ -140,7 +140,7 @@ def _mlp_backward(activation, rate, card, kept, dy):
 mlp.defvjp(_mlp_forward, _mlp_backward, symbolic_zeros=True)
 
 
-def _cut(x: jax.Array, tiles: int) -> jax.Array:
+def cut(x: jax.Array, tiles: int) -> jax.Array:
     """(..., T, D) to (tiles, ..., t, D); the last tile is padded with zeros.
 
     On one device all tokens count as one row, so that no data moves; on a mesh only T is cut, because the other
@@ -154,8 +154,8 @@ def _cut(x: jax.Array, tiles: int) -> jax.Array:
     return jnp.moveaxis(x.reshape(*x.shape[:-2], tiles, t, x.shape[-1]), -3, 0)
 
 
-def _join(parts: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """What `_cut` took apart, as `shape` (..., T, D)."""
+def join(parts: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """What `cut` took apart, as `shape` (..., T, D)."""
     rows = jnp.moveaxis(parts, 0, -3)
     rows = rows.reshape(*rows.shape[:-3], -1, rows.shape[-1])
     T = shape[-2] if rows.ndim == len(shape) else math.prod(shape[:-1])
@@ -177,7 +177,7 @@ def _hoisted(x: jax.Array, tiles: int) -> bool:
     return 2 * math.prod(x.shape[:-1]) >= tiles * x.shape[-1]
 
 
-def _tile_keys(keys: Keys, index: jax.Array) -> Keys:
+def tile_keys(keys: Keys, index: jax.Array) -> Keys:
     return tuple(None if key is None else jax.random.fold_in(key, index) for key in keys)
 
 
@@ -203,13 +203,13 @@ def _tiles(x, layers, activation, rate, keys, add, card, tiles):
 
     def one(_, inputs):
         part, part_add, index = inputs
-        own = _tile_keys(keys, index)
+        own = tile_keys(keys, index)
         e, v, lows = _inner(part, layers, rate, own, card)
         return None, _outer(e, v, lows, layers, activation, rate, own, card, part_add)
 
-    adds = None if add is None else _cut(add, tiles)
-    _, (parts, lows) = jax.lax.scan(one, None, (_cut(x, tiles), adds, jnp.arange(tiles)))
-    return _join(parts, x.shape), lows
+    adds = None if add is None else cut(add, tiles)
+    _, (parts, lows) = jax.lax.scan(one, None, (cut(x, tiles), adds, jnp.arange(tiles)))
+    return join(parts, x.shape), lows
 
 
 def _tiled_forward(x, layers, activation, rate, keys, add, card, tiles):
@@ -227,16 +227,16 @@ def _tiled_backward(activation, rate, card, tiles, kept, dy):
 
     def one(total, inputs):
         part, d_part, outer_lows, index = inputs
-        own = _tile_keys(keys, index)
+        own = tile_keys(keys, index)
         e, v, inner_lows = _inner(part, layers, rate, own, card)
         dx, grads = _gradients(
             part, e, v, inner_lows + outer_lows, d_part, layers, wanted, activation, rate, own, card, jnp.float32
         )
         return jax.tree.map(lambda a, b: a + b.astype(jnp.float32), total, grads), dx
 
-    inputs = (_cut(x, tiles), _cut(dy, tiles), lows, jnp.arange(tiles))
+    inputs = (cut(x, tiles), cut(dy, tiles), lows, jnp.arange(tiles))
     grads, parts = jax.lax.scan(one, linear.no_gradients(layers, wanted), inputs)
-    dx = None if parts is None else _join(parts, x.shape)
+    dx = None if parts is None else join(parts, x.shape)
     return dx, linear.in_dtypes(grads, layers), (None,) * len(keys), dy if added else None
 
 

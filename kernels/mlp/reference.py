@@ -27,6 +27,6 @@ def mlp(
     """down(act(gate(x)) · up(x)), each of them `linear.reference.linear`; keys: dropout of gate, up and down."""
 
     def linear(x, layer, key):
-        return reference.linear(x, layer.weight, layer.bias, layer.lora, rate, key)
+        return reference.linear(x, layer.weight, layer.bias, layer.lora, rate, key, layer.magnitude)
 
     return linear(ACTIVATIONS[activation](linear(x, gate, keys[0])) * linear(x, up, keys[1]), down, keys[2])
