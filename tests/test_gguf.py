@@ -26,6 +26,7 @@ from jaxft.errors import InputError, run_command
 from jaxft.load import EMBEDDED, find_directory
 from jaxft.lora import branches
 from jaxft.models import read_hf_config
+from jaxft.quant import dense
 from tests.tiny_models import CONFIGS, hf_config, nonzero_adapter, tiny_model
 from tests.tiny_runs import CHATML, V, make_tokenizer
 
@@ -246,16 +247,34 @@ def test_hf_writes_a_directory_that_is_the_file(tmp_path, capsys):
 
 def test_four_bit_models_are_sources_too(tmp_path):
     directory = tmp_path / "m"
-    model, params = load_model(write_model(tmp_path / "whole", "qwen3", hidden_size=64), quantization="nf4")
+    whole = write_model(tmp_path / "whole", "qwen3", num_hidden_layers=1)
+    model, params = load_model(whole, quantization="nf4")
     save_model(directory, model, params, dtype="bfloat16")
-    export(directory, tmp_path / "m.gguf", "f32")
-    there, back = load_model(directory)[1], load_model(tmp_path / "m.gguf")[1]
-    q = there["layers"]["0"]["self_attn"]["q_proj"]["weight"]
-    from jaxft.quant import dense
+    assert "dequantised" in export(directory, tmp_path / "m.gguf", "f32")[0]
+    name = "model.layers.0.self_attn.v_proj.weight"
+    back = hf.open_model(find_directory(str(tmp_path / "m.gguf")))[name].get_tensor(name)
+    weight = params["layers"]["0"]["self_attn"]["v_proj"]["weight"][0]
+    np.testing.assert_array_equal(back, np.asarray(dense(weight, np.float32)))
+    assert 0 < np.abs(back - load_file(whole / "model.safetensors")[name]).max() < 0.2  # not the weights from before
 
-    np.testing.assert_array_equal(
-        np.asarray(dense(q[1], np.float32)), back["layers"]["0"]["self_attn"]["q_proj"]["weight"][1]
-    )
+
+def test_an_importance_matrix_is_held_against_the_model(tmp_path):
+    origin = open_origin(str(write_model(tmp_path / "m", "llama2", num_hidden_layers=1)), None)
+    said: list[str] = []
+    weights = {"blk.0.ffn_up.weight": np.linspace(0, 9, 32, dtype=np.float32), "output.weight": np.ones(32, np.float32)}
+    for name, importance in (("plain", None), ("weighted", weights)):
+        write_files(origin, {"q4_0": tmp_path / f"{name}.gguf"}, None, said.append, importance)
+    assert any("nothing of 6 of 9 matrices" in text for text in said)
+
+    def data(file, tensor):
+        info = read_header(tmp_path / f"{file}.gguf").tensors[tensor]
+        return (tmp_path / f"{file}.gguf").read_bytes()[info.offset : info.offset + info.size]
+
+    assert data("plain", "blk.0.ffn_gate.weight") == data("weighted", "blk.0.ffn_gate.weight")
+    assert data("plain", "blk.0.ffn_up.weight") != data("weighted", "blk.0.ffn_up.weight")
+    for wrong in ({"blk.0.ffn_up.weight": np.ones(7, np.float32)}, {"blk.9.ffn_up.weight": np.ones(32, np.float32)}):
+        with pytest.raises(InputError, match="another model's"):
+            write_files(origin, {"q4_0": tmp_path / "x.gguf"}, None, said.append, wrong)
 
 
 @pytest.mark.parametrize(

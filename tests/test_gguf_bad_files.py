@@ -109,6 +109,7 @@ def test_a_bad_header_is_one_clear_error(name, tmp_path, capsys):
         ((key("general.architecture", 8, text("qwen3")),), "lacks the key qwen3.block_count"),
         ((key("general.architecture", 8, text("qwen3")), key("qwen3.block_count", 8, text("two"))), "no model's"),
         ((key("general.type", 8, text("adapter")),), "'adapter', not a model"),
+        ((key("split.count", 2, struct.pack("<H", 3)),), "one of 3 parts"),
     ],
 )
 def test_a_file_that_holds_no_model_is_refused(metadata, said, tmp_path):

@@ -4,7 +4,7 @@ import json
 import shutil
 
 import pytest
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from jaxft.convert.gguf import check, pretokenizers
@@ -178,6 +178,22 @@ def test_sentencepiece_without_its_file_gets_scores_by_its_merges(how):
     assert found.space_prefix == how.get("prefix", True) and found.anywhere == (not how.get("first_only", False))
     again = check.tokenizer_of(found)
     for text in ("ab a b", "aab é", "a<s>b a", " a", "", "▁ab"):
+        assert again.encode(text) == tokenizer.encode(text), text
+
+
+@pytest.mark.parametrize("scheme", ["always", "never"])
+def test_unigram_keeps_its_scores(scheme):
+    pieces = [("<unk>", 0.0), ("</s>", 0.0), ("▁", -2.0), ("▁a", -1.5), ("a", -2.5), ("b", -3.0), ("ab", -4.0)]
+    core = Tokenizer(models.Unigram(pieces, unk_id=0))
+    core.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme)
+    core.decoder = decoders.Metaspace(prepend_scheme=scheme)
+    core.add_special_tokens(["</s>", "<unk>"])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="</s>", unk_token="<unk>")
+    found = describe(tokenizer, 9)
+    assert (found.model, found.types) == ("t5", [UNKNOWN, CONTROL, 1, 1, 1, 1, 1, UNUSED, UNUSED])
+    assert found.scores == [score for _, score in pieces] + [0.0, 0.0] and found.space_prefix == (scheme == "always")
+    again = check.tokenizer_of(from_metadata(_as_read(found.metadata())))
+    for text in ("ab a b", "aab é", "a</s>b a", "[PAD7]", ""):
         assert again.encode(text) == tokenizer.encode(text), text
 
 

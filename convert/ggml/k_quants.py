@@ -11,8 +11,9 @@ import jax
 import jax.numpy as jnp
 
 from jaxft.convert.ggml.bits import as_bytes, in_rows, nibbles, pairs, single_bits
+from jaxft.convert.ggml.codes import rounded_to, signed_scales, whole_codes
 from jaxft.convert.ggml.exact import half
-from jaxft.convert.ggml.search import FINE, Tries, affine, around, farthest, rounded_to, scaled
+from jaxft.convert.ggml.search import FINE, Tries, affine, around, reciprocal_or_zero, scaled
 
 Importance = jax.Array | None
 
@@ -49,24 +50,28 @@ def q3_k(x: jax.Array, zero: jax.Array, importance: Importance = None) -> jax.Ar
     step = None
     if importance is not None:
         step = scaled(scales, _sums(w), around(-32), (-32, 31))
-    return _q3_k_bytes(x, scales, step, zero)
+    d_bytes, held, inverse = signed_scales(scales, step, zero, 32)
+    return _q3_k_bytes(whole_codes(x, inverse, None, (-4, 3)), held, d_bytes)
 
 
 def q6_k(x: jax.Array, zero: jax.Array, importance: Importance = None) -> jax.Array:
     x, w = _parted(x, importance, run=16, rule="squares or importance")
-    return _q6_k_bytes(x, scaled(x, w, around(-32), (-32, 31)), zero)
+    d_bytes, held, inverse = signed_scales(scaled(x, w, around(-32), (-32, 31)), None, zero, 128)
+    return _q6_k_bytes(whole_codes(x, inverse, None, (-32, 31)), held, d_bytes)
 
 
 def _affine(kind: Affine, x: jax.Array, zero: jax.Array, importance: Importance) -> jax.Array:
     levels, top = 2**kind.bits - 1, 2**kind.scale_bits - 1
     x, w = _parted(x, importance, run=kind.run, rule="sizes" if kind.bits == 2 else "sizes and their mean")
+    steps = None
     if importance is None:
         scales, minima = affine(x, w, levels, kind.tries, absolute=kind.bits == 2)
-        return _affine_bytes(x, scales, minima, None, zero, kind)
-    scales, minima = affine(x, w, levels, FINE)
-    sums = _sums(w)
-    steps = tuple(scaled(part, sums, around(top), (0, top)) for part in (scales, minima))
-    return _affine_bytes(x, scales, minima, steps, zero, kind)
+    else:
+        scales, minima = affine(x, w, levels, FINE)
+        sums = _sums(w)
+        steps = tuple(scaled(part, sums, around(top), (0, top)) for part in (scales, minima))
+    *parts, inverse, minimum = _affine_scales(scales, minima, steps, zero, top)
+    return _affine_bytes(whole_codes(x, inverse, minimum, (0, levels)), *parts, kind=kind)
 
 
 @functools.partial(jax.jit, static_argnames=("run", "rule"))
@@ -93,51 +98,44 @@ def _sums(w: jax.Array) -> jax.Array:
     return jnp.sum(w, axis=1)
 
 
-@functools.partial(jax.jit, static_argnames="kind")
-def _affine_bytes(
-    x: jax.Array,
-    scales: jax.Array,
-    minima: jax.Array,
-    steps: tuple[jax.Array, ...] | None,
-    zero: jax.Array,
-    kind: Affine,
-) -> jax.Array:  # fmt: skip
-    """steps: what the whole numbers of scales and minima are multiplied by; None: as large as the largest needs."""
-    top = 2**kind.scale_bits - 1
+@functools.partial(jax.jit, static_argnames="top")
+def _affine_scales(
+    scales: jax.Array, minima: jax.Array, steps: tuple[jax.Array, ...] | None, zero: jax.Array, top: int
+) -> tuple[jax.Array, ...]:
+    """Whole scales and minima (uint8), the bytes of what multiplies each, 1 / scale and minimum as they will be read.
+
+    steps: what multiplies them; None: as large as the largest needs.
+    """
     d, dmin = (jnp.max(part, axis=0) / top for part in (scales, minima)) if steps is None else steps
     d_bytes, d = half(d[None], zero)
     dmin_bytes, dmin = half(dmin[None], zero)
     scales, minima = rounded_to(scales, d, 0, top), rounded_to(minima, dmin, 0, top)
-    codes = _codes(rounded_to(x + (dmin * minima)[:, None], (d * scales)[:, None], 0, 2**kind.bits - 1))
-    scales, minima = scales.astype(jnp.uint8), minima.astype(jnp.uint8)
+    held = scales.astype(jnp.uint8), minima.astype(jnp.uint8)
+    return *held, d_bytes, dmin_bytes, reciprocal_or_zero(d * scales), dmin * minima
+
+
+@functools.partial(jax.jit, static_argnames="kind")
+def _affine_bytes(
+    codes: jax.Array, scales: jax.Array, minima: jax.Array, d: jax.Array, dmin: jax.Array, *, kind: Affine
+) -> jax.Array:
     if kind.bits == 2:
-        return in_rows([scales | (minima << 4), pairs(codes), d_bytes, dmin_bytes])
+        return in_rows([scales | (minima << 4), pairs(codes), d, dmin])
     high = [single_bits(codes >> 4, 32)] if kind.bits == 5 else []
-    return in_rows([d_bytes, dmin_bytes, _six_bits(scales, minima), *high, nibbles(codes & 15, 32)])
+    return in_rows([d, dmin, _six_bits(scales, minima), *high, nibbles(codes & 15, 32)])
 
 
 @jax.jit
-def _q3_k_bytes(x: jax.Array, scales: jax.Array, step: jax.Array | None, zero: jax.Array) -> jax.Array:
-    d_bytes, d = half(farthest(scales) / -32 if step is None else step[None], zero)
-    held = rounded_to(scales, d, -32, 31)
-    codes = _codes(rounded_to(x, (d * held)[:, None], -4, 3) + 4)
-    kept = (held + 32).astype(jnp.uint8)
+def _q3_k_bytes(codes: jax.Array, scales: jax.Array, d: jax.Array) -> jax.Array:
+    kept = (scales + 32).astype(jnp.uint8)
     high = kept >> 4
     high = high[0:4] | (high[4:8] << 2) | (high[8:12] << 4) | (high[12:16] << 6)
     low = (kept[:8] & 15) | ((kept[8:] & 15) << 4)
-    return in_rows([single_bits(codes >> 2, 32), pairs(codes & 3), low, high, d_bytes])
+    return in_rows([single_bits(codes >> 2, 32), pairs(codes & 3), low, high, d])
 
 
 @jax.jit
-def _q6_k_bytes(x: jax.Array, scales: jax.Array, zero: jax.Array) -> jax.Array:
-    d_bytes, d = half(farthest(scales) / -128, zero)
-    held = rounded_to(scales, d, -128, 127)
-    codes = _codes(rounded_to(x, (d * held)[:, None], -32, 31) + 32)
-    return in_rows([nibbles(codes & 15, 64), pairs(codes >> 4), as_bytes(held), d_bytes])
-
-
-def _codes(whole: jax.Array) -> jax.Array:
-    return whole.astype(jnp.uint8).reshape(256, -1)
+def _q6_k_bytes(codes: jax.Array, scales: jax.Array, d: jax.Array) -> jax.Array:
+    return in_rows([nibbles(codes & 15, 64), pairs(codes >> 4), as_bytes(scales), d])
 
 
 def _six_bits(scales: jax.Array, minima: jax.Array) -> jax.Array:

@@ -10,8 +10,9 @@ import jax
 import jax.numpy as jnp
 
 from jaxft.convert.ggml.bits import as_bytes, in_rows, nibbles, single_bits
+from jaxft.convert.ggml.codes import whole_codes
 from jaxft.convert.ggml.exact import divided, half, reciprocal, rounded
-from jaxft.convert.ggml.search import FINE, affine, around, farthest, rounded_to, scaled
+from jaxft.convert.ggml.search import FINE, affine, around, farthest, reciprocal_or_zero, scaled
 
 
 def q8_0(x: jax.Array, zero: jax.Array, weights: jax.Array | None = None) -> jax.Array:
@@ -22,20 +23,23 @@ def q8_0(x: jax.Array, zero: jax.Array, weights: jax.Array | None = None) -> jax
 
 def symmetric(x: jax.Array, zero: jax.Array, weights: jax.Array | None = None, *, bits: int) -> jax.Array:
     """q4_0 and q5_0: the value farthest from zero becomes code 0, which stands for −2^(bits−1) scales."""
+    middle = 2 ** (bits - 1)
     if weights is not None:
-        middle = 2 ** (bits - 1)
-        return _searched_bytes(x, scaled(x, weights, around(-middle), (-middle, middle - 1)), zero, bits)
+        bounds = (-middle, middle - 1)
+        scale = scaled(x, weights, around(-middle), bounds)
+        return _bytes(whole_codes(x, *_as_read(scale, None, zero), bounds), scale, None, zero, bits)
     scale = _farthest_over(x, bits)
-    return _symmetric_bytes(x, scale, reciprocals(scale), zero, bits)
+    codes = _exact_codes(x, None, reciprocals(scale), zero, middle + 0.5, bits)
+    return _bytes(codes, scale, None, zero, bits)
 
 
 def offset(x: jax.Array, zero: jax.Array, weights: jax.Array | None = None, *, bits: int) -> jax.Array:
     """q4_1 and q5_1: code 0 stands for the smallest value, the largest code for the largest."""
     if weights is not None:
         scale, minimum = affine(x, weights, 2**bits - 1, FINE)
-        return _searched_offset_bytes(x, scale, -minimum, zero, bits)
+        return _bytes(whole_codes(x, *_as_read(scale, -minimum, zero), (0, 2**bits - 1)), scale, -minimum, zero, bits)
     low, scale = _low_and_scale(x, bits)
-    return _offset_bytes(x, low, scale, reciprocals(scale), zero, bits)
+    return _bytes(_exact_codes(x, low, reciprocals(scale), zero, 0.5, bits), scale, low, zero, bits)
 
 
 reciprocals = jax.jit(reciprocal)
@@ -67,39 +71,21 @@ def _q8_0_bytes(x: jax.Array, scale: jax.Array, inverse: jax.Array, zero: jax.Ar
 
 
 @functools.partial(jax.jit, static_argnames="bits")
-def _symmetric_bytes(x: jax.Array, scale: jax.Array, inverse: jax.Array, zero: jax.Array, bits: int) -> jax.Array:
-    codes = _codes(rounded(x * inverse[None], zero) + jnp.float32(2 ** (bits - 1) + 0.5), bits)
-    return in_rows([half(scale, zero)[0], *_packed(codes, bits)])
-
-
-@functools.partial(jax.jit, static_argnames="bits")
-def _offset_bytes(
-    x: jax.Array, low: jax.Array, scale: jax.Array, inverse: jax.Array, zero: jax.Array, bits: int
+def _exact_codes(
+    x: jax.Array, low: jax.Array | None, inverse: jax.Array, zero: jax.Array, half_up: float, bits: int
 ) -> jax.Array:
-    codes = _codes(rounded((x - low[None]) * inverse[None], zero) + jnp.float32(0.5), bits)
-    return in_rows([half(scale, zero)[0], half(low, zero)[0], *_packed(codes, bits)])
+    product = rounded((x if low is None else x - low[None]) * inverse[None], zero)
+    return jnp.clip(jnp.floor(product + jnp.float32(half_up)), 0, 2**bits - 1).astype(jnp.uint8)
 
 
 @functools.partial(jax.jit, static_argnames="bits")
-def _searched_bytes(x: jax.Array, scale: jax.Array, zero: jax.Array, bits: int) -> jax.Array:
-    middle = 2 ** (bits - 1)
-    d_bytes, d = half(scale[None], zero)
-    codes = (rounded_to(x, d, -middle, middle - 1) + middle).astype(jnp.uint8)
-    return in_rows([d_bytes, *_packed(codes, bits)])
+def _bytes(codes: jax.Array, scale: jax.Array, low: jax.Array | None, zero: jax.Array, bits: int) -> jax.Array:
+    lows = [] if low is None else [half(low, zero)[0]]
+    high = [single_bits(codes >> 4, 1)] if bits == 5 else []
+    return in_rows([half(scale, zero)[0], *lows, *high, nibbles(codes & 15, 16)])
 
 
-@functools.partial(jax.jit, static_argnames="bits")
-def _searched_offset_bytes(x: jax.Array, scale: jax.Array, low: jax.Array, zero: jax.Array, bits: int) -> jax.Array:
-    (d_bytes, d), (low_bytes, low) = half(scale[None], zero), half(low[None], zero)
-    codes = rounded_to(x - low, d, 0, 2**bits - 1).astype(jnp.uint8)
-    return in_rows([d_bytes, low_bytes, *_packed(codes, bits)])
-
-
-def _codes(shifted: jax.Array, bits: int) -> jax.Array:
-    return jnp.clip(jnp.floor(shifted), 0, 2**bits - 1).astype(jnp.uint8)
-
-
-def _packed(codes: jax.Array, bits: int) -> list[jax.Array]:
-    if bits == 4:
-        return [nibbles(codes, 16)]
-    return [single_bits(codes >> 4, 1), nibbles(codes & 15, 16)]
+@jax.jit
+def _as_read(scale: jax.Array, low: jax.Array | None, zero: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+    """1 / scale and the offset with what is held in float16."""
+    return reciprocal_or_zero(half(scale, zero)[1]), None if low is None else -half(low, zero)[1]

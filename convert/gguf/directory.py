@@ -46,6 +46,11 @@ def write_directory(header: Header, directory: Path) -> None:
     kind = header.metadata.get("general.type", "model")
     if kind != "model":
         raise InputError(f"{header.path} holds {kind!r}, not a model; name the model's file")
+    parts = header.metadata.get("split.count", 0)
+    if parts and int(parts) > 1:
+        raise InputError(
+            f"{header.path} is one of {parts} parts of a model; join them by llama.cpp's llama-gguf-split --merge"
+        )
     extra = {name: read_plain(header.path, header.tensors[name]) for name in ropes.TENSORS if name in header.tensors}
     written = config.config_of(header, extra)
     written["dtype"] = _dtype(header)

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from jaxft.errors import InputError
 from jaxft.models import Model
+from jaxft.trees import flatten
 
 ALL_BIASES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -15,8 +16,7 @@ class Architecture:
     name: of the architecture. interleaved: llama.cpp rotates neighbours (2h, 2h + 1) of a head of q and k, transformers
     h and h + H/2, so that rows change places. norm: what norms' weights are stored more than in Hugging Face's files.
     biases: the linear layers whose bias it adds. untied: whether it takes a head that is not the embedding. windows: it
-    knows sliding windows. head_scale: it multiplies scores by 1/√H, except (see `attention_scale`) in Gemma's 27B.
-    factors: ropes whose waves are divided one by one (llama3's, longrope's).
+    knows sliding windows. factors: ropes whose waves are divided one by one (llama3's, longrope's).
     """
 
     name: str
@@ -65,7 +65,7 @@ def check_expressible(model: Model) -> list[str]:
         raise InputError(
             f"hidden_act is {c.hidden_act}; {where} computes {kind.activation}, and no file says otherwise"
         )
-    held = {path.split("/")[-2] for path in _paths(model.shapes) if path.endswith("/bias")}
+    held = {path.split("/")[-2] for path, _ in flatten(model.shapes) if path.endswith("/bias")}
     if held - set(kind.biases):
         raise InputError(f"{', '.join(sorted(held - set(kind.biases)))} have a bias; {where} has no place for it")
     if not (c.tie_word_embeddings or kind.untied):
@@ -81,12 +81,6 @@ def check_expressible(model: Model) -> list[str]:
     if windows and not kind.windows:
         said.append(f"{where} has no sliding windows: answers are the model's up to {min(windows)} tokens")
     return said
-
-
-def _paths(tree: dict, prefix: str = "") -> list[str]:
-    from jaxft.trees import flatten
-
-    return [path for path, _ in flatten(tree, prefix)]
 
 
 def row_order(interleaved: bool, name: str, heads: int, kv_heads: int, head_dim: int) -> tuple[int, int] | None:

@@ -163,6 +163,9 @@ def _spaces(vocabulary: Vocabulary) -> dict[str, Any]:
 
 def _unigram(vocabulary: Vocabulary) -> dict[str, Any]:
     assert vocabulary.scores is not None
+    count = len(vocabulary.tokens)
+    while count and vocabulary.types[count - 1] == UNUSED:  # rows without token
+        count -= 1
     steps: list[dict[str, Any]] = []
     if vocabulary.charsmap:
         steps.append({"type": "Precompiled", "precompiled_charsmap": base64.b64encode(vocabulary.charsmap).decode()})
@@ -177,6 +180,6 @@ def _unigram(vocabulary: Vocabulary) -> dict[str, Any]:
         "decoder": space,
         "model": {
             "type": "Unigram", "unk_id": vocabulary.ids.get("unk"), "byte_fallback": BYTE in vocabulary.types,
-            "vocab": [[text, score] for text, score in zip(vocabulary.tokens, vocabulary.scores, strict=True)],
+            "vocab": [list(pair) for pair in zip(vocabulary.tokens[:count], vocabulary.scores[:count], strict=True)],
         },
     }  # fmt: skip

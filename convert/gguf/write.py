@@ -64,7 +64,12 @@ def write_files(
     column. Raises InputError for what GGUF or llama.cpp has no way to say; nothing is written then.
     """
     model = origin.model
+    if model.config.model_type not in ARCHITECTURES:
+        raise InputError(f"model_type {model.config.model_type!r} has no architecture of llama.cpp's here")
     kind = ARCHITECTURES[model.config.model_type]
+    if origin.source.stored:
+        say(f"{origin.directory} is quantised by bitsandbytes: its dequantised weights are written; those that it was "
+            "made from would lose less")  # fmt: skip
     for text in check_expressible(model):
         say(f"warning: {text}")
     keys, extra, said = config.describe(model)
@@ -72,6 +77,10 @@ def write_files(
         say(f"warning: {text}")
     if vocabulary is None:
         say("warning: the model has no tokenizer: the file will have none, and llama.cpp needs one to read text")
+    elif vocabulary.space_prefix and not vocabulary.anywhere:
+        say(
+            "warning: llama.cpp puts a space before text that follows a special token, this tokenizer only at the start"
+        )
     keys |= {} if vocabulary is None else vocabulary.metadata()
     names = stored_names(origin.source)
     if importance is not None:
@@ -113,11 +122,13 @@ def _check_importance(
     """Raises InputError for an importance matrix of another model; says for how many matrices there is none."""
     known = {stored: shapes[name] for name, stored in names.items() if len(shapes[name]) == 2}
     for stored, weights in importance.items():
-        if stored not in known or len(weights) != known[stored][1]:
-            seen = f"of {known[stored][1]} columns here" if stored in known else "not there"
-            raise InputError(
-                f"the importance matrix is another model's: it has {stored} ({len(weights)} columns), {seen}"
-            )
+        if stored in known and len(weights) != known[stored][1]:
+            wide = f"{stored} is {len(weights)} columns wide there and {known[stored][1]} here"
+            raise InputError(f"the importance matrix is another model's: {wide}")
+    if not importance.keys() & known.keys():
+        raise InputError(f"the importance matrix is another model's: it has no {next(iter(known))}")
+    if extra := sorted(importance.keys() - known.keys()):
+        say(f"the importance matrix has {len(extra)} matrices that this model has not, e.g. {extra[0]}")
     left = [stored for stored in known if stored not in importance and stored != "token_embd.weight"]
     if left:
         say(f"the importance matrix says nothing of {len(left)} of {len(known)} matrices, e.g. {left[0]}")
