@@ -99,12 +99,16 @@ def scaled(x: jax.Array, w: jax.Array, ratios: jax.Array | np.ndarray, bounds: t
     inverse = reciprocal_or_zero(anchor)
     sum_xx = _total([a * b * b for a, b in zip(weights, values, strict=True)])
     ratios = jnp.asarray(ratios, jnp.float32)
-    rounds = nearest_entry if bounds is None else functools.partial(_clipped, bounds=bounds)
 
     def fitted(index: jax.Array) -> tuple[jax.Array, jax.Array]:
-        values, weights = _split(x), _split(w)
         ratio = ratios[index] * inverse
-        g = [rounds(v * ratio) for v in values]
+        if bounds is None:  # written out, this would take a GPU's compiler half a minute
+            entries = nearest_entry(x * ratio[..., None, :])
+            sum_xg = jnp.sum(w * entries * x, axis=-2)
+            scale = _over(sum_xg, jnp.sum(w * entries * entries, axis=-2))
+            return sum_xx - scale * sum_xg, scale
+        values, weights = _split(x), _split(w)
+        g = [_clipped(v * ratio, bounds) for v in values]
         wg = [a * b for a, b in zip(weights, g, strict=True)]
         sum_xg = _total([a * b for a, b in zip(wg, values, strict=True)])
         scale = _over(sum_xg, _total([a * b for a, b in zip(wg, g, strict=True)]))
