@@ -80,7 +80,7 @@ def test_updates_and_moments_are_those_without_paging(optim):
         updates, state = update(params, optimizer.init(params), params)
         found.append(jax.tree.leaves(update(updates, state, params)))
     assert len(found[0]) == len(found[1])
-    for one, two in zip(*found, strict=True):
+    for one, two in zip(*(map(np.asarray, leaves) for leaves in found), strict=True):
         if one.dtype == jnp.uint8:  # codes
             np.testing.assert_array_equal(one, two)
         else:  # of two programs the compiler joins other products and sums into one rounding
