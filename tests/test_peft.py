@@ -194,7 +194,7 @@ BAD = {
     "config is not JSON": (lambda d: (d / CONFIG).write_text("no"), "is not a JSON object"),
     "garbage": (lambda d: (d / WEIGHTS).write_bytes(b"\xff" * 999), "is not a whole safetensors file"),
     "cut": (lambda d: (d / WEIGHTS).write_bytes((d / WEIGHTS).read_bytes()[:-7]), "is not a whole safetensors file"),
-    "another method": (lambda d: edit(d, peft_type="IA3"), "'IA3' is not supported; only LORA and ADALORA adapters are"),
+    "another method": (lambda d: edit(d, peft_type="IA3"), "'IA3' is not supported; only LORA and ADALORA"),
     "no r": (lambda d: edit(d, r=...), "r, lora_alpha, their patterns and layers_to_transform must be numbers"),
     "r is a word": (lambda d: edit(d, r="many"), "r, lora_alpha, .* must be numbers"),
     "r is 0": (lambda d: edit(d, r=0), "a rank below 1 is none"),
