@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxft.kernels.adamw_8bit import adamw_8bit
 from jaxft.kernels.attention import attention, documents, key_range
 from jaxft.kernels.linear import Weights, linears
 from jaxft.kernels.linear_cross_entropy import linear_cross_entropy
@@ -17,7 +18,8 @@ from jaxft.kernels.mlp import mlp
 from jaxft.kernels.norm_rope import norm_rope
 from jaxft.kernels.rms_norm import residual_rms_norm
 from jaxft.kernels.rope import apply_rope
-from jaxft.quant import dense, quantize_nf4
+from jaxft.optim_8bit import dequantize, quantize
+from jaxft.quant import dense, multiply, quantize_nf4
 
 # B, T, N, K, H, D, F, V and R of the legend; the largest sum is over 144 numbers. Widths below 128 the norm's kernel
 # refuses, and T is no multiple of any tile
@@ -29,7 +31,8 @@ DOCUMENTS = ((30, 42), (7, 61, 4))  # lengths in each row
 class Case:
     """An op, the arrays of one call, which of them are differentiated, its ways by name, and its definition.
 
-    definition: the same function in plain jnp; it is given the same numbers in float32.
+    definition: the same function in plain jnp; it is given the same numbers in float32. most: another tolerance
+    than the dtype's.
     """
 
     op: str
@@ -37,6 +40,7 @@ class Case:
     of: tuple[int, ...]
     ways: Mapping[str, Callable]
     definition: Callable
+    most: float | None = None
 
 
 @dataclass(frozen=True)
@@ -84,7 +88,7 @@ def self_test(dtype: Any) -> Iterator[Result]:
         alone = True
         for way, function in case.ways.items():
             if way != "reference" or device.platform != "cpu":
-                yield (result := _tested(case, way, function, dy, wanted, tolerance(dtype)))
+                yield (result := _tested(case, way, function, dy, wanted, case.most or tolerance(dtype)))
                 alone = alone and result.verdict == "-"
             elif alone:
                 yield Result(
@@ -153,6 +157,25 @@ def cases(dtype: Any) -> Iterator[Case]:
     weights, loras = [normal(*size, scale=D**-0.5) for size in sizes], [low_rank(*size) for size in sizes]
     ways = {way: partial(linear, way) for way in ("fused", "reference")}
     yield Case("linear", (x, loras, weights), (0, 1), ways, partial(linear, "reference"))
+
+    def magnitudes(weights) -> list[jax.Array]:
+        return [
+            jnp.linalg.norm(w.astype(jnp.float32), axis=1) * (1 + 0.1 * normal(len(w), dtype=jnp.float32))
+            for w in weights
+        ]
+
+    def with_magnitudes(loras, weights, lengths) -> tuple[Weights, ...]:
+        found = layers(loras, weights)
+        return tuple(layer._replace(magnitude=one) for layer, one in zip(found, lengths, strict=True))
+
+    def linear_dora(way: str, x, loras, lengths, weights):
+        return linears(x, with_magnitudes(loras, weights, lengths), implementation=way)
+
+    yield Case(
+        "linear, DoRA", (x, loras, magnitudes(weights), weights), (0, 1, 2),
+        {"dora": partial(linear_dora, "fused"), "reference": partial(linear_dora, "reference")},
+        partial(linear_dora, "reference"),
+    )  # fmt: skip
     held = [jax.jit(quantize_nf4)(weight) for weight in weights]
 
     def linear_of_nf4(x, loras, held):
@@ -169,6 +192,12 @@ def cases(dtype: Any) -> Iterator[Case]:
         lambda leaf: dense(leaf, jnp.float32, implementation="reference"),
     )  # fmt: skip
 
+    def multiplied(way: str, x, leaf):
+        return multiply(x, leaf, implementation=way)
+
+    ways_of_product = {way: partial(multiplied, way) for way in ("triton", "reference")}
+    yield Case("dequantize, product", (x[:, 0], held[0]), (), ways_of_product, partial(multiplied, "reference"))
+
     def block(way: str, x, loras, weights):
         return mlp(x, *layers(loras, weights), activation="silu", implementation=way)
 
@@ -176,6 +205,15 @@ def cases(dtype: Any) -> Iterator[Case]:
     weights, loras = [normal(*size, scale=D**-0.5) for size in inner], [low_rank(*size) for size in inner]
     ways = {way: partial(block, way) for way in ("triton", "fused", "reference")}
     yield Case("mlp", (x, loras, weights), (0, 1), ways, partial(block, "reference"))
+
+    def block_dora(way: str | None, x, loras, lengths, weights):
+        return mlp(x, *with_magnitudes(loras, weights, lengths), activation="silu", implementation=way)
+
+    yield Case(
+        "mlp, DoRA", (x, loras, magnitudes(weights), weights), (0, 1, 2),
+        {"composed": partial(block_dora, None), "reference": partial(block_dora, "reference")},
+        partial(block_dora, "reference"),
+    )  # fmt: skip
 
     def norm(way: str, x, weight):
         return residual_rms_norm(x, weight, eps=1e-6, implementation=way)
@@ -201,6 +239,40 @@ def cases(dtype: Any) -> Iterator[Case]:
         (normal(B * T, D), normal(V, D, scale=D**-0.5), jnp.asarray(targets), jnp.asarray(share)), (0, 1),
         {way: partial(entropy, way) for way in ("tiled", "reference")}, partial(entropy, "reference"),
     )  # fmt: skip
+
+    def stepped(way: str, param, grad, mu, nu, scalars):
+        return adamw_8bit(
+            param, grad, mu, nu, scalars, jax.random.key(0), b1=0.9, b2=0.999, eps=1e-8, decay=0.1, implementation=way
+        )
+
+    def parameters(dtype: Any, way: str, param, *rest):
+        return stepped(way, param.astype(dtype), *rest)[0]
+
+    def moments(way: str, *arrays):
+        _, mu, nu = stepped(way, *arrays)
+        return dequantize(mu, True), dequantize(nu, False)
+
+    # two stacked tensors of no whole number of blocks, second moments over several decades, others of a like size
+    size, blocks = (2, F, V), -(-F * V // 256)
+    root = np.exp(random.normal(0, 0.7, (2, blocks * 256)))
+    root[:, F * V :] = 0
+    mu, nu = (
+        quantize(jnp.asarray(moment.reshape(2, blocks, 256), jnp.float32), signed)
+        for moment, signed in ((random.standard_normal(root.shape) * root, True), (root**2, False))
+    )
+    grad = jnp.asarray(random.standard_normal(size) * root[:, : F * V].reshape(size), dtype)
+    step = normal(*size), grad, mu, nu, jnp.asarray([0.5, 1, 0.19, 0.002, 1], jnp.float32)
+    exact = partial(parameters, jnp.float32)
+
+    def adamw(op: str, function: Callable, definition: Callable, most: float | None) -> Case:
+        ways = {way: partial(function, way) for way in ("triton", "pieces", "reference")}
+        return Case(op, step, (), ways, partial(definition, "reference"), most)
+
+    yield adamw("adamw_8bit", exact, exact, tolerance(jnp.float32))  # a parameter as adapters are held
+    # the code of a moment may fall to either side of a middle between two levels, at most 1.6e-3 of these
+    yield adamw("adamw_8bit, moments", moments, moments, 2e-3)
+    if jnp.dtype(dtype).itemsize == 2:  # as all weights may be held, rounded to one of the two neighbours
+        yield adamw(f"adamw_8bit, {jnp.dtype(dtype).name}", partial(parameters, dtype), exact, None)
 
 
 def _both(function: Callable, of: tuple[int, ...], arguments: tuple, dy: Any) -> Any:

@@ -15,6 +15,7 @@ import numpy as np
 import optax
 
 from jaxft.bench import CONFIGS, WORKLOADS
+from jaxft.kernels.adamw_8bit import adamw_8bit
 from jaxft.kernels.attention import attention, chunked, documents, key_range
 from jaxft.kernels.linear import Weights, linears
 from jaxft.kernels.linear.reference import matmul
@@ -333,7 +334,7 @@ def nf4_product_cases(shape: Shape, dtype: jnp.dtype, rank: int) -> Iterator[Cas
 
 
 def adamw_8bit_cases(shape: Shape, dtype: jnp.dtype, rank: int) -> Iterator[Case]:
-    """One step on four stacked layers' gate weights, from moments that are not zero."""
+    """The update of four stacked layers' gate weights from moments that are not zero; and steps that end in place."""
     L, size = 4, (4, shape.F, shape.D)
     fixed = dict(b1=0.9, b2=0.999, eps=1e-8)
     rule = scale_by_adam_8bit(**fixed)
@@ -365,6 +366,39 @@ def adamw_8bit_cases(shape: Shape, dtype: jnp.dtype, rank: int) -> Iterator[Case
     yield Case(
         "adamw_8bit", arguments, {"xla": rule.update}, definition, (moved, 0), "TB/s", view=as_float32,
         tolerance={"update": 1e-4, "mu": 3e-2, "nu": 3e-2},  # a moment comes back rounded to 8 bits
+    )  # fmt: skip
+
+    # in one program, so that the copy of what the call may not overwrite is a small part of it
+    steps = 16
+
+    def held(key):
+        keys = jax.random.split(key)
+        grads, state = arguments(keys[0])
+        return jax.random.normal(keys[1], size, dtype), grads["layers"], state.mu["layers"], state.nu["layers"]
+
+    def way(name):
+        def run(param, grad, mu, nu):
+            scalars = jnp.asarray([1, 0.01, 0.19, 0.002, 1], jnp.float32)
+
+            def step(index, carry):
+                param, mu, nu = carry
+                own = jax.random.fold_in(jax.random.key(0), index)
+                return adamw_8bit(param, grad, mu, nu, scalars, own, decay=0.1, implementation=name, **fixed)
+
+            return jax.lax.fori_loop(0, steps, step, (param, mu, nu))
+
+        return run
+
+    def wide(out):
+        param, mu, nu = out
+        return {"mu": dequantize(mu, True), "nu": dequantize(nu, False), "param": param}
+
+    # parameter and codes read and written, gradient read: 10 bytes a bfloat16 number; and magnitudes
+    moved = steps * np.prod(size, dtype=np.float64) * (3 * dtype.itemsize + 4 * (1 + 4 / 256)) / 1e12
+    yield Case(
+        f"adamw_8bit, {steps} steps", held, {name: way(name) for name in ("triton", "pieces")},
+        lambda *a: wide(way("reference")(*a)), (moved, 0), "TB/s", view=wide,
+        tolerance={"param": 2e-2, "mu": 3e-2, "nu": 3e-2},  # a 16-bit parameter is rounded at random in every step
     )  # fmt: skip
 
 

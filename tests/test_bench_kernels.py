@@ -34,11 +34,13 @@ def test_every_op_runs_at_a_tiny_shape_and_is_right(bench, tmp_path, capsys):
         ("qkv_mlp", "qkv_mlp: frozen products alone"), ("qkv_mlp", "fused"),
         ("norm_rope", "reference"), ("rms_norm", "reference"), ("linear_cross_entropy", "tiled"),
         ("dequantize q", "reference"), ("dequantize k", "reference"), ("dequantize gate", "reference"),
-        ("adamw_8bit", "xla"), *((f"nf4_product {name} {rows}", "dense first") for name in products for rows in (1, 8)),
+        ("adamw_8bit", "xla"), ("adamw_8bit, 16 steps", "pieces"),
+        *((f"nf4_product {name} {rows}", "dense first") for name in products for rows in (1, 8)),
     }  # fmt: skip
     refused = {r["way"].split("(")[0] for r in found if "refused" in r}
     assert refused == {"triton", "cudnn"}  # no GPU here
     by_way = {(r["op"], r["way"]): r for r in found}
+    assert set(by_way["adamw_8bit, 16 steps", "pieces"]["distance"]) == {"['mu']", "['nu']", "['param']"}
     fused = by_way["qkv_mlp", "fused"]
     base = by_way["qkv_mlp", "qkv_mlp: frozen products alone"]
     for label in ("forward", "forward+backward"):

@@ -1,9 +1,13 @@
 """The doctor: each kernel is held to its definition, a broken one or a broken GPU install is said plainly."""
 
+import importlib
+import inspect
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import pytest
 from packaging.requirements import Requirement
@@ -35,18 +39,60 @@ def test_a_sound_cpu_installation_passes_and_says_what_is_not_tested(tmp_path_fa
     verdicts = {(row["op"], row["way"]): row for row in found["kernels"]}
     for op, way in (
         *(("attention", "chunked"), ("linear", "fused"), ("linear, NF4", "fused"), ("mlp", "fused")),
-        *(("linear_cross_entropy", "tiled"),),
+        *(("linear_cross_entropy", "tiled"), ("linear, DoRA", "dora"), ("mlp, DoRA", "composed")),
     ):
         row = verdicts.pop((op, way))
         assert row["verdict"] == "PASS" and 0 < row["distance"] <= row["tolerance"] < 2e-5, row
+    for op, most in (("adamw_8bit", 2e-5), ("adamw_8bit, moments", 2e-3)):  # the same operations, piece by piece
+        row = verdicts.pop((op, "pieces"))
+        assert row["verdict"] == "PASS" and row["distance"] < 2e-5 and row["tolerance"] <= most, row
     assert {row["verdict"] for row in verdicts.values()} == {"-"}
     assert "needs an NVIDIA GPU" in verdicts["attention", "triton"]["reason"]
     assert "needs an NVIDIA GPU" in verdicts["dequantize", "triton"]["reason"]
-    folders = {folder.name for folder in KERNELS.iterdir() if (folder / "reference.py").exists()}
-    assert folders == {op.partition(",")[0] for op in [row["op"] for row in found["kernels"]]}
     notes = " ".join(finding["text"] for finding in found["findings"] if finding["status"] == "note")
     assert "computes on the CPU" in notes and "not tested" in notes
     assert any("free" in f["text"] for f in found["findings"] if f["heading"] == "cache and disk")
+
+
+def ways_of(folder: Path) -> set[str]:
+    """The files of an op that compute it."""
+    beside = {"__init__", "tables", "weights", "triton_kernels"}
+    return {file.stem for file in folder.glob("*.py")} - beside
+
+
+def test_every_op_of_kernels_is_tested_by_every_way_that_it_has():
+    tested: dict[str, set[str]] = {}
+    for case in self_test.cases(jnp.float32):
+        tested.setdefault(case.op.partition(",")[0], set()).update(case.ways)
+    folders = [folder for folder in KERNELS.iterdir() if (folder / "__init__.py").exists()]
+    assert tested == {folder.name: ways_of(folder) for folder in folders}
+
+
+def test_every_public_function_of_kernels_that_has_several_ways_is_tested():
+    called = set()
+
+    def note(frame, event, _):
+        if event == "call":
+            called.add(frame.f_code)
+
+    before = sys.getprofile()
+    for case in self_test.cases(jnp.float32):
+        sys.setprofile(note)
+        try:
+            jax.eval_shape(case.definition, *case.arguments)
+        finally:
+            sys.setprofile(before)
+    public = {}
+    for folder in KERNELS.glob("*/__init__.py"):
+        module = importlib.import_module(f"jaxft.kernels.{folder.parent.name}")
+        functions = {name: getattr(module, name) for name in getattr(module, "__all__", ())}
+        public |= {
+            name: function.__code__
+            for name, function in functions.items()
+            if inspect.isfunction(function) and "implementation" in inspect.signature(function).parameters
+        }
+    assert {"multiply_nf4", "adamw_8bit", "mlp"} <= public.keys()
+    assert [name for name, code in public.items() if code not in called] == []
 
 
 @pytest.mark.parametrize(
