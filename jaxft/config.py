@@ -12,6 +12,7 @@ from typing import Any, Literal, NoReturn
 
 import yaml
 
+from jaxft.contradictions import check
 from jaxft.errors import InputError
 from jaxft.settings import (
     GROUPS,
@@ -22,7 +23,6 @@ from jaxft.settings import (
     JsonObject,
     Settings,
     TrainSettings,
-    check,
     is_expression,
 )
 

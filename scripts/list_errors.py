@@ -18,7 +18,7 @@ EXIT = {"InputError": 2, "RunError": 1}
 
 # what the user was doing, by the beginning of a file's path; the longest beginning that fits counts
 GROUPS = {
-    "Typing settings": ("jaxft/config.py", "jaxft/settings.py"),
+    "Typing settings": ("jaxft/config.py", "jaxft/settings.py", "jaxft/contradictions.py"),
     "Bringing settings of another library": ("convert/arguments", "convert/script.py"),
     "Choosing devices and processes": ("jaxft/sharding.py", "jaxft/processes.py"),
     "Naming a model, its weights and its tokenizer": (

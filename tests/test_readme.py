@@ -12,6 +12,7 @@ import pytest
 import jaxft
 from jaxft import train
 from jaxft.config import parse, to_yaml
+from jaxft.convert.__main__ import main as convert
 from jaxft.settings import GROUPS
 from tests.tiny_runs import compile_cache, lines_of
 
@@ -30,11 +31,15 @@ def test_two_lines_do_everything():
     assert lines[0].endswith("python -m jaxft.train") and "pytest" in lines[1]
 
 
-def test_every_flag_and_command_of_the_readme_exists():
+def test_every_flag_and_command_of_the_readme_exists(capsys):
     known = {field for groups in GROUPS.values() for group in groups for field in group.__annotations__} | {
         "help",
         "config",
     }
+    for command in ("merge", "gguf", "quantize"):
+        with pytest.raises(SystemExit):
+            convert([command, "--help"])
+        known |= set(re.findall(r"--([a-z][a-z_0-9]+)", capsys.readouterr().out))
     named = set(re.findall(r"--([a-z][a-z_0-9]+)", README))
     assert {"lora_r", "resume_from_checkpoint", "train_on"} <= named <= known
     for command in re.findall(r"python -m (jaxft\.\w+)", README):
