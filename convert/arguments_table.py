@@ -51,6 +51,15 @@ def same(names: str) -> Rule:
     )
 
 
+def asked(names: str) -> Rule:
+    """Settings with the same name and meaning; a value that asks for nothing needs no setting."""
+
+    def act(name: str, value: Any) -> Outcome:
+        return Outcome({}, "as it is here") if is_off(value) else Outcome({name: value})
+
+    return Rule(tuple(names.split()), "the same", "", act)
+
+
 def renamed(theirs: str, ours: str, remark: str = "") -> Rule:
     return Rule(tuple(theirs.split()), f"`{ours}`", remark, lambda _, v: Outcome({} if v is None else {ours: v}))
 
@@ -171,15 +180,11 @@ def _evaluation(value: Any) -> Outcome:
     name = str(value).lower().removeprefix("intervalstrategy.")
     if is_off(value) or name == "no":
         return Outcome({}, "as it is here")
-    if "eval_strategy" in SETTINGS:
-        return Outcome({"eval_strategy": name})
-    return Outcome({}, "eval_steps says when" if name == "steps" else "counted in steps here", lost=name != "steps")
+    return Outcome({"eval_strategy": name})
 
 
 def _template(value: Any) -> Outcome:
-    if value is not None and "chat_template" in SETTINGS:
-        return Outcome({"chat_template": value})
-    return Outcome({}, "the tokenizer's own template is used", lost=value is not None)
+    return Outcome({} if value is None else {"chat_template": value})
 
 
 def _sampling(value: Any) -> Outcome:
@@ -202,6 +207,14 @@ def _quant_type(value: Any) -> Outcome:
     return Outcome({}, "as it is here" if value == "nf4" else "4 bits are NF4 here", lost=value != "nf4")
 
 
+def _loftq(value: Any) -> Outcome:
+    if is_off(value):
+        return Outcome({}, "as it is here")
+    if not isinstance(value, dict) or value.get("loftq_bits", 4) != 4:
+        return Outcome({}, "LoftQ is in 4 bits here", lost=True)
+    return Outcome({"loftq_iter": value.get("loftq_iter", 1)})
+
+
 def _nested(value: Any) -> Outcome:
     return Outcome(
         {}, "as it is here" if is_on(value) else "NF4 here is always doubly quantised", lost=not is_on(value)
@@ -215,8 +228,9 @@ TRAINING = [
         "output_dir per_device_train_batch_size num_train_epochs max_steps learning_rate lr_scheduler_kwargs "
         "weight_decay adam_beta1 adam_beta2 adam_epsilon gradient_accumulation_steps max_grad_norm bf16 fp16 "
         "logging_steps eval_steps per_device_eval_batch_size save_steps save_total_limit seed warmup_ratio max_length "
-        "packing"
+        "packing early_stopping_patience early_stopping_threshold metric_for_best_model greater_is_better"
     ),
+    asked("load_best_model_at_end report_to push_to_hub hub_model_id hub_private_repo"),
     renamed("max_seq_length", "max_length"),
     changed("lr_scheduler_type", "`lr_scheduler_type`", "those of `--help`", _schedule),
     changed("warmup_steps", "`warmup_steps`", "below 1 it is a share: `warmup_ratio`", _warmup),
@@ -227,8 +241,8 @@ TRAINING = [
     changed("save_strategy", "`save_steps`", "`no` is 0; `epoch` has to be said in steps", _save_strategy),
     changed(
         "eval_strategy evaluation_strategy",
-        "`eval_strategy`" if "eval_strategy" in SETTINGS else "`eval_steps`",
-        "" if "eval_strategy" in SETTINGS else "counted in steps",
+        "`eval_strategy`",
+        "",
         _evaluation,
     ),
     changed("logging_strategy", "`logging_steps`", "counted in steps", _by_steps),
@@ -275,13 +289,9 @@ TRAINING = [
     missing("first fit decreasing is the one way to pack", "packing_strategy", lambda v: v in ("bfd", "ffd")),
     missing("what is too long is cut at its end", "truncation_mode", lambda v: v == "keep_start"),
     missing("evaluation packs as training does", "eval_packing"),
-    missing("a run ends by `max_steps` or its epochs", "early_stopping_patience early_stopping_threshold"),
     missing("evaluation begins before the first step", "eval_delay"),
     needless("evaluation begins before the first step", "eval_on_start"),
-    missing(
-        "the last weights are kept, not the best", "load_best_model_at_end metric_for_best_model greater_is_better"
-    ),
-    missing("only `metrics.jsonl` is written", "report_to trackio_space_id trackio_bucket_id trackio_static_space_id"),
+    missing("`report_to` knows tensorboard and wandb", "trackio_space_id trackio_bucket_id trackio_static_space_id"),
     missing("one loss: cross entropy; your own by `make_train_step(loss=…)`", "loss_type", lambda v: v == "nll"),
     missing("write it as your own loss: notebooks/own_loss.ipynb", "label_smoothing_factor"),
     missing("embeddings get no noise", "neftune_noise_alpha"),
@@ -292,19 +302,19 @@ TRAINING = [
     missing("`mesh: fsdp=N` shards the weights", "fsdp fsdp_config deepspeed"),
     missing("`gradient_checkpointing` is one word", "gradient_checkpointing_kwargs activation_checkpointing_kwargs"),
     missing("see `gradient_checkpointing`", "activation_checkpointing"),
-    missing(
-        "nothing is uploaded", "push_to_hub hub_model_id hub_strategy hub_token hub_private_repo hub_always_push "
-        "hub_revision",
-    ),
+    missing("`push_to_hub` uploads the result, at the end", "hub_strategy hub_always_push",
+            lambda v: is_off(v) or v == "end"),
+    missing("log in to the hub by HF_TOKEN", "hub_token", lambda v: v is None),
+    missing("`push_to_hub` uploads to the repository's main branch", "hub_revision", lambda v: v in (None, "main")),
     missing("a resumed run always goes on where it was", "ignore_data_skip restore_callback_states_from_checkpoint"),
     missing("runs on a CPU are deterministic; for a GPU see docs/numbers.md", "full_determinism"),
     missing("AdamW has the settings of its own flags", "optim_args optim_target_modules"),
-    missing("metrics are the loss and perplexity", "include_for_metrics"),
+    missing("what counts on answers is `eval_metric: MODULE:FUNCTION`", "include_for_metrics"),
     missing("`jaxft.load_model` in a script of your own", "model_init_kwargs dataset_kwargs"),
     changed(
         "chat_template_path chat_template",
-        "`chat_template`" if "chat_template" in SETTINGS else "",
-        "a file or the name of one that is here" if "chat_template" in SETTINGS else "the tokenizer's own is used",
+        "`chat_template`",
+        "a file or the name of one that is here",
         _template,
     ),
     missing("`debug` there is another thing", "debug"),
@@ -314,7 +324,7 @@ TRAINING = [
 COMMAND = [
     same(
         "model_name_or_path lora_r lora_alpha lora_dropout use_rslora load_in_8bit load_in_4bit dataset_config "
-        "dataset_train_split dataset_test_split"
+        "dataset_train_split dataset_test_split use_dora"
     ),
     renamed("dataset_name", "dataset"),
     renamed("dataset_streaming", "streaming"),
@@ -333,11 +343,12 @@ COMMAND = [
     needless("devices are a mesh: `mesh`", "device_map"),
     missing("the hub's newest revision is read", "model_revision revision", lambda v: is_off(v) or v == "main"),
     missing("LoRA goes on linear layers", "lora_target_parameters"),
-    missing("not here", "use_dora"),
 ]  # fmt: skip
 
 PEFT = [
-    same("lora_alpha lora_dropout use_rslora rank_pattern alpha_pattern ensure_weight_tying"),
+    same(
+        "lora_alpha lora_dropout use_rslora rank_pattern alpha_pattern ensure_weight_tying init_lora_weights use_dora"
+    ),
     renamed("r", "lora_r"),
     changed("target_modules", "`lora_target_modules`", "names, `all-linear` or a regular expression", _targets),
     changed("layers_to_transform", "`layers_to_transform`", "", _layers),
@@ -349,8 +360,8 @@ PEFT = [
     ),
     missing("list what is wanted in `lora_target_modules`", "exclude_modules"),
     missing("biases stay frozen", "bias lora_bias"),
-    missing("A is random and B zero at first", "init_lora_weights", lambda v: v is None or is_on(v)),
-    missing("not here", "use_dora use_qalora use_bdlora loftq_config eva_config corda_config lora_ga_config "
+    changed("loftq_config", "`loftq_iter`", "4 bits are those of `load_in_4bit`", _loftq),
+    missing("not here", "use_qalora use_bdlora eva_config corda_config lora_ga_config "
             "velora_config monteclora_config arrow_config kasa_config alora_invocation_tokens"),
     missing("new tokens are trained by `add_tokens`", "trainable_token_indices"),
     missing("layers are not repeated", "layer_replication megatron_config"),
@@ -382,16 +393,18 @@ TRAINER = [
     needless("the data set is packed by its plan", "data_collator dataset_batch_size"),
     missing("columns tell the format (docs/data.md): write the rows to a file", "formatting_func"),
     missing("AdamW and its schedule come by flags; your own by `make_train_step`", "optimizers"),
-    missing("metrics are the loss and perplexity", "compute_metrics preprocess_logits_for_metrics compute_loss_func"),
-    missing("there are no callbacks", "callbacks"),
+    missing(
+        "what counts on answers is `eval_metric: MODULE:FUNCTION`", "compute_metrics preprocess_logits_for_metrics"
+    ),
+    missing("your own loss: notebooks/own_loss.ipynb", "compute_loss_func"),
+    missing("there are no callbacks; early stopping is `early_stopping_patience`", "callbacks"),
     needless("LoRA's settings are taken from there", "peft_config quantization_config"),
 ]
 
 # what `load_dataset`, and what is done to its rows, says
 DATA = [
-    same("dataset eval_dataset dataset_config dataset_train_split dataset_test_split"),
+    same("dataset eval_dataset eval_split dataset_config dataset_train_split dataset_test_split"),
     renamed("dataset_streaming", "streaming"),
-    missing("hold rows out in a file, and name it by `eval_dataset`", "eval_split"),
     missing("columns tell the format (docs/data.md): write the rows to a file", "map"),
 ]
 

@@ -205,9 +205,11 @@ def imatrix(
     flags: of `jaxft.evaluate`: adapter, dtype, quantisation, mesh, data. All tokens count, those that are not trained
     too, unless --train_on says otherwise about which rows are used. chunks: at most so many rows of --max_length.
     """
+    if any(flag.partition("=")[0] in ("--model_name_or_path", "--dataset") for flag in flags):
+        raise InputError("model and data set are named without a flag: jaxft.convert imatrix MODEL DATA OUT")
     settings, provenance = parse("evaluate", ["--model_name_or_path", model, "--dataset", data, *flags])
-    if out.is_dir() or not out.parent.is_dir():
-        raise InputError(f"{out} is a directory; name a file" if out.is_dir() else f"{out.parent} does not exist")
+    if out.exists() or not out.parent.is_dir():
+        raise InputError(f"{out} exists already; name a new file" if out.exists() else f"{out.parent} does not exist")
     if chunks is not None and chunks < 1:
         raise InputError(f"--chunks {chunks}: it must be 1 or more")
     if "train_on" not in settings.settings_given:

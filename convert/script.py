@@ -11,7 +11,7 @@ from jaxft.errors import InputError
 
 OTHER_TRAINING = ("DPOConfig", "GRPOConfig", "ORPOConfig", "KTOConfig", "PPOConfig", "RLOOConfig", "CPOConfig",
                   "RewardConfig", "GKDConfig")  # fmt: skip
-READ_OF_CALLS = ("early_stopping_patience", "early_stopping_threshold", "chat_template")
+EARLY_STOPPING = ("early_stopping_patience", "early_stopping_threshold")  # in the order in which it takes them
 BFLOAT16_ASKED = ("is_bfloat16_supported", "is_bf16_supported", "is_torch_bf16_gpu_available")
 
 
@@ -93,7 +93,7 @@ class Script:
                 return "".join(str(self.value(part)) for part in parts)
             case ast.FormattedValue(value=inner, format_spec=None):
                 return self.value(inner)
-            case ast.Call(func=ast.Name(id="dict"), args=[], keywords=words):
+            case ast.Call(func=ast.Name(id="dict" | "LoftQConfig"), args=[], keywords=words):
                 return {word.arg: self.value(word.value) for word in words if word.arg}
         raise Unread("only running it would tell")
 
@@ -146,8 +146,10 @@ def read_script(path: Path) -> Source:
         origin = f"FastLanguageModel.{word}" if owner.startswith("Fast") else word
         if word == "train_on_responses_only":
             found.append(Given("SFTConfig", "assistant_only_loss", True))
-        elif word in ("EarlyStoppingCallback", "get_chat_template"):
-            found += [one for one in script.keywords("SFTConfig", call) if one.name in READ_OF_CALLS]
+        elif word == "EarlyStoppingCallback":
+            found += _early_stopping(script, call)
+        elif word == "get_chat_template":
+            found += [one for one in script.keywords("SFTConfig", call) if one.name == "chat_template"]
         elif word in OTHER_TRAINING:
             others.append(word)
         elif word == "from_pretrained" and owner.startswith("Fast") + ("ForCausalLM" in owner) == 0:
@@ -164,6 +166,14 @@ def read_script(path: Path) -> Source:
     if not origins:
         raise InputError(f"{path} calls none of {', '.join(ORIGINS)}; name the script that trains")
     return Source([*found, *_data_sets(script)], origins)
+
+
+def _early_stopping(script: Script, call: ast.Call) -> list[Given]:
+    """What `EarlyStoppingCallback(…)` says; silent about its patience, it waits for one evaluation."""
+    found = [script.given("SFTConfig", *pair) for pair in zip(EARLY_STOPPING, call.args, strict=False)]
+    found += [one for one in script.keywords("SFTConfig", call) if one.name in EARLY_STOPPING]
+    silent = all(one.name != "early_stopping_patience" for one in found)
+    return found + [Given("SFTConfig", "early_stopping_patience", 1)] * silent
 
 
 def _named_model(call: ast.Call) -> list[Given]:
@@ -187,13 +197,18 @@ def _data_sets(script: Script) -> list[Given]:
         for word, call in script.calls() if word.endswith("Trainer") and word in ORIGINS for keyword in call.keywords
     }  # fmt: skip
     found: list[Given] = []
+    parted = any(word == "train_test_split" for word, _ in script.calls())
+    trained: str | None = None
     for role, default in (("train_dataset", every[:1]), ("eval_dataset", [])):
         given = words.get(role)
         inside = [] if given is None else list(ast.walk(given))
         named = next((node.id for node in inside if isinstance(node, ast.Name)), None)
         behind = loads.get(_behind(script, named, loads))
         calls = [call for call in every if call in inside] or ([behind] if behind else default)
-        part = given.slice if isinstance(given, ast.Subscript) else None
+        part = given.slice if isinstance(given, ast.Subscript) and not parted else None
+        if parted and role == "eval_dataset" and calls and calls[0] is loads.get(_behind(script, trained, loads)):
+            continue  # the rows that are held out of those that are trained on
+        trained = named
         found += _of_load(script, calls[0], role == "eval_dataset", part) if calls else []
     for word, call in script.calls():
         if word == "train_test_split":
@@ -251,6 +266,8 @@ def _is_object(given: Given, script: Script, call: ast.Call) -> bool:
         return False
     nodes = [node, *script.assigned.get(node.id, [])] if isinstance(node, ast.Name) else [node]
     called = {_last_word(one.func) for top in nodes for one in ast.walk(top) if isinstance(one, ast.Call)}
+    if given.name == "callbacks" and called == {"EarlyStoppingCallback"}:
+        return True
     if given.name in ("bf16", "fp16") and called & set(BFLOAT16_ASKED):
         return True  # bfloat16 where the card has it: what jaxft does by itself
     objects = ("model", "tokenizer", "processing_class", "train_dataset", "eval_dataset", "args", "peft_config")

@@ -2,8 +2,9 @@
 
     python scripts/follow_docs.py README.md docs/quick-start.md
 
-A page finds what it names as its reader would have it: a model directory Qwen3-0.6B (the embedded base), train.jsonl,
-test.jsonl and ask.jsonl, recipes/, and each Python block as the file that the text before it names. A command that
+A page finds what it names as its reader would have it: a model directory Qwen3-0.6B (in fact the embedded base, as is
+embedded), train.jsonl, test.jsonl and ask.jsonl, recipes/, and each Python block as the file that the text before it
+names. A command that
 fails ends the script with 1. So does a line that is shown and does not come: numbers aside, in the order shown, with
 `[…]` for what is left out. Commands that are not jaxft's or a shell's own are listed as not run.
 """
@@ -55,6 +56,7 @@ def steps(text: str) -> Iterator[Step]:
 def prepare(directory: Path, text: str) -> None:
     """What a reader of the page has before its first command."""
     shutil.copytree(EMBEDDED / "base", directory / "Qwen3-0.6B")
+    (directory / "embedded").symlink_to(EMBEDDED / "base")
     for name, (source, count) in ROWS.items():
         rows = (EMBEDDED / source).read_text(encoding="utf-8").splitlines()[:count]
         (directory / name).write_text("\n".join(rows) + "\n", encoding="utf-8")

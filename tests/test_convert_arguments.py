@@ -144,6 +144,35 @@ SFTTrainer(model, train_dataset=ds["train_sft"], eval_dataset=ds["held"], peft_c
     assert any(line.startswith("bias = all") for line in made.lost)
 
 
+def test_what_a_trl_script_says_of_evaluation_uploads_and_loftq_is_taken_over(tmp_path):
+    script = write(
+        tmp_path / "q.py",
+        """
+ds = load_dataset("org/set", split="train_sft").train_test_split(test_size=0.05)
+lora = LoraConfig(r=4, init_lora_weights="loftq", loftq_config=LoftQConfig(loftq_iter=2))
+model = AutoModelForCausalLM.from_pretrained("a/b", quantization_config=BitsAndBytesConfig(load_in_4bit=True))
+args = SFTConfig(eval_strategy="epoch", load_best_model_at_end=True, metric_for_best_model="eval_loss",
+                 greater_is_better=False, report_to=["tensorboard", "wandb"], push_to_hub=True, hub_strategy="end",
+                 assistant_only_loss=True)
+SFTTrainer(model, args=args, train_dataset=ds["train"], eval_dataset=ds["test"], peft_config=lora,
+           callbacks=[EarlyStoppingCallback(3)])
+""",
+    )
+    made = convert(str(script))
+    found = {name: taken.value for name, taken in made.settings.items()}
+    expected = {
+        "dataset": "org/set", "dataset_train_split": "train_sft", "eval_split": 0.05, "eval_strategy": "epoch",
+        "load_best_model_at_end": True, "greater_is_better": False, "report_to": "tensorboard,wandb",
+        "push_to_hub": True, "early_stopping_patience": 3, "init_lora_weights": "loftq", "loftq_iter": 2,
+    }  # fmt: skip
+    assert found.items() >= expected.items() and "eval_dataset" not in found
+    assert made.lost == []
+    write(script, script.read_text(encoding="utf-8").replace("loftq_iter=2", "loftq_bits=8").replace("(3)", "()"))
+    made = convert(str(script))
+    assert made.settings["early_stopping_patience"].value == 1
+    assert [line.rpartition(": ")[2] for line in made.lost] == ["LoftQ is in 4 bits here"]
+
+
 def test_a_notebook_is_read_without_its_shell_lines(tmp_path):
     cells = [
         {"cell_type": "markdown", "source": ["not ( python"]},

@@ -173,7 +173,11 @@ def test_calibration_that_cannot_be_done_is_refused_and_leaves_nothing(place, tm
     base, rows, out = place / "base", place / "rows.jsonl", tmp_path / "out.gguf"
     refused("--chunks 0: it must be 1 or more", base, rows, out, "--chunks=0")
     refused("unknown flag --depth", base, rows, out, "--depth=3")
-    refused("is a directory; name a file", base, rows, tmp_path)
+    refused("exists already; name a new file", base, rows, tmp_path)
+    kept = rows.read_bytes()
+    refused("exists already; name a new file", base, out, rows)  # in the wrong order
+    refused("MODEL DATA OUT", base, out, "--dataset", rows)
+    assert rows.read_bytes() == kept
     refused("does not exist", base, rows, tmp_path / "no" / "out.gguf")
     refused("there is no such file", base, "./none.jsonl", out)
     refused("cannot be read as text", base, "./none.txt", out)

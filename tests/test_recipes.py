@@ -107,7 +107,8 @@ def test_every_key_of_a_recipe_is_a_setting_and_none_says_what_is_so_anyway(reci
 def test_there_is_a_recipe_for_every_kind_of_run():
     contents = {recipe.stem: content_of(recipe) for recipe in RECIPES}
     for setting in ("load_in_4bit", "full_finetuning", "mesh", "memory_budget", "streaming", "add_tokens",
-                    "modules_to_save", "eval_dataset", "rank_pattern", "use_rslora"):  # fmt: skip
+                    "modules_to_save", "eval_dataset", "rank_pattern", "use_rslora", "use_dora",
+                    "early_stopping_patience"):  # fmt: skip
         assert any(setting in content for content in contents.values()), setting
     page = (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8")
     assert {stem for stem in contents if f"`recipes/{stem}.yaml`" in page} == set(contents)
