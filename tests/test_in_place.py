@@ -12,6 +12,7 @@ import optax
 import pytest
 
 from jaxft.cards import COMPILER_OPTIONS, absent_card
+from jaxft.errors import InputError
 from jaxft.kernels.adamw_8bit import adamw_8bit, triton
 from jaxft.kernels.gpu import compiling_for
 from jaxft.optim import apply_updates, make_optimizer
@@ -102,7 +103,11 @@ needs_triton = pytest.mark.skipif(bool(MISSING), reason=NEEDED)
 
 @needs_triton
 def test_on_a_card_a_step_in_place_adds_next_to_nothing_where_update_makes_copies_of_all_leaves():
-    tx, device = make_optimizer(1e-3, optim="adamw_8bit"), absent_card("h200")
+    try:
+        device = absent_card("h200")
+    except InputError as refusal:
+        pytest.skip(str(refusal))
+    tx = make_optimizer(1e-3, optim="adamw_8bit")
     place = jax.sharding.SingleDeviceSharding(device)
     here = lambda tree: jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), tree)  # noqa: E731
     params = {"layers": {"0": {name: jax.ShapeDtypeStruct((16, 1024, 1024), jnp.bfloat16) for name in "abc"}}}

@@ -125,7 +125,7 @@ def test_the_product_compiles_for_every_card_and_fits_it(capability, tmp_path):
     (O, I), S = (4096, 2560), jax.ShapeDtypeStruct
     n = O * I
     arrays = S((n // 2,), jnp.uint8), S((n // 64,), jnp.uint8), S((n // 64 // 256,), jnp.float32), S((), jnp.float32)
-    function = lambda x, *parts: triton.multiply_nf4(x, *parts, (O, I), 64, capability)  # noqa: E731
+    function = lambda x, *parts: triton.multiply_nf4(x, *parts, None, (O, I), 64, capability)  # noqa: E731
     ((shared, ptx),) = compiled(function, S((8, 1, I), jnp.bfloat16), *arrays).values()
     assert shared <= SHARED[capability] * 1024
     assert "mma" in ptx  # tensor cores
@@ -143,7 +143,8 @@ def test_the_interpreted_kernels_equal_the_reference():
     assert done.stdout.count(": ok") == 18
 
 
-def test_the_kernel_refuses_a_dtype_that_it_cannot_write():
+def test_the_kernel_refuses_a_dtype_that_it_cannot_write(monkeypatch):
+    monkeypatch.setattr(gpu, "device_capability", lambda: 90)
     leaf = leaf_of("random, float32", "nf4")
     parts = leaf.codes, leaf.scales, leaf.nested, leaf.offset
     with pytest.raises(NotImplementedError, match="dtype int32"):
