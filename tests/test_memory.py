@@ -12,7 +12,7 @@ import pytest
 from jaxft import bench, cards, loop, memory, train
 from jaxft.config import parse
 from jaxft.errors import InputError, run_command
-from jaxft.memory import CPU_LADDER, LADDER, batch_shapes, choose, device_bytes, plan
+from jaxft.memory import CPU_LADDER, LADDER, batch_shapes, choose, device_bytes, plan, what_helps
 from jaxft.models.layers import REMAT
 from jaxft.optim import make_optimizer, state_shapes
 from jaxft.prepare import prepare
@@ -117,6 +117,7 @@ def test_policies_and_tiles_that_keep_less_need_less(plans):
 
 
 def test_the_ladders_name_policies_that_exist_once_each():
+    assert {policy for policy, _ in LADDER} == set(REMAT) - {"none"}
     for ladder in (LADDER, CPU_LADDER):
         assert {policy for policy, _ in ladder} <= set(REMAT) and len(set(ladder)) == len(ladder)
     assert not any(policy.startswith("offload") for policy, _ in CPU_LADDER)
@@ -164,6 +165,29 @@ def test_a_budget_that_nothing_fits_says_the_smallest_and_what_helps():
     words = r"--memory_budget 9\.00 MiB: nothing fits; the smallest, offload 8, needs 10\.00 MiB.*helps: a smaller --x"
     with pytest.raises(InputError, match=words):
         choose(9 * MIB, make, say=lambda _: None, advice="a smaller --x")
+
+
+@pytest.mark.parametrize(
+    ("optim", "full", "platform", "devices", "said"),
+    [
+        ("adamw", True, "gpu", 1, "--optim adamw_8bit or paged_adamw"),
+        ("adamw", False, "gpu", 1, "--optim adamw_8bit"),
+        ("adamw", True, "cpu", 1, "--optim adamw_8bit"),
+        ("adamw", True, "gpu", 2, "--optim paged_adamw or paged_adamw_8bit"),
+        ("adamw_8bit", True, "gpu", 1, ""),  # in place, the smallest
+        ("adamw_8bit", True, "gpu", 2, "--optim paged_adamw or paged_adamw_8bit"),
+        ("paged_adamw", True, "gpu", 1, ""),
+    ],
+)
+def test_the_optimizer_that_helps_is_one_that_needs_less(optim, full, platform, devices, said):
+    device = SimpleNamespace(platform=platform)
+    mesh = SimpleNamespace(devices=SimpleNamespace(flat=[device] * devices), size=devices)
+    settings = SimpleNamespace(
+        optim=optim, full_finetuning=full, max_length=64, per_device_train_batch_size=1, adapter=None
+    )
+    prepared = SimpleNamespace(frozen={}, lora=None if full else SimpleNamespace(r=4), mesh=mesh)
+    found = what_helps(settings, prepared).split(", ")
+    assert [flag for flag in found if "--optim" in flag] == ([said] if said else [])
 
 
 def test_a_run_within_a_budget_is_the_run_with_that_policy(command, tmp_path, monkeypatch):
