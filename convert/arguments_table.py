@@ -391,7 +391,7 @@ TRAINER = [
     needless("the data set is found by load_dataset", "train_dataset eval_dataset args model"),
     needless("the tokenizer comes with the model", "tokenizer processing_class"),
     needless("the data set is packed by its plan", "data_collator dataset_batch_size"),
-    missing("columns tell the format (docs/data.md): write the rows to a file", "formatting_func"),
+    missing("columns tell the format, `template` that of others (docs/data.md)", "formatting_func"),
     missing("AdamW and its schedule come by flags; your own by `make_train_step`", "optimizers"),
     missing(
         "what counts on answers is `eval_metric: MODULE:FUNCTION`", "compute_metrics preprocess_logits_for_metrics"
@@ -405,7 +405,7 @@ TRAINER = [
 DATA = [
     same("dataset eval_dataset eval_split dataset_config dataset_train_split dataset_test_split"),
     renamed("dataset_streaming", "streaming"),
-    missing("columns tell the format (docs/data.md): write the rows to a file", "map"),
+    missing("columns tell the format, `template` that of others (docs/data.md)", "map"),
 ]
 
 TABLE = {"data": DATA, "training": TRAINING, "command": COMMAND, "LoRA": PEFT, "Unsloth": UNSLOTH, "trainer": TRAINER}
