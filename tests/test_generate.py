@@ -209,7 +209,7 @@ def test_what_cannot_be_continued_is_refused(base, tmp_path):
         (flags(model_name_or_path=base), "nothing to continue: give --prompt TEXT, or --messages FILE"),
         (
             [*flags(model_name_or_path=plain, prompt="x"), "--chat"],
-            "no chat template; use --prompt without --chat, or an instruct model",
+            "no chat template; choose one with --chat_template, or use --prompt without --chat",
         ),
         (
             flags(model_name_or_path=base, prompt="x" * 250, max_new_tokens=7),

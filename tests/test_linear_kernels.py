@@ -376,5 +376,5 @@ def test_tile_rows_follow_the_vocabulary_and_leave_no_crumb():
     assert tile_rows(16384, 128256) == 512
     assert tile_rows(16384, 256) == 4096
     assert tile_rows(5, 256) == 5
-    assert tile_rows(1100, 128256) == 640  # two tiles, not 1024 rows and 76
+    assert tile_rows(1100, 128256) == 384  # three tiles, not two of 512 rows and one of 76
     assert tile_rows(16384, 10**9) == 1

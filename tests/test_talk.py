@@ -122,7 +122,7 @@ class Typist:
 def test_a_chat_by_typing_answers_resets_and_exits(place, cache):
     named = flags(model_name_or_path=place / "base", adapter=place / "adapter", max_new_tokens=16)
     chat = Typist(["--chat", "--compare_base", *named], cache)
-    assert "/reset begins anew, /exit or Ctrl-D ends" in chat.until("you ")
+    assert "/reset begins anew, /exit or Ctrl-D ends" in " ".join(chat.until("you ").split())
     for again in range(2):
         chat.type(ROW["question"] + "\n")
         shown = chat.until("you ")

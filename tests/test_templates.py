@@ -193,7 +193,7 @@ def test_an_adapter_carries_its_template_to_whoever_loads_it(tmp_path, capsys):
     out = tmp_path / "run"
     settings, _ = parse("train", flags(model_name_or_path=base, max_length=64, lora_r=2, chat_template="chatml"))
     prepared = prepare(settings, str(base))
-    write_result(out, prepared, prepared.trainable, settings, "card")
+    write_result(out, prepared, prepared.trainable, settings, "card", "report")
     said = capsys.readouterr().err
     assert "chat template: chatml, turns end with <|im_end|>" in said
     loaded = AutoTokenizer.from_pretrained(out)
@@ -213,7 +213,7 @@ def test_missing_tokens_can_be_added_in_the_same_run(tmp_path, capsys):
         add_tokens="<start_of_turn>,<end_of_turn>",
     ))  # fmt: skip
     prepared = prepare(settings, str(base))
-    write_result(out, prepared, prepared.trainable, settings, "card")
+    write_result(out, prepared, prepared.trainable, settings, "card", "report")
     loaded = AutoTokenizer.from_pretrained(out)
     text = loaded.apply_chat_template([turn("user", "Q"), turn("assistant", "A")], tokenize=False)
     assert text == "<bos><start_of_turn>user\nQ<end_of_turn>\n<start_of_turn>model\nA<end_of_turn>\n"
