@@ -59,7 +59,8 @@ def test_the_numbers_are_those_of_the_optimizer_on_the_device_and_the_moments_ar
     paged, host_state, paged_losses = steps(f"paged_{optim}", full)
     np.testing.assert_allclose(paged_losses, losses, rtol=1e-6)
     for (path, one), (_, two) in zip(flatten(paged), flatten(trained), strict=True):
-        assert np.linalg.norm(one - two) <= 1e-5 * np.linalg.norm(two), path
+        # the 8-bit step on the device is in place, and rounds otherwise: a code at a middle may fall to the other side
+        assert np.linalg.norm(one - two) <= (1e-4 if "8bit" in optim else 1e-5) * np.linalg.norm(two), path
     assert jax.tree.map(jnp.shape, jax.tree.leaves(host_state)) == jax.tree.map(jnp.shape, jax.tree.leaves(state))
     count, *moments = next(filter(is_paged, jax.tree.leaves(host_state, is_leaf=is_paged))).inner
     assert count.sharding.memory_kind == "device" and int(count) == 2
