@@ -28,8 +28,13 @@ def browser() -> str | None:
     return shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 
-def page(file: Path, picture: Path, *, dark: bool, width: int = 1180, height: int = 1560) -> None:
-    """Opens an HTML file in chromium, as a system in light or dark colours shows it, and keeps a picture."""
+def page(
+    file: Path, picture: Path, *, dark: bool, width: int = 1180, height: int = 1560, colours: int | None = 96
+) -> None:
+    """Opens an HTML file in chromium, as a system in light or dark colours shows it, and keeps a picture.
+
+    colours: most of them in the picture, which then is a quarter of the size and near the page's; None keeps all.
+    """
     program = browser()
     if program is None:
         raise SystemExit("no chromium here")
@@ -39,8 +44,9 @@ def page(file: Path, picture: Path, *, dark: bool, width: int = 1180, height: in
              f"--window-size={width},{height}", f"--screenshot={picture}", file.resolve().as_uri()],
             check=True, capture_output=True, timeout=120,
         )  # fmt: skip
-    with Image.open(picture) as image:  # few colours: a quarter of the size
-        image.convert("RGB").quantize(96, dither=Image.Dither.NONE).save(picture, optimize=True)
+    if colours is not None:
+        with Image.open(picture) as image:
+            image.convert("RGB").quantize(colours, dither=Image.Dither.NONE).save(picture, optimize=True)
 
 
 def terminal(captured: str, title: str = "python -m jaxft.train") -> str:

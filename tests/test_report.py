@@ -179,7 +179,8 @@ def test_lines_for_other_tools_merge_first_where_they_cannot_take_the_adapter(fi
     page = page_of(first)
     base, out = place / "base", first
     assert code_of(page, "vLLM") == (f"vllm serve {base} --enable-lora --max-lora-rank 8 --lora-modules tuned={out}")
-    assert code_of(page, "llama.cpp").startswith(f"python -m jaxft.convert merge {base} {out} {out}-merged\n")
+    gguf = f"python -m jaxft.convert gguf {base} {out.name}.gguf --quant q4_k_m --adapter {out}"
+    assert code_of(page, "llama.cpp").splitlines()[0] == gguf
     saved = page_of(run(place, "saved", modules_to_save="lm_head", max_steps=1, eval_steps=0, eval_strategy="no"))
     assert code_of(saved, "vLLM").splitlines()[-1] == f"vllm serve {place / 'saved'}-merged"
     full = ["--full_finetuning", *flags(max_steps=1, gradient_checkpointing="none", max_length=64)]
@@ -198,7 +199,7 @@ def test_the_report_is_legible_in_a_real_browser_in_light_and_dark(first, tmp_pa
         pytest.skip("no chromium on this machine")
     for dark, back, curve in ((False, (255, 255, 255), (43, 108, 176)), (True, (21, 23, 27), (108, 171, 238))):
         picture = tmp_path / f"{dark}.png"
-        screenshots.page(first / "report.html", picture, dark=dark, height=2000)
+        screenshots.page(first / "report.html", picture, dark=dark, height=2000, colours=None)
         pixels = np.asarray(image.open(picture).convert("RGB"))
         assert pixels.shape[:2] == (2000, 1180)
         assert (pixels == back).all(-1).mean() > 0.8
