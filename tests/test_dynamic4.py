@@ -1,6 +1,7 @@
 """`quantize`: what it writes transformers loads, what --dynamic keeps is worth it, and bad input is refused by name."""
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 
 import jax
@@ -77,7 +78,8 @@ def test_a_dynamic_directory_keeps_within_its_budget_and_loads_with_its_choice(b
     table = (out / "quantization.md").read_text(encoding="utf-8").splitlines()
     assert sum("| 16 bits |" in line for line in table) == len(kept)
     assert len([line for line in table if line.startswith("| model.layers.")]) == len(record["linear_layers"]) == 14
-    assert (out / "quantization.png").read_bytes()[1:4] == b"PNG"
+    if find_spec("matplotlib"):
+        assert (out / "quantization.png").read_bytes()[1:4] == b"PNG"
     assert (out / "tokenizer.json").is_file() and "16 bits" not in (out / "README.md").read_text()
 
 
