@@ -11,6 +11,7 @@ import optax
 
 from jaxft.errors import InputError
 from jaxft.in_place import InPlace, adamw_8bit_in_place
+from jaxft.kernels.adamw_8bit import to_bfloat16
 from jaxft.lora_config import SAVABLE
 from jaxft.optim_8bit import Moment8, moment_shapes, scale_by_adam_8bit
 from jaxft.optim_paged import on_host, paged
@@ -238,10 +239,7 @@ def stochastic_round(value: jax.Array, key: jax.Array) -> jax.Array:
     Sixteen random bits are added below bfloat16's last bit and the lower half is cut off. An update smaller than
     half a unit in the last place is then lost only most of the time, not always. Non-finite values stay as they are.
     """
-    bits = jax.lax.bitcast_convert_type(value, jnp.uint32)
-    noise = jax.random.bits(key, value.shape, jnp.uint16).astype(jnp.uint32)
-    rounded = jax.lax.bitcast_convert_type((bits + noise) & jnp.uint32(0xFFFF0000), jnp.float32)
-    return jnp.where(jnp.isfinite(value), rounded, value).astype(jnp.bfloat16)
+    return to_bfloat16(value, jax.random.bits(key, value.shape, jnp.uint16))
 
 
 def apply_updates(params: Tree, updates: Tree, key: jax.Array) -> Tree:

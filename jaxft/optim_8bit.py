@@ -105,7 +105,7 @@ def scale_by_adam_8bit(b1: float, b2: float, eps: float) -> optax.GradientTransf
     def update(grads, state, params=None):
         del params
         steps = state.steps + 1
-        step = functools.partial(_step, b1=b1, b2=b2, eps=eps, corrections=corrections(steps, b1, b2))
+        step = functools.partial(adam_step, b1=b1, b2=b2, eps=eps, corrections=corrections(steps, b1, b2))
         found = jax.tree.map_with_path(functools.partial(_stepped, step=step), grads, state.mu, state.nu)
         updates, mu, nu = (
             jax.tree.map(lambda leaf, i=i: leaf[i], found, is_leaf=lambda node: isinstance(node, Stepped))
@@ -140,7 +140,7 @@ def _layers_and_size(path: tuple[Any, ...], leaf: Any) -> tuple[int, int]:
     return layers, math.prod(leaf.shape) // layers
 
 
-def _step(grad, mu, nu, *, b1, b2, eps, corrections):
+def adam_step(grad, mu, nu, *, b1, b2, eps, corrections):
     """float32 gradient and moments to update and new moments: Adam (Kingma and Ba 2015, algorithm 1)."""
     mu = b1 * mu + (1 - b1) * grad
     nu = b2 * nu + (1 - b2) * jnp.square(grad)

@@ -4,11 +4,11 @@ import jax
 import jax.numpy as jnp
 
 from jaxft.kernels.adamw_8bit import pieces, reference, triton
-from jaxft.kernels.adamw_8bit.reference import adamw
+from jaxft.kernels.adamw_8bit.reference import adamw, to_bfloat16
 from jaxft.kernels.gpu import serving
 from jaxft.optim_8bit import BLOCK, Moment8
 
-__all__ = ["adamw", "adamw_8bit"]
+__all__ = ["adamw", "adamw_8bit", "to_bfloat16"]
 
 IMPLEMENTATIONS = ("triton", "pieces", "reference")
 

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from jaxft.optim_8bit import BLOCK, Moment8, dequantize, quantize
+from jaxft.optim_8bit import BLOCK, Moment8, adam_step, dequantize, quantize
 
 
 def adamw(
@@ -13,13 +13,17 @@ def adamw(
     """The step with float32 moments in grad's shape, whatever `finite` in the scalars says: param, m, v."""
     factor, rate, first, second, _ = scalars
     grad, held = grad.astype(jnp.float32) * factor, param.astype(jnp.float32)
-    m, v = b1 * m + (1 - b1) * grad, b2 * v + (1 - b2) * jnp.square(grad)
-    value = held - rate * ((m / first) / (jnp.sqrt(v / second) + eps) + decay * held)
-    if noise is not None:  # what is cut off below the last bit of a bfloat16 then rounds up as often as it should
-        bits = jax.lax.bitcast_convert_type(value, jnp.uint32) + noise.astype(jnp.uint32)
-        rounded = jax.lax.bitcast_convert_type(bits & jnp.uint32(0xFFFF0000), jnp.float32)
-        value = jnp.where(jnp.isfinite(value), rounded, value)
-    return value.astype(param.dtype), m, v
+    update, m, v = adam_step(grad, m, v, b1=b1, b2=b2, eps=eps, corrections=(first, second))
+    value = held - rate * (update + decay * held)
+    return (value.astype(param.dtype) if noise is None else to_bfloat16(value, noise)), m, v
+
+
+def to_bfloat16(value: jax.Array, noise: jax.Array) -> jax.Array:
+    """float32 to bfloat16 by uint16 noise added below the last bit, and the lower half cut off: rounded up as often as
+    it should. Non-finite values stay as they are."""
+    bits = jax.lax.bitcast_convert_type(value, jnp.uint32) + noise.astype(jnp.uint32)
+    rounded = jax.lax.bitcast_convert_type(bits & jnp.uint32(0xFFFF0000), jnp.float32)
+    return jnp.where(jnp.isfinite(value), rounded, value).astype(jnp.bfloat16)
 
 
 def adamw_8bit(

@@ -82,6 +82,13 @@ def product_constants(
     return found | {"STACKED": stacked, "STEPS": each} | {"ROWS": ROWS, "BO": tile.rows, "BK": width}, -(-steps // each)
 
 
+def _arrays(packed, scales, nested, offset, layer) -> tuple[jax.Array, ...]:
+    """What both kernels read of a weight, in their order; an array that is not read is stood for by another."""
+    second = (nested, offset.reshape(-1)) if nested is not None and offset is not None else (scales, scales)
+    index = scales if layer is None else layer.reshape(1)
+    return packed, scales, *second, index, jnp.asarray(nf4_levels()), jnp.asarray(dynamic_map())
+
+
 def multiply_nf4(
     x: jax.Array,
     packed: jax.Array,
@@ -102,11 +109,9 @@ def multiply_nf4(
     rows = math.prod(lead)
     tile = tile or tile_of(capability)
     arguments, parts = product_constants(shape, block, nested is not None, layer is not None, tile)
-    second = [nested, offset.reshape(-1)] if nested is not None and offset is not None else [scales, scales]
-    index = scales if layer is None else layer.reshape(1)
     columns = jnp.pad(x.reshape(rows, I), ((0, ROWS - rows), (0, 0))).reshape(ROWS, I // 2, 2).transpose(2, 1, 0)
     out = launch.triton_call(
-        columns, packed, scales, *second, index, jnp.asarray(nf4_levels()), jnp.asarray(dynamic_map()),
+        columns, *_arrays(packed, scales, nested, offset, layer),
         kernel=triton_kernels.product, out_shape=jax.ShapeDtypeStruct((parts, O, ROWS), jnp.float32),
         name="multiply_nf4", grid=(-(-O // tile.rows), parts), num_warps=tile.warps, num_stages=tile.stages,
         enable_fp_fusion=False, compute_capability=capability, **arguments,
@@ -139,10 +144,8 @@ def dequantize_nf4(
 
     n = math.prod(shape)
     double = nested is not None and offset is not None
-    second = [nested, offset.reshape(-1)] if nested is not None and offset is not None else [scales, scales]
-    index = scales if layer is None else layer.reshape(1)
     out = launch.triton_call(
-        packed, scales, *second, index, jnp.asarray(nf4_levels()), jnp.asarray(dynamic_map()),
+        *_arrays(packed, scales, nested, offset, layer),
         kernel=triton_kernels.nf4, out_shape=jax.ShapeDtypeStruct((n,), dtype), name="dequantize_nf4",
         grid=(-(-n // (UNROLL * THREADS * 8)),), num_warps=THREADS // 32, num_stages=1, enable_fp_fusion=False,
         compute_capability=capability, **constants(n, block, double, layer is not None),
