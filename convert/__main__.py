@@ -10,6 +10,7 @@ from jaxft.convert import quantize_command
 from jaxft.convert.gguf.command import add_gguf_commands
 from jaxft.convert.imatrix import add_imatrix_command
 from jaxft.convert.merge import DTYPES, compare, merge
+from jaxft.convert.messages import say
 from jaxft.errors import InputError, run_command
 from jaxft.hub import open_repository, push
 
@@ -110,11 +111,6 @@ def written(options: argparse.Namespace, found: dict[str, Any]) -> tuple[Path, s
         return out, message, ()
     files = [Path(facts["file"]).name for facts in found["files"].values()] if "files" in found else [out.name]
     return out.parent, message, (*files, *((MODELFILE,) if (out.parent / MODELFILE).is_file() else ()))
-
-
-def say(text: str) -> None:
-    """Everything but the last line goes to stderr."""
-    print(text, file=sys.stderr, flush=True)
 
 
 def run_merge(options: argparse.Namespace) -> dict[str, Any]:

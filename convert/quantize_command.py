@@ -1,7 +1,6 @@
 """The command `quantize MODEL OUT`: its flags, and from them to the directory and its report."""
 
 import argparse
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import jax.numpy as jnp
 from jaxft.activations import collect_activations
 from jaxft.convert import dynamic
 from jaxft.convert.calibration import read_calibration
+from jaxft.convert.messages import say
 from jaxft.convert.quantize import DTYPES, KINDS, Source, open_source, quantize, write_card
 from jaxft.convert.report import write_report
 from jaxft.errors import InputError
@@ -48,11 +48,6 @@ def add_to(commands: Any) -> None:
     )  # fmt: skip
     own.add_argument("--debug", action="store_true", help="show the traceback of an error")
     own.set_defaults(run=run)
-
-
-def say(text: str) -> None:
-    """Everything but the last line goes to stderr."""
-    print(text, file=sys.stderr, flush=True)
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:

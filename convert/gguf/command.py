@@ -1,7 +1,6 @@
 """`jaxft.convert gguf|hf`: what they are told, and their course from the input to the check that they print."""
 
 import argparse
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +11,9 @@ from jaxft.convert.gguf.modelfile import write_modelfile
 from jaxft.convert.gguf.to_hf import facts, write_directory
 from jaxft.convert.gguf.write import open_origin, write_files
 from jaxft.convert.merge import DTYPES
+from jaxft.convert.messages import say
 from jaxft.errors import InputError
 from jaxft.load import load_tokenizer
-
-
-def say(text: str) -> None:
-    """Everything but the last line goes to stderr."""
-    print(text, file=sys.stderr, flush=True)
 
 
 def add_gguf_commands(commands: Any) -> None:
