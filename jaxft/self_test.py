@@ -198,13 +198,22 @@ def cases(dtype: Any) -> Iterator[Case]:
     ways_of_product = {way: partial(multiplied, way) for way in ("triton", "reference")}
     yield Case("dequantize, product", (x[:, 0], held[0]), (), ways_of_product, partial(multiplied, "reference"))
 
-    def block(way: str, x, loras, weights):
-        return mlp(x, *layers(loras, weights), activation="silu", implementation=way)
+    def block(way: str, tiles: int | None, x, loras, weights):
+        return mlp(x, *layers(loras, weights), activation="silu", implementation=way, tiles=tiles)
+
+    def trained(way: str, tiles: int | None, x, weights):
+        bare = (Weights(weight, None, None) for weight in weights)
+        return mlp(x, *bare, activation="silu", implementation=way, tiles=tiles)
 
     inner = ((F, D), (F, D), (D, F))
     weights, loras = [normal(*size, scale=D**-0.5) for size in inner], [low_rank(*size) for size in inner]
-    ways = {way: partial(block, way) for way in ("triton", "fused", "reference")}
-    yield Case("mlp", (x, loras, weights), (0, 1), ways, partial(block, "reference"))
+    # as a step has them: computed once more in the backward pass, in place; and kept
+    for op, run, arguments in (("mlp", block, (x, loras, weights)), ("mlp, trained", trained, (x, weights))):
+        ways = {"triton": partial(run, "triton", 1), "fused": partial(run, "fused", 1)}
+        ways["reference"] = partial(run, "reference", None)
+        yield Case(op, arguments, (0, 1), ways, ways["reference"])
+    kept = {"triton": partial(block, "triton", None), "fused": partial(block, "fused", None)}
+    yield Case("mlp, kept", (x, loras, weights), (0, 1), kept, partial(block, "reference", None))
 
     def block_dora(way: str | None, x, loras, lengths, weights):
         return mlp(x, *with_magnitudes(loras, weights, lengths), activation="silu", implementation=way)

@@ -16,6 +16,7 @@ import numpy as np
 
 from jaxft.kernels.linear import Weights
 from jaxft.kernels.mlp import fused, reference
+from jaxft.kernels.mlp.triton import Kernels
 from jaxft.kernels.norm_rope import reference as norm_rope_reference
 from jaxft.kernels.norm_rope import triton as norm_rope_triton
 from jaxft.kernels.rms_norm import reference as rms_norm_reference
@@ -49,7 +50,10 @@ def raised(tree: Any) -> Any:
     return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), tree)
 
 
-def mlp(name, *, T, F, ranks, D=24, activation="silu", dtype=jnp.float32, added=True, tiles=1, tolerance=EXACT):
+def mlp(
+    name, *, T, F, ranks, D=24, activation="silu", dtype=jnp.float32, added=True, tiles=None, low_rank=True,
+    trained=False, tolerance=EXACT,
+):  # fmt: skip
     random = np.random.default_rng(T)
 
     def draw(*shape, scale=0.3):
@@ -68,16 +72,17 @@ def mlp(name, *, T, F, ranks, D=24, activation="silu", dtype=jnp.float32, added=
 
     def kernels(x, loras, add, weights):
         keys = (None,) * 3
-        if tiles > 1:
-            return fused.tiled_mlp(x, put(loras, weights), activation, 0.0, keys, add, CARD, tiles)
-        return fused.mlp(x, put(loras, weights), activation, 0.0, keys, add, CARD)
+        kernels = Kernels(CARD, low_rank)
+        if tiles is None:
+            return fused.mlp(x, put(loras, weights), activation, 0.0, keys, add, kernels)
+        return fused.tiled_mlp(x, put(loras, weights), activation, 0.0, keys, add, kernels, tiles)
 
     def wanted(x, loras, add, weights):
         y = reference.mlp(x, *put(loras, weights), activation, 0.0, (None,) * 3)
         return y if add is None else y + add
 
     arguments = (x, loras, add, weights)
-    of = (0, 1, 2) if added else (0, 1)
+    of = (0, 1, *(2,) * added, *(3,) * trained)
     interpreted.compare(
         name, with_gradients(kernels, arguments, of=of), with_gradients(wanted, raised(arguments), of=of), tolerance
     )
@@ -111,7 +116,13 @@ if __name__ == "__main__":
     mlp("mlp, odd T and F, rank 16", T=75, F=137, ranks=(16, 16, 16))
     mlp("mlp, ranks 8, 40, 16, gelu", T=64, F=192, ranks=(8, 40, 16), activation="gelu_pytorch_tanh")
     mlp("mlp, rank 40, chunks of two tiles and a short last one", T=9 * 64 + 5, F=72, ranks=(40, 8, 40), added=False)
+    mlp("mlp, computed again in place", T=131, F=64, ranks=(8, 8, 8), tiles=1)
     mlp("mlp, two tiles of tokens", T=131, F=64, ranks=(8, 8, 8), tiles=2)
+    mlp("mlp, LoRA outside of the kernels, in place", T=75, F=137, ranks=(16, 16, 16), low_rank=False, tiles=1)
+    mlp("mlp, weights trained, LoRA outside", T=64, F=96, ranks=(8, 8, 8), low_rank=False, trained=True)
+    mlp(
+        "mlp, weights and LoRA trained, gelu", T=64, F=96, ranks=(8, 8, 8), activation="gelu_pytorch_tanh", trained=True
+    )
     mlp("mlp, float16", T=70, F=130, ranks=(16, 8, 40), dtype=jnp.float16, tolerance=HALF)
     norm_rope("norm_rope", B=2, T=7, N=5, H=32)
     norm_rope("norm_rope, weight frozen", B=1, T=9, N=3, H=64, of=(0,))

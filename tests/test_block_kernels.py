@@ -55,7 +55,7 @@ def test_a_residual_is_added_to_the_first_linear_with_its_gradient(name, kind, d
         assert distance(found, wanted) < 1e-5, way
 
 
-@pytest.mark.parametrize("tiles, kind", [(1, None), (3, None), (1, "nf4"), (3, "nf4"), (3, "int8")])
+@pytest.mark.parametrize("tiles, kind", [(None, None), (1, None), (3, None), (1, "nf4"), (3, "nf4"), (3, "int8")])
 def test_a_residual_is_added_to_the_mlp_with_its_gradient(tiles, kind):
     x, *layers = mlp_case(jnp.float32)
     fast, plain = held(layers, kind)
@@ -78,7 +78,7 @@ def test_a_residual_of_another_shape_or_dtype_is_an_error():
         linears(x, (layers[0],), add=residual((2, 7, 20)).astype(jnp.bfloat16))
 
 
-@pytest.mark.parametrize("tiles", [1, 7])
+@pytest.mark.parametrize("tiles", [None, 1, 7])
 def test_the_full_policy_does_not_run_downs_low_rank_input_again(tiles):
     random = np.random.default_rng(0)
     gate, up = (layer(random, 20, 12, jnp.bfloat16, rank=3) for _ in range(2))
@@ -95,7 +95,7 @@ def test_the_full_policy_does_not_run_downs_low_rank_input_again(tiles):
         body = jax.checkpoint(run, policy=policy)
         loss = lambda loras: jnp.sum(body(x, loras).astype(jnp.float32))  # noqa: E731
         found = products(jax.grad(loss), [one.lora for one in (gate, up, down)])
-        return [shape for shape, _ in found].count((2, 7, 5) if tiles == 1 else (2, 5))
+        return [shape for shape, _ in found].count((2, 5) if tiles == 7 else (2, 7, 5))
 
     nothing, full = thin(jax.checkpoint_policies.nothing_saveable), thin(REMAT["full"])
     assert (nothing, full) == (3, 2)  # u in forward, g in backward; where nothing is kept, u once more
@@ -116,7 +116,7 @@ once = functools.cache(mlp_case)  # its arrays cannot be made under a mesh witho
 
 
 def mlp_way(dtype=jnp.bfloat16, *, rank=8, bias=False, implementation=None, patch, **how):
-    """The card that `mlp` hands to its kernels, None where it takes plain XLA."""
+    """The kernels that `mlp` takes, None where it takes plain XLA."""
     seen = []
     patch.setattr(mlp_module.fused, "mlp", lambda x, *rest: (seen.append(rest[-1]), x)[1])
     case = once(dtype, rank=rank, bias=bias)
@@ -127,18 +127,25 @@ def mlp_way(dtype=jnp.bfloat16, *, rank=8, bias=False, implementation=None, patc
 MLP_REFUSED = {
     "dtype float32": dict(dtype=jnp.float32),
     "activation gelu:": dict(activation="gelu"),
+}
+MLP_WITHOUT_LORA = {
     "dropout": dict(dropout=0.1, keys=(KEY, KEY)),
-    "without LoRA or with a bias": dict(bias=True),
-    "a layer without LoRA": dict(rank=0),
+    "a bias": dict(bias=True),
+    "no LoRA": dict(rank=0),
     "rank 129": dict(rank=129),
 }
 
 
 def test_the_mlp_kernels_are_taken_where_they_serve(card):
-    assert mlp_way(patch=card) == 90
-    assert mlp_way(patch=card, implementation="triton", rank=128) == 90
-    assert mlp_way(patch=card, dropout=0.1) == 90  # no key: off
+    assert mlp_way(patch=card) == (90, True)
+    assert mlp_way(patch=card, implementation="triton", rank=128) == (90, True)
+    assert mlp_way(patch=card, dropout=0.1) == (90, True)  # no key: off
     assert mlp_way(patch=card, implementation="fused") is None
+
+
+@pytest.mark.parametrize("case", MLP_WITHOUT_LORA)
+def test_what_the_mlp_kernels_cannot_take_in_of_lora_stays_outside_of_them(case, card):
+    assert mlp_way(patch=card, implementation="triton", **MLP_WITHOUT_LORA[case]) == (90, False)
 
 
 @pytest.mark.parametrize("reason", MLP_REFUSED)
@@ -197,7 +204,7 @@ WAYS = [(mlp_way, dict()), (norm_rope_way, dict()), (rms_norm_way, dict()), (deq
 
 @pytest.mark.parametrize("way, case", WAYS)
 def test_devices_meshes_and_packages_are_refused_by_name_and_passed_over_by_default(way, case, card):
-    assert way(patch=card, **case) in (90, "triton")
+    assert way(patch=card, **case) in (90, (90, True), "triton")
 
     def refused(reason):
         with pytest.raises(NotImplementedError, match=f"by triton: {reason}"):

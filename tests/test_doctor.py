@@ -43,6 +43,8 @@ def test_a_sound_cpu_installation_passes_and_says_what_is_not_tested(tmp_path_fa
     ):
         row = verdicts.pop((op, way))
         assert row["verdict"] == "PASS" and 0 < row["distance"] <= row["tolerance"] < 2e-5, row
+    trained = verdicts.pop(("mlp, trained", "fused"))
+    assert trained["verdict"] == "PASS" and trained["distance"] < 2e-5
     for op, most in (("adamw_8bit", 2e-5), ("adamw_8bit, moments", 2e-3)):  # the same operations, piece by piece
         row = verdicts.pop((op, "pieces"))
         assert row["verdict"] == "PASS" and row["distance"] < 2e-5 and row["tolerance"] <= most, row

@@ -93,9 +93,11 @@ def check_mlp(capability, rank, folder, *, T=4096, F=9728, dtype=jnp.bfloat16, a
 
     def both(e, u, b, a):
         forward = mlp.forward(e, e, (u, u), (b, b), a, activation, capability)
-        return forward, mlp.backward(e, e, e, (u, u, u), (b, b), a, activation, capability)
+        plain = mlp.product(e, e, activation, capability), mlp.product_backward(e, e, e, activation, capability)
+        return plain, forward, mlp.backward(e, e, e, (u, u, u), (b, b), a, activation, capability)
 
-    fits(compiled(both, e, u, b, a), ["forward", "backward"], capability, folder, spill=128)
+    names = ["product", "product_backward", "forward", "backward"]
+    fits(compiled(both, e, u, b, a), names, capability, folder, spill=128)
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)

@@ -10,7 +10,7 @@ from flax import nnx
 
 from jaxft.kernels.attention import CUDNN_DOCUMENTS, documents, key_range
 from jaxft.kernels.linear_cross_entropy import logits
-from jaxft.models.layers import Cache, Context, Embedding, LayerData, Linear, RMSNorm, scan_layers, stack
+from jaxft.models.layers import KEPT_MLP, Cache, Context, Embedding, LayerData, Linear, RMSNorm, scan_layers, stack
 from jaxft.models.rope import Rope, document_lengths
 from jaxft.sharding import constrain
 
@@ -93,13 +93,15 @@ class Decoder(nnx.Module):
         padding included, a row holds at most, where that is known; it decides which attention kernel is the fastest.
         Where some row holds more, all hidden states are NaN.
         """
-        context = self.context(segment_ids, positions, mlp_tiles, max_documents)
+        tiles = None if mlp_tiles == 1 and gradient_checkpointing in KEPT_MLP else mlp_tiles
+        context = self.context(segment_ids, positions, tiles, max_documents)
         hidden = self._run(tokens, context, None, dtype, key, gradient_checkpointing)[0]
         return hidden if context.documents is None else jnp.where(context.documents.exact, hidden, jnp.nan)
 
     def context(
-        self, segment_ids: jax.Array, positions: jax.Array, mlp_tiles: int = 1, max_documents: int | None = None
-    ) -> Context:
+        self, segment_ids: jax.Array, positions: jax.Array, mlp_tiles: int | None = None,
+        max_documents: int | None = None,
+    ) -> Context:  # fmt: skip
         """What every layer reads of packed rows (B, T); see `__call__`."""
         first_key, windows = key_range(segment_ids), any(self.config.layer_window)
         described = None

@@ -110,10 +110,11 @@ def gated_mlp(
     *,
     activation: str,
     keys: tuple[jax.Array | None, jax.Array | None],
-    tiles: int,
+    tiles: int | None,
     add: jax.Array | None = None,
 ) -> jax.Array:
-    """down(act(gate(x)) · up(x)) + add for x (B, T, D), in `tiles` parts; keys: dropout of gate and up, of down."""
+    """down(act(gate(x)) · up(x)) + add for x (B, T, D); tiles: see `kernels.mlp`; keys: dropout of gate and up, of
+    down."""
     gate.see(x)
     up.see(x)
     if down.seen is not None:  # what down reads exists inside the op alone
@@ -166,14 +167,14 @@ class Context:
     first_key, last_key: (B, T) int32, the keys each token sees (`kernels.attention`). rope: cos and sin, one
     (B, T, H/2) pair a rope. cache_index: where this call's keys go in the key/value cache, or None in training.
     documents: what first_key says in documents, None where it is not wanted. windows: whether any layer has a window.
-    mlp_tiles: in how many parts the MLPs take the tokens.
+    mlp_tiles: in how many parts the MLPs take the tokens; None keeps what their backward passes read.
     """
 
     first_key: jax.Array
     last_key: jax.Array | None
     rope: list[tuple[jax.Array, jax.Array]]
     cache_index: jax.Array | None = None
-    mlp_tiles: int = field(default=1, metadata={"static": True})
+    mlp_tiles: int | None = field(default=None, metadata={"static": True})
     windows: bool = field(default=True, metadata={"static": True})
     documents: attention_op.Documents | None = None
 
@@ -258,6 +259,7 @@ REMAT: dict[str, Callable[..., bool] | None] = {
     "offload_attention": kept(*LOW_RANK, *ATTENTION),
 }
 OFFLOADED = ("offload", "offload_attention")
+KEPT_MLP = ("none", "products")  # policies that keep what stands between an MLP's products
 
 
 def scan_layers(block: nnx.Module, x: jax.Array, layers: LayerData, context: Context, cache, remat: str):

@@ -142,13 +142,15 @@ def gradients(
     keys: Keys,
     weight_dtype: jnp.dtype | None = None,
     unscaled: tuple[jax.Array | None, ...] | None = None,
+    g: list[jax.Array | None] | None = None,
 ) -> tuple[jax.Array | None, tuple[PerLeaf, ...]]:
     """dx (..., I) in x's dtype, and for each layer its gradients: float32, dW in weight_dtype (the weight's own where
-    None), None for what is not wanted. unscaled: dYᵀ u of each layer where it is known already."""
-    g = [low_rank_gradient(dy, layer) for layer, dy in zip(layers, dys, strict=True)]
+    None), None for what is not wanted. unscaled: dYᵀ u of each layer, g: its `low_rank_gradient`, where they are
+    known already."""
+    g = g or [low_rank_gradient(dy, layer) for layer, dy in zip(layers, dys, strict=True)]
     d_a = _a_gradients(x, g, layers, wanted, rate, keys)
     return (
-        _input_gradient(g, dys, layers, rate, keys) if wanted.x else None,
+        input_gradient(g, dys, layers, rate, keys) if wanted.x else None,
         parameter_gradients(x, lows, d_a, dys, layers, wanted, weight_dtype, unscaled),
     )
 
@@ -158,7 +160,10 @@ def low_rank_gradient(dy: jax.Array, layer: Weights) -> jax.Array | None:
     return None if layer.lora is None else times(dy, scaled_b(layer, dy.dtype))
 
 
-def _input_gradient(g, dys, layers, rate, keys):
+def input_gradient(
+    g: list[jax.Array | None], dys: tuple[jax.Array, ...], layers: tuple[Weights, ...], rate: float, keys: Keys
+) -> jax.Array:
+    """dx (..., I) of `gradients` alone; g: each layer's `low_rank_gradient`."""
     dropped = _dropped(keys, rate)
     present = [part for part in g if part is not None]
     dx = before = None

@@ -7,7 +7,9 @@ The gradient is computed in the forward pass, because the tile's logits are at h
 kept (dhidden, dhead; each only where it is asked for) by the upstream scalar. Each product is over the whole
 vocabulary. Rows of weight 0 are sorted behind the others, and tiles that hold nothing else are never computed, so that
 masked prompts and padding cost nothing. A tile's float32 logits are written once, by their product, and read three
-times (maximum; sum and target; dz); dz is written once, in the compute dtype, for the products that read it.
+times (maximum; sum and target; dz); dz is written once, in the compute dtype, for the products that read it. Where the
+head is trained, `SHARED` tiles' dz wait for one product: dhead is a float32 sum over the tiles, read and written whole
+each time something is added, and for few rows that costs more than their product.
 On a mesh the rows come in `groups` (one a data-parallel device), and every tile takes rows of all groups.
 """
 
@@ -18,11 +20,14 @@ import jax.numpy as jnp
 
 from jaxft.kernels.linear_cross_entropy import reference
 
+SHARED = 4
+
 
 def _forward(hidden, head, targets, weights, softcap, tile, groups, with_hidden, with_head):
     precision = jax.lax.Precision.HIGHEST if hidden.dtype == jnp.float32 else None
-    (M, D), rows = hidden.shape, hidden.shape[0] // groups
+    (M, D), rows, V = hidden.shape, hidden.shape[0] // groups, head.shape[0]
     tile = min(tile, rows)
+    block = tile * min(SHARED if with_head else 1, -(-rows // tile))  # rows whose dz are there together
     hidden, targets, weights = (
         hidden.reshape(groups, rows, D),
         targets.reshape(groups, rows),
@@ -30,49 +35,73 @@ def _forward(hidden, head, targets, weights, softcap, tile, groups, with_hidden,
     )
     head = head.astype(hidden.dtype)
     order = jnp.argsort(weights == 0, axis=1, stable=True).astype(jnp.int32)
-    padded = jnp.pad(order, ((0, 0), (0, -rows % tile)), constant_values=rows)  # no such row: reads as 0
+    padded = jnp.pad(order, ((0, 0), (0, -rows % block)), constant_values=rows)  # no such row: reads as 0
     used = jnp.max(jnp.sum((weights != 0).astype(jnp.int32), axis=1))
 
     def read(array, index):
         return jax.vmap(lambda a, i: a.at[i].get(mode="fill", fill_value=0))(array, index)
 
-    def one_tile(number, carry):
-        total, d_sorted, d_head = carry
-        index = jax.lax.dynamic_slice_in_dim(padded, number * tile, tile, axis=1)
+    def rows_of(start, count):
+        """Rows, targets and weights of `count` of the sorted rows."""
+        index = jax.lax.dynamic_slice_in_dim(padded, start, count, axis=1)
         target, weight = read(targets, index)[..., None], read(weights, index)[..., None]
         # not even an infinite row of weight 0 touches the head's gradient, where 0 · ∞ would
-        h = jnp.where(weight != 0, read(hidden, index), jnp.zeros((), hidden.dtype))
+        return jnp.where(weight != 0, read(hidden, index), jnp.zeros((), hidden.dtype)), target, weight
+
+    def one_tile(start):
+        """The tile's part of the sum, and dz where it is asked for."""
+        h, target, weight = rows_of(start, tile)
         z = reference.logits(h, head, softcap)  # (groups, tile, V) float32
         at_target = jax.lax.broadcasted_iota(target.dtype, z.shape, 2) == target
         top = jnp.max(z, axis=2, keepdims=True)
         log_sum = jnp.log(jnp.sum(jnp.exp(z - top), axis=2, keepdims=True))
         z_target = jnp.sum(jnp.where(at_target, z, 0.0), axis=2, keepdims=True)
-        total = total + jnp.sum(jnp.where(weight != 0, weight * (log_sum + top - z_target), 0.0))
+        part = jnp.sum(jnp.where(weight != 0, weight * (log_sum + top - z_target), 0.0))
         if not (with_hidden or with_head):
-            return total, d_sorted, d_head
+            return part, None
         # exp again rather than exp(z − top) / sum: keeping that one would write and read another float32 tile
         dz = (jnp.exp((z - top) - log_sum) - at_target.astype(jnp.float32)) * weight
         if softcap is not None:
             dz = dz * (1 - jnp.square(z / softcap))
         # the products below read dz in the compute dtype: a float32 dz would turn them into slow TF32 ones
-        dz = jnp.where(weight != 0, dz, 0.0).astype(hidden.dtype)
+        return part, jnp.where(weight != 0, dz, 0.0).astype(hidden.dtype)
+
+    def shared_tiles(start, dz):
+        """The block's part of the sum, and its dz written over another block's; the rows that none uses stay as they
+        were, and count for nothing because their h is 0."""
+
+        def add(number, carry):
+            total, dz = carry
+            part, own = one_tile(start + number * tile)
+            return total + part, jax.lax.dynamic_update_slice_in_dim(dz, own, number * tile, axis=1)
+
+        count = jnp.minimum(block // tile, (used - start + tile - 1) // tile)
+        return jax.lax.fori_loop(0, count, add, (jnp.float32(0), dz))
+
+    def one_block(number, carry):
+        total, d_sorted, d_head, dz = carry
+        start = number * block
+        part, dz = one_tile(start) if block == tile else shared_tiles(start, dz)
         if with_hidden:
             d_h = jnp.einsum("GMV,VD->GMD", dz, head, precision=precision)
-            d_sorted = jax.lax.dynamic_update_slice_in_dim(d_sorted, d_h, number * tile, axis=1)
+            d_sorted = jax.lax.dynamic_update_slice_in_dim(d_sorted, d_h, start, axis=1)
         if with_head:
+            h, _, _ = rows_of(start, block)
             d_head = d_head + jnp.einsum("GMV,GMD->VD", dz, h, preferred_element_type=jnp.float32, precision=precision)
-        return total, d_sorted, d_head
+        return total + part, d_sorted, d_head, None if block == tile else dz
 
     start = (
         jnp.float32(0),
         jnp.zeros((groups, padded.shape[1], D), hidden.dtype) if with_hidden else None,
         jnp.zeros(head.shape, jnp.float32) if with_head else None,
+        None if block == tile else jnp.zeros((groups, block, V), hidden.dtype),
     )
-    total, d_sorted, d_head = jax.lax.fori_loop(0, (used + tile - 1) // tile, one_tile, start)
+    total, d_sorted, d_head, _ = jax.lax.fori_loop(0, (used + block - 1) // block, one_block, start)
     if d_sorted is None:
         return total, None, d_head
     position = jnp.argsort(order, axis=1)  # where each row stands among the sorted ones
-    return total, read(d_sorted, position).reshape(M, D), d_head
+    d_hidden = jnp.where(weights[..., None] != 0, read(d_sorted, position), jnp.zeros((), hidden.dtype))
+    return total, d_hidden.reshape(M, D), d_head
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))

@@ -22,7 +22,7 @@ def mlp(
     dropout: float = 0.0,
     keys: tuple[jax.Array | None, jax.Array | None] = (None, None),
     add: jax.Array | None = None,
-    tiles: int = 1,
+    tiles: int | None = None,
     implementation: str | None = None,
 ) -> jax.Array:
     """y = down(act(gate(x)) · up(x)) with three linear layers as `jaxft.kernels.linear` defines them.
@@ -30,13 +30,14 @@ def mlp(
     x: (..., T, D), its dtype is the compute dtype; gate, up: weights (F, D); down: (D, F); y: (..., T, D) in x's dtype.
     activation: "silu", "gelu" (exact) or "gelu_pytorch_tanh", computed in float32. dropout: LoRA's; keys: one for
     gate and up, one for down, off where None. add: added to y, a residual, of its shape and dtype.
-    tiles: how many parts the tokens are cut into, one after the other, each computed again in the backward pass: only
-    one part's (…, F) arrays exist at a time. Dropout draws other masks for each number of tiles.
+    tiles: None keeps what the backward pass reads. A number: into how many parts the tokens are cut, one after the
+    other, each computed again in the backward pass, so that one part's (…, F) arrays exist at a time, and fewer of
+    them; dropout draws other masks for each number of parts.
     implementation: "triton" (own kernels between the large products), "fused" (plain XLA; both with reverse-mode
-    derivatives only), "reference" (tiles must be 1), or None: the first of them that serves, and for layers with
-    magnitudes (DoRA) `composed`. What is kept for backward,
-    and its names for rematerialisation policies: see `fused`. Raises ValueError where a shape does not fit or a name is
-    unknown, NotImplementedError where the implementation that was asked for cannot serve.
+    derivatives only), "reference" (without tiles), or None: the first of them that serves, and for layers with
+    magnitudes (DoRA) `composed`. What is kept for backward, and its names for rematerialisation policies: see `fused`.
+    Raises ValueError where a shape does not fit or a name is unknown, NotImplementedError where the implementation that
+    was asked for cannot serve.
     """
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation {activation!r}: must be one of {', '.join(ACTIVATIONS)}")
@@ -46,11 +47,11 @@ def mlp(
     if up.weight.shape[0] != F:
         raise ValueError(f"gate has shape {gate.weight.shape}, up {up.weight.shape}; both must be (F, D)")
     check_add(x, down, add)
-    if tiles < 1 or x.ndim < 2:
+    if (tiles is not None and tiles < 1) or x.ndim < 2:
         raise ValueError(f"tiles is {tiles}, x has shape {x.shape}; need at least one tile and x (..., T, D)")
     both = (*layer_keys(keys[0], 2), *layer_keys(keys[1], 1))
     if implementation == "reference":
-        if tiles != 1:
+        if tiles is not None:
             raise NotImplementedError(f"the reference is not tiled; tiles is {tiles}")
         y = reference.mlp(x, gate, up, down, activation, dropout, both)
         return y if add is None else y + add
@@ -60,13 +61,16 @@ def mlp(
     if any(layer.magnitude is not None for layer in layers):
         if implementation is not None:
             raise NotImplementedError(f"a magnitude (DoRA): {implementation} serves LoRA alone")
-        return composed.mlp(x, layers, activation, dropout, both, add, tiles)
-    dropped = bool(dropout) and any(key is not None for key in both)
-    check = partial(triton.check, x.dtype, layers, activation, dropped)
-    card = None if implementation == "fused" else serving("mlp", check, implementation)
-    if tiles == 1:
-        return fused.mlp(x, layers, activation, dropout, both, add, card)
-    return fused.tiled_mlp(x, layers, activation, dropout, both, add, card, tiles)
+        return composed.mlp(x, layers, activation, dropout, both, add, tiles or 1)
+    kernels, card = None, None
+    if implementation != "fused":
+        card = serving("mlp", partial(triton.check, x.dtype, activation), implementation)
+    if card is not None:
+        dropped = bool(dropout) and any(key is not None for key in both)
+        kernels = triton.Kernels(card, triton.low_rank(layers, dropped))
+    if tiles is None:
+        return fused.mlp(x, layers, activation, dropout, both, add, kernels)
+    return fused.tiled_mlp(x, layers, activation, dropout, both, add, kernels, tiles)
 
 
 def hidden(x: jax.Array, gate: Weights, up: Weights, *, activation: str) -> jax.Array:

@@ -4,11 +4,12 @@
     dh = ∂down/∂h (dY),  de = dh · v · act′(e),  dv = dh · act(e),  dx = ∂gate/∂x (de) + ∂up/∂x (dv)
 
 What stands between the large products is one Triton kernel each way where `triton.check` lets it, else plain XLA.
-Kept for backward: x, e, v (without their low-rank parts where the kernels add them) and the R columns of the low-rank
-inputs; h is computed again, in the same pass over e, v and dh that gives de and dv. Names for a rematerialisation
-policy: "mlp_gate", "mlp_up" and "mlp_low_rank", the input of down's B, which costs R columns and spares the backward
-pass the whole of h. Tiled: only x and mlp_low_rank are kept, a tile's e and v are computed again in backward;
-gradients of parameters are added up over the tiles in float32.
+Kept for backward by `mlp`: x, e, v (without their low-rank parts where the kernels add them) and the R columns of the
+low-rank inputs; h is computed again, in the same pass over e, v and dh that gives de and dv. Names for a
+rematerialisation policy: "mlp_gate", "mlp_up" and "mlp_low_rank", the input of down's B, which costs R columns and
+spares the backward pass the whole of h. `tiled_mlp` keeps only x and mlp_low_rank; a tile's e and v are computed again
+in backward, and as nothing else reads them, the kernels write over them: three of the widest arrays instead of five or
+six. Gradients of parameters are added up over the tiles in float32.
 """
 
 import functools
@@ -25,6 +26,7 @@ from jaxft.kernels.linear.fused import Keys, Wanted
 from jaxft.kernels.linear.weights import Weights
 from jaxft.kernels.mlp import triton
 from jaxft.kernels.mlp.reference import ACTIVATIONS
+from jaxft.kernels.mlp.triton import Kernels
 from jaxft.quant import dense, is_quantized, multiply
 
 Layers = tuple[Weights, Weights, Weights]  # gate, up, down
@@ -42,24 +44,28 @@ def hidden(x: jax.Array, layers: tuple[Weights, Weights], activation: str) -> ja
     return _product(e, v, activation)
 
 
-def _inner(x, layers: Layers, rate: float, keys: Keys, card: int | None):
+def _inner(x, layers: Layers, rate: float, keys: Keys, kernels: Kernels | None):
     """e, v (without their low-rank parts where kernels add them) and the low-rank inputs of gate and up."""
     lows = linear.low_rank_inputs(x, layers[:2], rate, keys[:2])
-    if card is None:
-        e, v = linear.outputs(x, lows, layers[:2])
-    else:
+    if kernels and kernels.low_rank:
         e, v = (multiply(x, layer.weight) for layer in layers[:2])
+    else:
+        e, v = linear.outputs(x, lows, layers[:2])
     return checkpoint_name(e, "mlp_gate"), checkpoint_name(v, "mlp_up"), lows
 
 
-def _outer(e, v, lows, layers: Layers, activation: str, rate: float, keys: Keys, card: int | None, add):
-    """y and the low-rank input of down."""
-    if card is None:
-        h = _product(e, v, activation)
-        low = linear.low_rank_inputs(h, layers[2:], rate, keys[2:])
-    else:
-        h, u = triton.forward(e, v, lows, _scaled(layers, e.dtype), _a(layers, e.dtype), activation, card)
+def _outer(
+    e, v, lows, layers: Layers, activation: str, rate: float, keys: Keys, kernels: Kernels | None, add, in_place: bool
+):
+    """y and the low-rank input of down; in_place: e is not read again."""
+    if kernels and kernels.low_rank:
+        h, u = triton.forward(
+            e, v, lows, _scaled(layers, e.dtype), _a(layers, e.dtype), activation, kernels.capability, in_place=in_place
+        )
         low = [u]
+    else:
+        h = triton.product(e, v, activation, kernels.capability, in_place) if kernels else _product(e, v, activation)
+        low = linear.low_rank_inputs(h, layers[2:], rate, keys[2:])
     return linear.outputs(h, low, layers[2:], add)[0], low
 
 
@@ -80,60 +86,67 @@ def _a(layers: Layers, dtype: jnp.dtype) -> jax.Array:
 
 
 def _gradients(
-    x, e, v, lows, dy, layers: Layers, wanted: Wanted, activation: str, rate: float, keys: Keys, card: int | None,
-    weight_dtype=None,
+    x, e, v, lows, dy, layers: Layers, wanted: Wanted, activation: str, rate: float, keys: Keys,
+    kernels: Kernels | None, in_place: bool, weight_dtype=None,
 ):  # fmt: skip
-    """dx or None, and the gradients of gate, up and down as `linear.fused.gradients` returns them."""
-    down_wanted, inner_wanted = Wanted(True, wanted.layers[2:]), Wanted(wanted.x, wanted.layers[:2])
-    if card is not None and not any(want.weight for want in wanted.layers):
-        g = linear.low_rank_gradient(dy, layers[2])
+    """dx or None, and the gradients of gate, up and down as `linear.fused.gradients` returns them; in_place: e and v
+    are not read again."""
+    inner_wanted = Wanted(wanted.x, wanted.layers[:2])
+    g = linear.low_rank_gradient(dy, layers[2])
+    if kernels and kernels.low_rank and not any(want.weight for want in wanted.layers):
         de, dv, *unscaled, d_a = triton.backward(
             e, v, linear.times(dy, layers[2].weight), (*lows[:2], g), _scaled(layers, e.dtype), _a(layers, e.dtype),
-            activation, card,
+            activation, kernels.capability, in_place=in_place,
         )  # fmt: skip
-        down_grads = linear.parameter_gradients(dy, lows[2:], (d_a,), (dy,), layers[2:], down_wanted)
+        down_grads = linear.parameter_gradients(
+            dy, lows[2:], (d_a,), (dy,), layers[2:], Wanted(True, wanted.layers[2:])
+        )
         dx, inner_grads = linear.gradients(
             x, lows[:2], (de, dv), layers[:2], inner_wanted, rate, keys[:2], unscaled=tuple(unscaled)
         )
         return dx, inner_grads + down_grads
-    if card is not None:
+    if kernels and kernels.low_rank:
         e, v = (
             product + reference.matmul(low, linear.scaled_b(layer, product.dtype))
             for product, low, layer in zip((e, v), lows[:2], layers[:2], strict=True)
         )
-    h = _product(e, v, activation)
-    dh, down_grads = linear.gradients(h, lows[2:], (dy,), layers[2:], down_wanted, rate, keys[2:], weight_dtype)
-    assert dh is not None  # it was asked for
-    _, pull = jax.vjp(
-        lambda e, v: ACTIVATIONS[activation](e) * v, e.astype(jnp.float32), v.astype(jnp.float32)
-    )  # the derivative of an elementwise function: float32 in registers, one pass
-    de, dv = (d.astype(e.dtype) for d in pull(dh.astype(jnp.float32)))
+    dh = linear.input_gradient([g], (dy,), layers[2:], rate, keys[2:])
+    if kernels:
+        de, dv, h = triton.product_backward(e, v, dh, activation, kernels.capability, in_place)
+    else:
+        h = _product(e, v, activation)
+        _, pull = jax.vjp(
+            lambda e, v: ACTIVATIONS[activation](e) * v, e.astype(jnp.float32), v.astype(jnp.float32)
+        )  # the derivative of an elementwise function: float32 in registers, one pass
+        de, dv = (d.astype(e.dtype) for d in pull(dh.astype(jnp.float32)))
+    down_wanted = Wanted(False, wanted.layers[2:])
+    _, down_grads = linear.gradients(h, lows[2:], (dy,), layers[2:], down_wanted, rate, keys[2:], weight_dtype, g=[g])
     dx, inner_grads = linear.gradients(x, lows[:2], (de, dv), layers[:2], inner_wanted, rate, keys[:2], weight_dtype)
     return dx, inner_grads + down_grads
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 6))
 def mlp(
-    x: jax.Array, layers: Layers, activation: str, rate: float, keys: Keys, add: jax.Array | None, card: int | None
-) -> jax.Array:
-    """As `reference.mlp` + add; keys one a layer (None switches dropout off). card: the compute capability that Triton
-    kernels are compiled for, as `triton.check` allows it; None takes plain XLA."""
-    e, v, lows = _inner(x, layers, rate, keys, card)
-    return _outer(e, v, lows, layers, activation, rate, keys, card, add)[0]
+    x: jax.Array, layers: Layers, activation: str, rate: float, keys: Keys, add: jax.Array | None,
+    kernels: Kernels | None,
+) -> jax.Array:  # fmt: skip
+    """As `reference.mlp` + add; keys one a layer (None switches dropout off). kernels: None takes plain XLA."""
+    e, v, lows = _inner(x, layers, rate, keys, kernels)
+    return _outer(e, v, lows, layers, activation, rate, keys, kernels, add, False)[0]
 
 
-def _mlp_forward(x, layers, activation, rate, keys, add, card):
+def _mlp_forward(x, layers, activation, rate, keys, add, kernels):
     wanted = linear.perturbed(x, layers)
     x, layers, keys, add = linear.values((x, layers, keys, add))
-    e, v, inner_lows = _inner(x, layers, rate, keys, card)
-    y, outer_lows = _outer(e, v, inner_lows, layers, activation, rate, keys, card, add)
+    e, v, inner_lows = _inner(x, layers, rate, keys, kernels)
+    y, outer_lows = _outer(e, v, inner_lows, layers, activation, rate, keys, kernels, add, False)
     return y, (x, e, v, inner_lows + _named(outer_lows), layers, keys, wanted, add is not None)
 
 
-def _mlp_backward(activation, rate, card, kept, dy):
+def _mlp_backward(activation, rate, kernels, kept, dy):
     x, e, v, lows, layers, keys, wanted, added = kept
     dy = linear.cotangents(dy)
-    dx, grads = _gradients(x, e, v, lows, dy, layers, wanted, activation, rate, keys, card)
+    dx, grads = _gradients(x, e, v, lows, dy, layers, wanted, activation, rate, keys, kernels, False)
     return dx, linear.in_dtypes(grads, layers), (None,) * len(keys), dy if added else None
 
 
@@ -189,54 +202,62 @@ def tiled_mlp(
     rate: float,
     keys: Keys,
     add: jax.Array | None,
-    card: int | None,
+    kernels: Kernels | None,
     tiles: int,
 ) -> jax.Array:
-    """As `mlp`, in `tiles` parts of the tokens; dropout's masks differ from those of `mlp`."""
-    return _tiles(x, layers, activation, rate, keys, add, card, tiles)[0]
+    """As `mlp`, in `tiles` parts of the tokens; with several, dropout's masks differ from those of `mlp`."""
+    return _tiles(x, layers, activation, rate, keys, add, kernels, tiles)[0]
 
 
-def _tiles(x, layers, activation, rate, keys, add, card, tiles):
+def _tiles(x, layers, activation, rate, keys, add, kernels, tiles):
     """y, and each tile's low-rank input of down."""
+    if tiles == 1:
+        e, v, lows = _inner(x, layers, rate, keys, kernels)
+        return _outer(e, v, lows, layers, activation, rate, keys, kernels, add, True)
     if _hoisted(x, tiles):
         layers = _dense(layers, x.dtype)
 
     def one(_, inputs):
         part, part_add, index = inputs
         own = tile_keys(keys, index)
-        e, v, lows = _inner(part, layers, rate, own, card)
-        return None, _outer(e, v, lows, layers, activation, rate, own, card, part_add)
+        e, v, lows = _inner(part, layers, rate, own, kernels)
+        return None, _outer(e, v, lows, layers, activation, rate, own, kernels, part_add, True)
 
     adds = None if add is None else cut(add, tiles)
     _, (parts, lows) = jax.lax.scan(one, None, (cut(x, tiles), adds, jnp.arange(tiles)))
     return join(parts, x.shape), lows
 
 
-def _tiled_forward(x, layers, activation, rate, keys, add, card, tiles):
+def _tiled_forward(x, layers, activation, rate, keys, add, kernels, tiles):
     wanted = linear.perturbed(x, layers)
     x, layers, keys, add = linear.values((x, layers, keys, add))
-    y, lows = _tiles(x, layers, activation, rate, keys, add, card, tiles)
+    y, lows = _tiles(x, layers, activation, rate, keys, add, kernels, tiles)
     return y, (x, _named(lows), layers, keys, wanted, add is not None)
 
 
-def _tiled_backward(activation, rate, card, tiles, kept, dy):
+def _tiled_backward(activation, rate, kernels, tiles, kept, dy):
     x, lows, layers, keys, wanted, added = kept
     dy = linear.cotangents(dy)
-    if _hoisted(x, tiles):
-        layers = _dense(layers, x.dtype, after=dy)
+
+    def gradients(x, dy, outer_lows, own, weight_dtype=None):
+        e, v, inner_lows = _inner(x, layers, rate, own, kernels)
+        return _gradients(
+            x, e, v, inner_lows + outer_lows, dy, layers, wanted, activation, rate, own, kernels, True, weight_dtype
+        )
 
     def one(total, inputs):
         part, d_part, outer_lows, index = inputs
-        own = tile_keys(keys, index)
-        e, v, inner_lows = _inner(part, layers, rate, own, card)
-        dx, grads = _gradients(
-            part, e, v, inner_lows + outer_lows, d_part, layers, wanted, activation, rate, own, card, jnp.float32
-        )
+        dx, grads = gradients(part, d_part, outer_lows, tile_keys(keys, index), jnp.float32)
         return jax.tree.map(lambda a, b: a + b.astype(jnp.float32), total, grads), dx
 
-    inputs = (cut(x, tiles), cut(dy, tiles), lows, jnp.arange(tiles))
-    grads, parts = jax.lax.scan(one, linear.no_gradients(layers, wanted), inputs)
-    dx = None if parts is None else join(parts, x.shape)
+    if tiles == 1:
+        dx, grads = gradients(x, dy, lows, keys)
+    else:
+        if _hoisted(x, tiles):
+            layers = _dense(layers, x.dtype, after=dy)
+        inputs = (cut(x, tiles), cut(dy, tiles), lows, jnp.arange(tiles))
+        grads, parts = jax.lax.scan(one, linear.no_gradients(layers, wanted), inputs)
+        dx = None if parts is None else join(parts, x.shape)
     return dx, linear.in_dtypes(grads, layers), (None,) * len(keys), dy if added else None
 
 

@@ -5,6 +5,7 @@ and not before.
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -39,27 +40,34 @@ TILES = {
 }
 PROGRAMS = 1024  # of the forward kernel: enough to fill a card and to even out its last wave
 CHUNKS = 8  # parts of the tokens whose gradients of the low-rank matrices are summed apart
+NUMBERS = 1024  # a program of the kernels without low-rank parts holds
 ACTIVATIONS = ("silu", "gelu_pytorch_tanh")
 LARGEST_RANK = 128
 SMALLEST_CAPABILITY = 80
 
 
-def check(dtype: jnp.dtype, layers: tuple[Weights, ...], activation: str, dropped: bool, capability: int) -> None:
-    """Raises NotImplementedError with the reason where these kernels cannot serve."""
+class Kernels(NamedTuple):
+    """Which kernels serve a call: compiled for a compute capability such as 90, with or without LoRA's branches."""
+
+    capability: int
+    low_rank: bool
+
+
+def check(dtype: jnp.dtype, activation: str, capability: int) -> None:
+    """Raises NotImplementedError with the reason where no kernel can serve."""
     if dtype not in (jnp.bfloat16, jnp.float16):
         raise NotImplementedError(f"dtype {dtype}: needs bfloat16 or float16")
     if activation not in ACTIVATIONS:
         raise NotImplementedError(f"activation {activation}: needs {' or '.join(ACTIVATIONS)}")
-    if dropped:
-        raise NotImplementedError("dropout: the kernels draw no masks")
-    for layer in layers:
-        if layer.lora is None or layer.bias is not None:
-            raise NotImplementedError("a layer without LoRA or with a bias: needs LoRA alone on all three")
-        if layer.lora[0].shape[0] > LARGEST_RANK:
-            raise NotImplementedError(f"rank {layer.lora[0].shape[0]}: needs at most {LARGEST_RANK}")
     if capability < SMALLEST_CAPABILITY:
         raise NotImplementedError(f"compute capability {capability / 10}: needs 8.0 (tensor cores through Triton)")
     check_installed()
+
+
+def low_rank(layers: tuple[Weights, ...], dropped: bool) -> bool:
+    """Whether the kernels can take LoRA's branches in: LoRA alone on all three, of no large rank, and no masks."""
+    loras = [layer.lora for layer in layers if layer.bias is None and layer.lora is not None]
+    return len(loras) == len(layers) and not dropped and all(lora[0].shape[0] <= LARGEST_RANK for lora in loras)
 
 
 def tiles(capability: int, ranks: tuple[int, int, int]) -> tuple[Tile, Tile]:
@@ -83,12 +91,13 @@ def constants(e: jax.Array, ranks: tuple[int, int, int], activation: str, tile: 
 
 def forward(
     e: jax.Array, v: jax.Array, lows: tuple[jax.Array, jax.Array], scaled: tuple[jax.Array, jax.Array], a: jax.Array,
-    activation: str, capability: int, tile: Tile | None = None, programs: int = PROGRAMS,
+    activation: str, capability: int, tile: Tile | None = None, programs: int = PROGRAMS, in_place: bool = False,
 ) -> tuple[jax.Array, jax.Array]:  # fmt: skip
     """h (..., F) and down's low-rank input (..., R) in e's dtype.
 
     e, v: (..., F), the large products of gate and up; lows: their low-rank inputs (..., R); scaled: their s B (F, R);
-    a: down's A (R, F). All of one 16-bit dtype. programs: about how many the kernel is cut into.
+    a: down's A (R, F). All of one 16-bit dtype. programs: about how many the kernel is cut into. in_place: h takes the
+    place of e, which XLA copies first where it is still read.
     """
     from jaxft.kernels.mlp import triton_kernels
 
@@ -103,7 +112,7 @@ def forward(
     h, parts = _launch(
         triton_kernels.forward, (e, v, ue, uv, *scaled, a),
         (jax.ShapeDtypeStruct(e.shape, e.dtype), jax.ShapeDtypeStruct((count, T, ranks[2]), jnp.float32)),
-        (rows, count), tile, capability, constants(e, ranks, activation, tile) | {"CHUNK": chunk},
+        (rows, count), tile, capability, constants(e, ranks, activation, tile) | {"CHUNK": chunk}, 1 * in_place,
     )  # fmt: skip
     return h.reshape(*lead, -1), jnp.sum(parts, axis=0).astype(e.dtype).reshape(*lead, -1)
 
@@ -111,12 +120,12 @@ def forward(
 def backward(
     e: jax.Array, v: jax.Array, dh: jax.Array, lows: tuple[jax.Array, jax.Array, jax.Array],
     scaled: tuple[jax.Array, jax.Array], a: jax.Array, activation: str, capability: int, tile: Tile | None = None,
-    chunks: int = CHUNKS,
+    chunks: int = CHUNKS, in_place: bool = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]:  # fmt: skip
     """de, dv (..., F) in e's dtype, and in float32 deᵀ u_e, dvᵀ u_v (F, R) and g_dᵀ h (R, F).
 
     As `forward`, with dh (..., F), the large product of down's backward, and lows: the low-rank inputs of gate and up
-    and the low-rank gradient of down.
+    and the low-rank gradient of down. in_place: de and dv take the places of e and v.
     """
     from jaxft.kernels.mlp import triton_kernels
 
@@ -132,14 +141,41 @@ def backward(
         triton_kernels.backward, (e, v, dh, ue, uv, gd, *scaled, a),
         (full, full, *(jax.ShapeDtypeStruct((count, *one), jnp.float32) for one in sums)),
         (-(-F // tile.features), count), tile, capability,
-        constants(e, ranks, activation, tile) | {"CHUNK": chunk},
+        constants(e, ranks, activation, tile) | {"CHUNK": chunk}, 2 * in_place,
     )  # fmt: skip
     d_be, d_bv, d_a = (jnp.sum(part, axis=0) for part in parts)
     return de.reshape(shape), dv.reshape(shape), d_be, d_bv, d_a.T
 
 
-def _launch(kernel, arrays, out_shape, grid, tile, capability, constants):
+def product(e: jax.Array, v: jax.Array, activation: str, capability: int, in_place: bool = False) -> jax.Array:
+    """h = act(e) · v in e's dtype, of any shape; in_place: in the place of e."""
+    from jaxft.kernels.mlp import triton_kernels
+
+    return _numbers(triton_kernels.product, (e, v), 1, activation, capability, 1 * in_place)[0]
+
+
+def product_backward(
+    e: jax.Array, v: jax.Array, dh: jax.Array, activation: str, capability: int, in_place: bool = False
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """de, dv and h in e's dtype; in_place: in the places of e, v and dh."""
+    from jaxft.kernels.mlp import triton_kernels
+
+    de, dv, h = _numbers(triton_kernels.product_backward, (e, v, dh), 3, activation, capability, 3 * in_place)
+    return de, dv, h
+
+
+def _numbers(kernel, arrays, outputs, activation, capability, aliased):
+    first = arrays[0]
+    out_shape = (jax.ShapeDtypeStruct(first.shape, first.dtype),) * outputs
+    grid, tile = (-(-first.size // NUMBERS),), Tile(NUMBERS, 1, 4, 1)
+    constants = {"N": first.size, "KIND": activation, "BLOCK": NUMBERS}
+    return _launch(kernel, arrays, out_shape, grid, tile, capability, constants, aliased)
+
+
+def _launch(kernel, arrays, out_shape, grid, tile, capability, constants, aliased):
+    """aliased: how many of the first outputs lie where the inputs of their number do."""
     return launch.triton_call(
         *arrays, kernel=kernel, out_shape=out_shape, grid=grid, num_warps=tile.warps, num_stages=tile.stages,
-        compute_capability=capability, name=f"mlp_{kernel.fn.__name__}", **constants,
+        input_output_aliases=tuple((n, n) for n in range(aliased)), compute_capability=capability,
+        name=f"mlp_{kernel.fn.__name__}", **constants,
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""The Triton kernels of a gated MLP with LoRA: what stands between its large products, in one pass each way.
+"""The Triton kernels of a gated MLP: what stands between its large products, in one pass each way. First with LoRA:
 
     e = E + u_e b_eᵀ,  v = V + u_v b_vᵀ,  h = act(e) · v          E, V (T, F): the large products of gate and up
     u_d = h A_dᵀ
@@ -15,6 +15,8 @@ tokens in tiles of BT, so that the gradients of the low-rank matrices are sums i
 added up outside. Sums and everything elementwise are float32; e, v, h and dh are never rounded before they are used.
 Traffic: 3 and 5 arrays of (T, F), where separate passes take 8 and 18 (each low-rank product is written and read again,
 and each thin product reads all of h, de or dv). Nothing is kept for the backward beyond E, V and u.
+`product` and `product_backward` are the same without the low-rank parts, number by number.
+In place: an output may lie where an input of its shape does, as every number is read by the program that writes it.
 Measured: docs/log.md.
 """
 
@@ -137,3 +139,31 @@ def backward(
     tl.store(dbe_ptr + row * RE + re[None, :], dbe, mask=(f < F)[:, None] & (re < RE)[None, :])
     tl.store(dbv_ptr + row * RV + rv[None, :], dbv, mask=(f < F)[:, None] & (rv < RV)[None, :])
     tl.store(dad_ptr + row * RD + rd[None, :], dad, mask=(f < F)[:, None] & (rd < RD)[None, :])
+
+
+@triton.jit
+def product(e_ptr, v_ptr, h_ptr, N: tl.constexpr, KIND: tl.constexpr, BLOCK: tl.constexpr):
+    """h = act(e) · v for N numbers. Grid (N / BLOCK,)."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < N
+    e = _tile(e_ptr + at, inside, N % BLOCK != 0).to(tl.float32)
+    v = _tile(v_ptr + at, inside, N % BLOCK != 0).to(tl.float32)
+    activated, _ = _activation(e, KIND)
+    tl.store(h_ptr + at, (activated * v).to(h_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def product_backward(
+    e_ptr, v_ptr, dh_ptr, de_ptr, dv_ptr, h_ptr, N: tl.constexpr, KIND: tl.constexpr, BLOCK: tl.constexpr
+):
+    """de, dv and h for N numbers. Grid (N / BLOCK,)."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < N
+    e = _tile(e_ptr + at, inside, N % BLOCK != 0).to(tl.float32)
+    v = _tile(v_ptr + at, inside, N % BLOCK != 0).to(tl.float32)
+    dh = _tile(dh_ptr + at, inside, N % BLOCK != 0).to(tl.float32)
+    activated, slope = _activation(e, KIND)
+    dtype = h_ptr.dtype.element_ty
+    tl.store(de_ptr + at, (dh * v * slope).to(dtype), mask=inside)
+    tl.store(dv_ptr + at, (dh * activated).to(dtype), mask=inside)
+    tl.store(h_ptr + at, (activated * v).to(dtype), mask=inside)
