@@ -3,6 +3,7 @@
 import gzip
 import json
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 CLASSES = (  # the first whose word stands in a kernel's name or its HLO operation's; lower case
@@ -14,10 +15,14 @@ CLASSES = (  # the first whose word stands in a kernel's name or its HLO operati
 )
 
 
-def device_time(directory: Path) -> tuple[Counter[str], Counter[str]]:
-    """Microseconds on the device by kernel class and by kernel name, from the newest trace below `directory`.
+WAITING = "nothing but copies, or nothing at all"
 
-    Raises FileNotFoundError where there is no trace.
+
+def device_time(directory: Path) -> tuple[Counter[str], Counter[str], Counter[str]]:
+    """Microseconds on the device by kernel class, by kernel name, and of waiting by the kernel that ended it.
+
+    From the newest trace below `directory`. Copies may run beside kernels, so classes can be more than the step. Raises
+    FileNotFoundError where there is no trace.
     """
     traces = sorted(directory.rglob("*.trace.json.gz"), key=lambda path: path.stat().st_mtime)
     if not traces:
@@ -28,6 +33,7 @@ def device_time(directory: Path) -> tuple[Counter[str], Counter[str]]:
     threads = {(e["pid"], e["tid"]): e["args"]["name"] for e in events if e.get("name") == "thread_name"}
     classes: Counter[str] = Counter()
     names: Counter[str] = Counter()
+    kernels: list[tuple[float, float, str]] = []
     for event in events:
         if event.get("ph") != "X" or "/device:" not in processes.get(event["pid"], ""):
             continue
@@ -35,16 +41,34 @@ def device_time(directory: Path) -> tuple[Counter[str], Counter[str]]:
             continue  # the other lines of a device repeat the same time as modules and operations
         words = f"{event['name']} {event.get('args', {}).get('hlo_op', '')}".lower()
         kind = next((name for name, keys in CLASSES if any(key in words for key in keys)), "other")
+        name = f"{event.get('args', {}).get('hlo_op', '')}  {event['name']}"[:110]
         classes[kind] += event["dur"]
-        names[f"{event.get('args', {}).get('hlo_op', '')}  {event['name']}"[:110]] += event["dur"]
-    return classes, names
+        names[name] += event["dur"]
+        if "memcpy" not in event["name"].lower():
+            kernels.append((event["ts"], event["ts"] + event["dur"], name))
+    waits: Counter[str] = Counter()
+    kernels.sort()
+    for (_, end, _), (start, _, name) in zip(_merged(kernels), kernels[1:], strict=False):
+        if start > end:
+            waits[name] += start - end
+    return classes, names, waits
+
+
+def _merged(kernels: list[tuple[float, float, str]]) -> Iterator[tuple[float, float, str]]:
+    """The kernels with the end of the last one so far as their own."""
+    latest = 0.0
+    for start, end, name in kernels:
+        latest = max(latest, end)
+        yield start, latest, name
 
 
 def table(directory: Path, steps: int, most: int = 25) -> str:
-    """The times of `device_time` in milliseconds a step, classes first, then the longest kernels."""
-    classes, names = device_time(directory)
+    """The times of `device_time` in milliseconds a step: classes, the longest kernels, and what was waited for."""
+    classes, names, waits = device_time(directory)
     lines = [f"{'ms a step':>10}  what"]
     lines += [f"{time / steps / 1e3:10.2f}  {name}" for name, time in classes.most_common()]
     lines += [f"{sum(classes.values()) / steps / 1e3:10.2f}  in all", ""]
     lines += [f"{time / steps / 1e3:10.2f}  {name}" for name, time in names.most_common(most)]
+    lines += ["", f"{sum(waits.values()) / steps / 1e3:10.2f}  {WAITING}; before"]
+    lines += [f"{time / steps / 1e3:10.2f}  {name}" for name, time in waits.most_common(most // 2)]
     return "\n".join(lines)

@@ -3,10 +3,10 @@
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 from transformers import PretrainedConfig
 
 from jaxft.errors import InputError
+from jaxft.kernels.kept import kept_product
 from jaxft.kernels.rope import apply_rope
 from jaxft.models import decoder
 from jaxft.models.decoder import ModelConfig
@@ -117,5 +117,5 @@ class Block(nnx.Module):
     ) -> tuple[jax.Array, Cache | None]:
         x, normed = self.input_layernorm.beside(x)
         x, cache = self.self_attn(normed, layer, context, cache, add=x)
-        x, normed = self.post_attention_layernorm.beside(checkpoint_name(x, "layer_middle"))
+        x, normed = self.post_attention_layernorm.beside(kept_product(x, "layer_middle"))
         return self.mlp(normed, layer, context, add=x), cache

@@ -2,9 +2,9 @@
 
 import jax
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 from transformers import PretrainedConfig
 
+from jaxft.kernels.kept import kept_product
 from jaxft.kernels.rope import apply_rope
 from jaxft.models.decoder import ModelConfig
 from jaxft.models.gemma import refuse_bidirectional
@@ -99,8 +99,8 @@ class Block(nnx.Module):
     ) -> tuple[jax.Array, Cache | None]:
         x, normed = self.input_layernorm.beside(x)
         attended, cache = self.self_attn(normed, layer, context, cache)
-        attended = checkpoint_name(attended, "branch_out")
-        x = checkpoint_name(x + self.post_attention_layernorm(attended), "layer_middle")
+        attended = kept_product(attended, "branch_out")
+        x = kept_product(x + self.post_attention_layernorm(attended), "layer_middle")
         x, normed = self.pre_feedforward_layernorm.beside(x)
-        fed = checkpoint_name(self.mlp(normed, layer, context), "branch_out")
+        fed = kept_product(self.mlp(normed, layer, context), "branch_out")
         return x + self.post_feedforward_layernorm(fed), cache

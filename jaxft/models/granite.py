@@ -5,9 +5,9 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 from transformers import PretrainedConfig
 
+from jaxft.kernels.kept import kept_product
 from jaxft.models import decoder
 from jaxft.models.decoder import ModelConfig
 from jaxft.models.layers import Cache, Context, LayerData, RMSNorm
@@ -77,5 +77,5 @@ class Block(nnx.Module):
     ) -> tuple[jax.Array, Cache | None]:
         x, normed = self.input_layernorm.beside(x)
         attended, cache = self.self_attn(normed, layer, context, cache)
-        x, normed = self.post_attention_layernorm.beside(checkpoint_name(x + attended * self.factor, "layer_middle"))
+        x, normed = self.post_attention_layernorm.beside(kept_product(x + attended * self.factor, "layer_middle"))
         return x + self.mlp(normed, layer, context) * self.factor, cache

@@ -12,11 +12,11 @@ from typing import TypeVar
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 
 from jaxft.kernels import attention as attention_op
 from jaxft.kernels import linear as linear_op
 from jaxft.kernels import mlp as mlp_op
+from jaxft.kernels.kept import kept_product
 from jaxft.kernels.rms_norm import residual_rms_norm, rms_norm
 from jaxft.models.offload import offloaded_scan
 from jaxft.quant import NF4, is_quantized
@@ -214,7 +214,7 @@ def attend(
     softcap: float | None = None,
 ) -> tuple[jax.Array, Cache | None]:
     """Attention of q (B, T, N, H) over k, v (B, T, K, H), written into the cache first where there is one."""
-    q, k, v = (checkpoint_name(part, "attention_qkv") for part in (q, k, v))
+    q, k, v = kept_product((q, k, v), "attention_qkv")
     if cache is not None:
         assert context.cache_index is not None
         start = (0, context.cache_index, 0, 0)

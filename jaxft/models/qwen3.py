@@ -2,9 +2,9 @@
 
 import jax
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
 from transformers import PretrainedConfig
 
+from jaxft.kernels.kept import kept_product
 from jaxft.kernels.norm_rope import norm_rope
 from jaxft.models.decoder import ModelConfig
 from jaxft.models.layers import Cache, Context, LayerData, Linear, RMSNorm, attend, gated_mlp, linears
@@ -93,5 +93,5 @@ class Block(nnx.Module):
     ) -> tuple[jax.Array, Cache | None]:
         x, normed = self.input_layernorm.beside(x)
         x, cache = self.self_attn(normed, layer, context, cache, add=x)
-        x, normed = self.post_attention_layernorm.beside(checkpoint_name(x, "layer_middle"))
+        x, normed = self.post_attention_layernorm.beside(kept_product(x, "layer_middle"))
         return self.mlp(normed, layer, context, add=x), cache

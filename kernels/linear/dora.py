@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from jaxft.kernels.kept import kept_product
 from jaxft.kernels.linear import fused, reference
 from jaxft.kernels.linear.weights import Weights
 
@@ -78,7 +79,7 @@ def _scaled(
 ) -> jax.Array:
     """c ∘ product + rest + bias + add, in the product's dtype."""
     assert layer.magnitude is not None and norm is not None
-    product = checkpoint_name(product, "dora_product")
+    product = kept_product(product, "dora_product")
     c = jax.lax.expand_dims(factor(layer.magnitude, norm), range(product.ndim - 1))
     y = (product.astype(jnp.float32) * c).astype(product.dtype)
     if layer.bias is not None:

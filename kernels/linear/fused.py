@@ -19,9 +19,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import SymbolicZero
 
+from jaxft.kernels.kept import kept_product
 from jaxft.kernels.linear import reference
 from jaxft.kernels.linear.weights import Weights
 from jaxft.quant import Weight, dense, is_quantized, multiply
@@ -106,10 +106,10 @@ def low_rank_inputs(x: jax.Array, layers: tuple[Weights, ...], rate: float, keys
         return [
             None
             if layer.lora is None
-            else checkpoint_name(reference.matmul(_dropout(x, rate, key), layer.lora[0]), "lora_low_rank")
+            else kept_product(reference.matmul(_dropout(x, rate, key), layer.lora[0]), "lora_low_rank")
             for layer, key in zip(layers, keys, strict=True)
         ]
-    u = checkpoint_name(reference.matmul(x, _concatenated_a(layers, x.dtype)), "lora_low_rank")
+    u = kept_product(reference.matmul(x, _concatenated_a(layers, x.dtype)), "lora_low_rank")
     return _split_ranks(u, layers, axis=u.ndim - 1)
 
 

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxft.kernels.gpu import one_device
+from jaxft.kernels.kept import kept_product
 from jaxft.kernels.linear import fused as linear
 from jaxft.kernels.linear import reference
 from jaxft.kernels.linear.fused import Keys, Wanted
@@ -51,7 +52,7 @@ def _inner(x, layers: Layers, rate: float, keys: Keys, kernels: Kernels | None):
         e, v = (multiply(x, layer.weight) for layer in layers[:2])
     else:
         e, v = linear.outputs(x, lows, layers[:2])
-    return checkpoint_name(e, "mlp_gate"), checkpoint_name(v, "mlp_up"), lows
+    return kept_product(e, "mlp_gate"), kept_product(v, "mlp_up"), lows
 
 
 def _outer(
