@@ -17,7 +17,6 @@ from jaxft.optim_8bit import BLOCK, Moment8
 
 LOWEST = 104 << 7  # the bucket of 2^-23, below every middle between two levels
 LAST = (127 << 7) - LOWEST  # that of 1
-NONE = 1 << 16  # a middle's lower half where a bucket holds no middle: above every lower half
 
 
 @dataclass(frozen=True)
@@ -45,9 +44,10 @@ def tables(signed: bool) -> tuple[np.ndarray, np.ndarray]:
     """Levels (256,) float32, and what gives the code of a number x in −1 … 1 by one look, (buckets,) int32.
 
     |x|'s bucket is the upper half of its float32 bits, exponent and 7 bits of the mantissa: 128 buckets an octave,
-    where levels are at most 71, so that a bucket holds at most one middle between two levels. A bucket's entry is that
-    middle's lower half (`NONE`: there is no middle) · 256 + how many middles above 0 lie below it. The first entry is
-    the bucket `LOWEST`'s and serves all below it: it holds no middle.
+    where levels are at most 71, so that a bucket holds at most one middle between two levels. A bucket's entry has the
+    code below that middle above 17 bits that carry into it when the number's lower half is added and is above the
+    middle's (none carries where there is no middle). The first entry is the bucket `LOWEST`'s and serves all below it:
+    it holds no middle. Codes are those of |x|; a negative x's mirror them.
     """
     levels = dynamic_map(signed)
     middles = ((levels[:-1].astype(np.float64) + levels[1:]) / 2).astype(np.float32)
@@ -55,8 +55,9 @@ def tables(signed: bool) -> tuple[np.ndarray, np.ndarray]:
     buckets = (bits >> 16).astype(np.int64) - LOWEST
     assert buckets.min() > 0 and buckets.max() < LAST and len(set(buckets)) == len(buckets), "a bucket holds one middle"
     assert not signed or np.array_equal(-middles[126::-1], middles[127:254]), "negative levels mirror positive ones"
-    entries = NONE * 256 + np.searchsorted(buckets, np.arange(LAST + 1), side="left")
-    entries[buckets] = (bits.astype(np.int64) & 0xFFFF) * 256 + np.arange(len(bits))
+    lowest = 127 if signed else 0  # the code of 0
+    entries = lowest + np.searchsorted(buckets, np.arange(LAST + 1), side="left") << 17
+    entries[buckets] += 0x1FFFF - (bits & 0xFFFF).astype(np.int64)
     return levels, entries.astype(np.int32)
 
 

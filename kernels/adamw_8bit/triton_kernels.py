@@ -47,14 +47,14 @@ def _code(x, entries, LOWEST: tl.constexpr, LAST: tl.constexpr, SIGNED: tl.const
     """The code of the level nearest to x, uint8; a tie goes to the lower level: `tables` has the entries."""
     bits = tl.abs(x).to(tl.int32, bitcast=True)
     entry = tl.load(entries + tl.minimum(tl.maximum((bits >> 16) - LOWEST, 0), LAST))
-    low = bits & 0xFFFF
     if (
         SIGNED
     ):  # of a negative number the middle itself counts as above: its mirror's lower level is the one farther out
-        found = (entry & 255) + (low + (x < 0).to(tl.int32) > (entry >> 8)).to(tl.int32)
-        code = tl.where(x < 0, tl.maximum(127 - found, 0), 127 + found)
+        negative = x.to(tl.int32, bitcast=True) >> 31  # -1, else 0
+        code = (entry + (bits & 0xFFFF) - negative) >> 17
+        code = tl.maximum((code ^ negative) + (negative & 255), 0)  # 254 - code
     else:
-        code = (entry & 255) + (low > (entry >> 8)).to(tl.int32)
+        code = (entry + (bits & 0xFFFF)) >> 17
     return code.to(tl.uint8)
 
 
