@@ -5,10 +5,10 @@
 
 Tiles. A program holds ROWS blocks of 256 numbers and all that belongs to them, best a block a warp. Traffic with
 bfloat16 parameters: 10 bytes a number (param, grad and two codes read; param and two codes written), where XLA's
-fusions, which pass over the numbers again for each maximum and each code, take about 40. The kernel is bound by its
-instructions: numbers lie in one dimension, in which Triton gives a table's look-up the layout of the loads around it
-(in two it turns every array over, through shared memory); a code is one look and one comparison (`tables`). Sums are
-float32.
+fusions, which pass over the numbers again for each maximum and each code, take about 40. So little traffic leaves
+time for few instructions: numbers lie in one dimension, in which Triton gives a table's look-up the layout of the loads
+around it (in two it turns every array over, through shared memory); a code is one look and one addition (`tables`); a
+row is divided by its largest magnitude through one reciprocal. Sums are float32.
 Rounding. A bfloat16 parameter gets 16 random bits below its last one before the lower half is cut off: the bits are
 a finaliser's (MurmurHash3's, public domain) of the number's place and the step's seed.
 Measured: docs/log.md.
@@ -29,9 +29,9 @@ def _spread(of_rows, BLOCK: tl.constexpr):
 def _share(value, top, BLOCK: tl.constexpr):
     """value / top, rounded once where it is not below 2^-24, by one division a row; a row's top is above 0.
 
-    top is scaled to 1 … 2 (if it is subnormal, to less), value with it. One step of Newton's brings the quotient to a
-    neighbour of the right one, and by Markstein's theorem (1990) the next to the right one, since the reciprocal is
-    rounded right and the remainder exact.
+    top is scaled to 1 … 2 (to less if it is subnormal, to 2 … 4 in the last octave), value with it. One step of
+    Newton's brings the quotient to a neighbour of the right one, and by Markstein's theorem (1990) the next to the
+    right one, since the reciprocal is rounded right and the remainder exact.
     """
     scale = (tl.maximum(254 - (top.to(tl.int32, bitcast=True) >> 23), 1) << 23).to(tl.float32, bitcast=True)
     divisor = top * scale
@@ -47,9 +47,8 @@ def _code(x, entries, LOWEST: tl.constexpr, LAST: tl.constexpr, SIGNED: tl.const
     """The code of the level nearest to x, uint8; a tie goes to the lower level: `tables` has the entries."""
     bits = tl.abs(x).to(tl.int32, bitcast=True)
     entry = tl.load(entries + tl.minimum(tl.maximum((bits >> 16) - LOWEST, 0), LAST))
-    if (
-        SIGNED
-    ):  # of a negative number the middle itself counts as above: its mirror's lower level is the one farther out
+    if SIGNED:
+        # of a negative number the middle itself counts as above: its mirror's lower level is the one farther out
         negative = x.to(tl.int32, bitcast=True) >> 31  # -1, else 0
         code = (entry + (bits & 0xFFFF) - negative) >> 17
         code = tl.maximum((code ^ negative) + (negative & 255), 0)  # 254 - code
