@@ -9,11 +9,13 @@ import jax
 import jax.numpy as jnp
 from kernel_cases import Shape, first_keys, folded, normal, qkv
 
+from jaxft.kernels.adamw_8bit import triton as adamw_triton
 from jaxft.kernels.attention import triton
 from jaxft.kernels.attention.triton import Tile, Tiles
 from jaxft.kernels.dequantize import triton as dequantize_triton
 from jaxft.kernels.gpu import device_capability
 from jaxft.kernels.mlp import triton as mlp_triton
+from jaxft.optim_8bit import scale_by_adam_8bit
 from jaxft.quant import dense, quantize_nf4
 
 Try = tuple[str, tuple, Callable, tuple]  # kernel, tile, function, arrays
@@ -115,6 +117,28 @@ def nf4_product(shape: Shape, dtype: jnp.dtype, rank: int) -> Iterator[Try]:
         yield "product", tuple(asdict(tile).values()), run, arrays
 
 
+def adamw_8bit(shape: Shape, dtype: jnp.dtype, rank: int) -> Iterator[Try]:
+    """Sixteen steps of four stacked layers' gate weights, in one program as the case has them."""
+    size, capability = (4, shape.F, shape.D), device_capability()
+    param, grad = normal(jax.random.key(0), (size, size), dtype)
+    state = jax.jit(lambda g: scale_by_adam_8bit(0.9, 0.999, 1e-8).init(g))({"layers": grad})
+    scalars, seed = jnp.asarray([1, 0.01, 0.19, 0.002, 1], jnp.float32), jnp.zeros(1, jnp.uint32)
+    arrays = param, grad, state.mu["layers"], state.nu["layers"], scalars, seed
+    for rows, warps in itertools.product((4, 8, 16, 32), (1, 2, 4, 8, 16)):
+        tile = adamw_triton.Tile(rows, warps)
+
+        def run(param, grad, mu, nu, scalars, seed, tile=tile):
+            def step(_, carry):
+                return adamw_triton.adamw_8bit(
+                    carry[0], grad, *carry[1:], scalars, seed, 0.9, 0.999, 1e-8, 0.1, capability, tile
+                )
+
+            return jax.lax.fori_loop(0, 16, step, (param, mu, nu))
+
+        yield "16 steps", tuple(asdict(tile).values()), run, arrays
+
+
 SWEEPS: dict[str, Callable[[Shape, jnp.dtype, int], Iterator[Try]]] = {
     "attention": attention, "mlp": mlp, "dequantize": dequantize, "nf4_product": nf4_product,
+    "adamw_8bit": adamw_8bit,
 }  # fmt: skip

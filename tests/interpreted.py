@@ -27,6 +27,15 @@ def _patch_tensor_and_index(tensor, scope):
 interpreter._patch_lang_tensor = _patch_tensor_and_index
 
 
+def _fma(self, x, y, z):
+    """Rounded once, as a card does it; the interpreter rounds the product too."""
+    wide = x.data.astype(np.longdouble) * y.data + z.data
+    return interpreter.TensorHandle(wide.astype(z.data.dtype), z.dtype.scalar)
+
+
+interpreter.InterpreterBuilder.create_fma = _fma
+
+
 class HostArray:
     """What the interpreter asks of a torch tensor, over a numpy array that stays where it is."""
 
