@@ -1,5 +1,6 @@
 """What is known of cards: peaks, what XLA is told of a step on one, and enough of absent ones to compile for them."""
 
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -55,12 +56,19 @@ def step_options(platform: str, gradient_checkpointing: str) -> dict[str, Any]:
 
     cuBLAS alone is as fast as a choice with Triton and compiles in half the time, and it reads a layer of a stack of
     weights where it lies. Products that read the same input are not merged: to XLA that means to copy their weights
-    together and their outputs apart. Residuals on their way to the host wait inside a CUDA graph, and beside it do not.
+    together and their outputs apart. Residuals on their way to the host wait inside a CUDA graph, and beside it do not;
+    they are fetched early (`copies_first.pbtxt`).
     """
     if platform != "gpu":
         return {}
     options: dict[str, Any] = {"xla_gpu_enable_triton_gemm": False, "xla_gpu_dot_merger_threshold_mb": 0}
-    return options | ({"xla_gpu_enable_command_buffer": ""} if gradient_checkpointing in OFFLOADED else {})
+    if gradient_checkpointing in OFFLOADED:
+        options |= {
+            "xla_gpu_enable_command_buffer": "",
+            "xla_gpu_pgle_profile_file_or_directory_path": str(Path(__file__).with_name("copies_first.pbtxt")),
+            "xla_gpu_pgle_accuracy_checker": "PGLE_STRICTNESS_LEVEL_OFF",
+        }
+    return options
 
 
 def absent_card(name: str) -> jax.Device:

@@ -257,8 +257,10 @@ REMAT: dict[str, Callable[..., bool] | None] = {
     # full and attention with what is kept on the host (`offload.py`)
     "offload": kept(*LOW_RANK),
     "offload_attention": kept(*LOW_RANK, *ATTENTION),
+    # and what stands between attention and MLP, so that attention's last product is not computed again
+    "offload_middle": kept(*LOW_RANK, *ATTENTION, "layer_middle"),
 }
-OFFLOADED = ("offload", "offload_attention")
+OFFLOADED = ("offload", "offload_attention", "offload_middle")
 KEPT_MLP = ("none", "products")  # policies that keep what stands between an MLP's products
 
 
