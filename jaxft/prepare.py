@@ -82,8 +82,13 @@ def compile_cache_directory() -> Path:
 def use_compile_cache() -> None:
     """Keeps compiled programs between runs, on accelerators; JAX_COMPILATION_CACHE_DIR says where else."""
     # a CPU program may not run on another CPU of the same name, and compiles in seconds anyway
-    if jax.default_backend() != "cpu" and not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+    if jax.default_backend() == "cpu":
+        return
+    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         jax.config.update("jax_compilation_cache_dir", str(compile_cache_directory()))
+    # jax keeps what took a second to compile; a run begins with some fifty small programs that together take longer
+    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 
 
 def prepare(settings: Settings, model_name: str, *, weights: bool = True) -> Prepared:
