@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import sys
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -134,7 +135,10 @@ def prepare(settings: Settings, model_name: str, *, weights: bool = True) -> Pre
             assert isinstance(settings, TrainSettings)
             parting = Parting(lora, settings.seed, resumed_factors(settings))
             print(f"adapter: {lora.init_lora_weights} takes its first values from the weights", file=sys.stderr)
+        began = time.perf_counter()
         model, params = load_model(directory, lora=lora, parting=parting, **held)
+        if isinstance(settings, TrainSettings):
+            print(f"weights: read in {time.perf_counter() - began:.2f} s", file=sys.stderr)
     if isinstance(settings, TrainSettings) and settings.add_tokens:
         model, new_tokens = with_new_tokens(model, tokenizer, read_tokens(settings.add_tokens))
         if new_tokens and weights:
