@@ -63,7 +63,7 @@ def one_run(place: Path, name: str, command: list[str]) -> dict[str, Any]:
     log = place / f"{name}.log"
     log.write_text("".join(f"{at:8.2f} {line}" for at, line in lines), encoding="utf-8")
     if code:
-        raise RunError(f"the {name} run ended with {code}: {''.join(line for _, line in lines[-3:]).strip()}")
+        raise RunError(f"the {name} run ended with {code}: {lines[-1][1].strip() if lines else 'nothing was said'}")
     return parts_of(name, lines) | {"second step": step_seconds(place / name)}
 
 
