@@ -38,6 +38,7 @@ CANDIDATES = (("offload", 2048), ("offload", 1024), ("offload", 512), ("offload_
 ATTENTION_PASSES = {"offload": 4.5, "offload_attention": 3.5}
 ATTENTION_RATE, PRODUCTS_RATE = 500e12, 650e12  # FLOP/s, taken for granted of an H200 in the estimate
 LONG = 120  # seconds: a step that is estimated to take longer is measured without one before it
+HOST_SPARE = 8  # GiB of pinned memory beside what a plan says
 UNSLOTH_FIXED, UNSLOTH_TOKEN = 7.37e9, 222 * 1024  # bytes; its published lengths lie on this line or a little below
 
 Record = dict[str, Any]
@@ -153,15 +154,23 @@ def plan(options: argparse.Namespace) -> int:
     return 0
 
 
-def limit_memory(budget: float) -> None:
-    """Lets XLA have `budget` GiB of the card and no more; nothing where there is none. Before jax touches a device."""
+def limit_memory(budget: float, host: int) -> None:
+    """Lets XLA have `budget` GiB of the card and no more, and `host` bytes of pinned memory, more than its own 64 GiB.
+
+    Before jax touches a device; nothing where there is no card. Raises InputError where either is not there.
+    """
     if shutil.which("nvidia-smi") is None:
         return
     asked = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
     card = int(subprocess.check_output(asked, text=True).split()[0]) * (1 << 20)
     if budget * GIB > card:
         raise InputError(f"--budget {budget:g}: the card has {_gib(card)}")
+    memory = dict(line.split(":") for line in Path("/proc/meminfo").read_text(encoding="utf-8").splitlines())
+    free = int(memory["MemAvailable"].split()[0]) * 1024
+    if host > free:
+        raise InputError(f"--budget {budget:g}: {_gib(host)} wait on the host, which has {_gib(free)} free")
     os.environ["XLA_PYTHON_CLIENT_MEM_FRACTION"] = str(budget * GIB / card)
+    os.environ["XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB"] = str(host // GIB + HOST_SPARE)
 
 
 def measure(options: argparse.Namespace) -> int:
@@ -176,7 +185,7 @@ def measure(options: argparse.Namespace) -> int:
     length = options.length or found["length"]
     tiles = -(-length // (found["length"] // found["tiles"]))
     warmup = 0 if found["estimated_seconds"] > LONG else 1
-    limit_memory(budget)
+    limit_memory(budget, found["host"] * length // found["length"])
     flags = f"{WORKLOAD} --model {results.data['model']} --length {length} --steps 1 --warmup {warmup}"
     flags += f" --gradient_checkpointing {found['policy']} --mlp_tiles {tiles}"
     try:

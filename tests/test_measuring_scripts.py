@@ -3,6 +3,7 @@
 import argparse
 import json
 import math
+import os
 from pathlib import Path
 
 import numpy as np
@@ -122,6 +123,22 @@ def test_a_measured_row_is_run_and_the_page_says_which_was(tiny_workload, foreto
     assert "Run on a card: 8 GiB (cpu)" in page.read_text()
     assert run_command(context.main, ["measure", "--budget", "40", "--results", str(results)]) == 2
     assert "no length for 40 GiB" in capsys.readouterr().err
+
+
+def test_a_measured_step_has_no_more_of_the_card_than_the_budget(scripts, monkeypatch):
+    import context
+
+    monkeypatch.setattr(context.shutil, "which", lambda name: name)
+    monkeypatch.setattr(context.subprocess, "check_output", lambda *_, **__: "143771\n143771\n")  # MiB of each card
+    for name in ("XLA_PYTHON_CLIENT_MEM_FRACTION", "XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB"):
+        monkeypatch.setenv(name, "")  # what the script sets is taken back after the test
+    context.limit_memory(24, GIB + 1)
+    assert float(os.environ["XLA_PYTHON_CLIENT_MEM_FRACTION"]) * 143771 == pytest.approx(24 * 1024)
+    assert os.environ["XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB"] == "9"
+    with pytest.raises(InputError, match=r"--budget 160: the card has 140\.40 GiB"):
+        context.limit_memory(160, 0)
+    with pytest.raises(InputError, match=r"--budget 24: 1048576\.00 GiB wait on the host, which has"):
+        context.limit_memory(24, GIB << 20)
 
 
 def test_unsloths_line_gives_it_no_less_than_its_published_table(scripts):
