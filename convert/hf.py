@@ -5,7 +5,7 @@ import math
 import shutil
 import sys
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -149,7 +149,12 @@ def write_rows(whole: jax.Array, chunk: jax.Array, at: jax.Array) -> jax.Array:
 
 
 def _empty(shape: tuple[int, ...], dtype: Any, sharding: Any) -> jax.Array:
-    return jax.jit(partial(jnp.zeros, shape, dtype), out_shardings=sharding)()
+    return _zeros(shape, jnp.dtype(dtype), sharding)()
+
+
+@cache  # layers of one shape are made by one program: jit compiles a function that it has not seen anew
+def _zeros(shape: tuple[int, ...], dtype: jnp.dtype, sharding: Any) -> Callable[[], jax.Array]:
+    return jax.jit(partial(jnp.zeros, shape, dtype), out_shardings=sharding)
 
 
 def _empty_leaf(leaf: Quantized, sharding: Any) -> Quantized:

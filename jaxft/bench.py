@@ -116,6 +116,12 @@ def random_batch(workload: Workload, vocab_size: int, seed: int) -> Batch:
     return {name: array[None] for name, array in arrays.items()}
 
 
+def workload_of(name: str, options: argparse.Namespace) -> Workload:
+    """The named workload, with what the flags say in place of its own."""
+    asked = {field: getattr(options, field) for field in ("model", "batch", "length")}
+    return replace(WORKLOADS[name], **{field: value for field, value in asked.items() if value})
+
+
 def described(workload: Workload) -> Model:
     """The workload's model, without an adapter."""
     constants = dict(CONFIGS[workload.model])
@@ -125,7 +131,7 @@ def described(workload: Workload) -> Model:
 
 def planned(name: str, options: argparse.Namespace) -> Plan:
     """What the workload's step needs, by the flags or by the fastest policy within `--memory_budget`."""
-    workload = replace(WORKLOADS[name], model=options.model or WORKLOADS[name].model)
+    workload = workload_of(name, options)
     device = absent_card(options.device) if options.device else jax.devices()[0]
     mesh = make_mesh(mesh_sizes(None, 1), [device])
     model = described(workload)
@@ -171,7 +177,7 @@ def batches_of(workload: Workload, model: Model) -> list[Batch]:
 
 def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
     """Builds the workload's step, compiles it ahead, runs it, and returns the figures of its line."""
-    workload = replace(WORKLOADS[name], model=options.model or WORKLOADS[name].model)
+    workload = workload_of(name, options)
     use_compile_cache()
     # before any array is there: the scratch memory in which XLA times its choices is then no part of the peak
     began = time.perf_counter()
@@ -222,12 +228,19 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
         "peak_bytes": stats.get("peak_bytes_in_use"),
         "temp_bytes": found.temporary,
         "argument_bytes": found.arguments,
+        "host_bytes": found.host,
         "compile_seconds": compile_seconds,
         "model_tflops": flops / median / 1e12,
         "mfu": flops / median / peak if peak else None,
         "trained_parameters": parameter_count(trainable),
         "loss": losses,
     }
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number above 0")
+    return int(text)
 
 
 def _compiler_option(text: str) -> tuple[str, str | bool]:
@@ -237,10 +250,13 @@ def _compiler_option(text: str) -> tuple[str, str | bool]:
     return name, {"true": True, "false": False}.get(value, value)
 
 
-def main(argv: list[str] | None = None) -> int:
+def read_options(argv: list[str] | None) -> argparse.Namespace:
+    """The flags, checked against each other."""
     parser = argparse.ArgumentParser(prog="python -m jaxft.bench", description=__doc__)
     parser.add_argument("workloads", nargs="+", choices=WORKLOADS, metavar="ID", help=", ".join(WORKLOADS))
     parser.add_argument("--model", choices=CONFIGS, help="instead of the workload's own")
+    parser.add_argument("--batch", type=_positive, help="rows of a step, instead of the workload's own")
+    parser.add_argument("--length", type=_positive, help="tokens of a row, instead of the workload's own")
     parser.add_argument("--steps", type=int, default=8, help="timed steps")
     parser.add_argument("--warmup", type=int, default=3, help="steps before them")
     parser.add_argument("--gradient_checkpointing", choices=list(REMAT), help="instead of the workload's own")
@@ -260,6 +276,11 @@ def main(argv: list[str] | None = None) -> int:
         raise InputError("--memory_budget chooses --gradient_checkpointing and --mlp_tiles; leave them out, or it")
     if options.device and not options.dry_run:
         raise InputError(f"--device {options.device} is not here to be measured; it has a meaning with --dry_run")
+    return options
+
+
+def main(argv: list[str] | None = None) -> int:
+    options = read_options(argv)
     arguments = sys.argv[1:] if argv is None else argv
     if len(options.workloads) == 1:
         line = (dry_run if options.dry_run else measure)(options.workloads[0], options)

@@ -160,6 +160,7 @@ def run_training(run: Run, prepared: Prepared) -> Outcome:
     )  # fmt: skip
     peak = peak_flops(prepared.mesh.devices.flat[0], prepared.compute_dtype)
     peak = None if peak is None else peak * prepared.mesh.devices.size
+    schedule = jax.jit(run.schedule)  # one program, where each of its operations would be one
     eval_function = jax.jit(make_eval_step(prepared.model, dtype=prepared.compute_dtype))
 
     def save(step: int) -> None:
@@ -232,7 +233,7 @@ def run_training(run: Run, prepared: Prepared) -> Outcome:
                 if step - 1 > first and checkpoints.latest() != step - 1:
                     save(step - 1)
                 raise
-            learning_rate = float(run.schedule(_updates_done(opt_state, step - 1)))
+            learning_rate = float(schedule(_updates_done(opt_state, step - 1)))
             trainable, opt_state, found = step_function(
                 trainable, opt_state, prepared.frozen, put_batch(batch, prepared.mesh),
                 jax.random.fold_in(key, step),

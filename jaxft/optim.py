@@ -93,7 +93,7 @@ def make_schedule(
     warmup = 0 if name == "constant" else warmup_steps
     floor = options.get("min_lr_ratio", 0.0)  # warmup_stable_decay rises from where it will end
     try:
-        after(jnp.float32(warmup), warmup, total_steps, **options)
+        jax.eval_shape(lambda: after(jnp.float32(warmup), warmup, total_steps, **options))  # computes nothing
     except TypeError as error:
         raise InputError(f"lr_scheduler_type {name}: lr_scheduler_kwargs {options} do not fit: {error}") from error
 

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import sys
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -82,8 +83,13 @@ def compile_cache_directory() -> Path:
 def use_compile_cache() -> None:
     """Keeps compiled programs between runs, on accelerators; JAX_COMPILATION_CACHE_DIR says where else."""
     # a CPU program may not run on another CPU of the same name, and compiles in seconds anyway
-    if jax.default_backend() != "cpu" and not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+    if jax.default_backend() == "cpu":
+        return
+    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         jax.config.update("jax_compilation_cache_dir", str(compile_cache_directory()))
+    # jax keeps what took a second to compile; a run begins with some fifty small programs that together take longer
+    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 
 
 def prepare(settings: Settings, model_name: str, *, weights: bool = True) -> Prepared:
@@ -129,7 +135,10 @@ def prepare(settings: Settings, model_name: str, *, weights: bool = True) -> Pre
             assert isinstance(settings, TrainSettings)
             parting = Parting(lora, settings.seed, resumed_factors(settings))
             print(f"adapter: {lora.init_lora_weights} takes its first values from the weights", file=sys.stderr)
+        began = time.perf_counter()
         model, params = load_model(directory, lora=lora, parting=parting, **held)
+        if isinstance(settings, TrainSettings):
+            print(f"weights: read in {time.perf_counter() - began:.2f} s", file=sys.stderr)
     if isinstance(settings, TrainSettings) and settings.add_tokens:
         model, new_tokens = with_new_tokens(model, tokenizer, read_tokens(settings.add_tokens))
         if new_tokens and weights:

@@ -322,7 +322,8 @@ def test_the_benchmark_plans_and_chooses_too(tiny_bench, capsys, monkeypatch):
         assert run_command(bench.main, ["A1", "--dry_run", "--memory_budget", f"{size // 2**10}KiB"]) == code
     out, said = capsys.readouterr()
     assert json.loads(out) == line and "nothing fits" in said
-    monkeypatch.setattr(bench, "planned", lambda *_: SimpleNamespace(gradient_checkpointing="full", mlp_tiles=8))
+    chosen = bench.planned("A1", bench.read_options(["A1", "--mlp_tiles", "8"]))
+    monkeypatch.setattr(bench, "planned", lambda *_: chosen)
     assert run_command(bench.main, ["A1", "--memory_budget", "1GiB", "--steps", "1", "--warmup", "0"]) == 0
     assert json.loads(capsys.readouterr().out)["mlp_tiles"] == 8
 

@@ -1,0 +1,301 @@
+"""How long a row fits which memory: Llama-3-8B, QLoRA in NF4, one row a step, beside Unsloth's published line.
+
+    python scripts/context.py plan --device h200      # no card needed: compiles for one, and finds the longest rows
+    python scripts/context.py measure --budget 24     # on a card: a step of that length in no more than that memory
+    python scripts/context.py table                   # writes docs/context.md
+
+`plan` compiles a few candidates at two lengths, takes for each budget the one whose straight line reaches farthest,
+and searches between lengths that fit and lengths that do not until they are neighbours: each length that it names was
+itself compiled and fits, and the next one was compiled and does not. What is compiled is kept in docs/context.json.
+`measure` lets XLA have no more of the card than the budget, so that what does not fit fails.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from jaxft import bench
+from jaxft.errors import InputError, RunError, run_command
+from jaxft.load import parameter_count
+from jaxft.memory import GIB, MARGIN
+
+DOCS = Path(__file__).resolve().parents[1] / "docs"
+WORKLOAD = "A7"
+BUDGETS = (8, 12, 16, 24, 40, 48, 80)  # GiB, those for which Unsloth names lengths
+STEP = 1024  # lengths are multiples of it
+ANCHORS = (16, 128)  # of STEP: where every candidate is compiled
+# (policy, tokens of an MLP tile), the slower of two with the same lengths last
+CANDIDATES = (("offload", 2048), ("offload", 1024), ("offload", 512), ("offload_attention", 1024))
+# how often a policy computes attention: forward, backward (2.5 of it), and forward again where it is not kept
+ATTENTION_PASSES = {"offload": 4.5, "offload_attention": 3.5}
+ATTENTION_RATE, PRODUCTS_RATE = 500e12, 650e12  # FLOP/s, taken for granted of an H200 in the estimate
+LONG = 120  # seconds: a step that is estimated to take longer is measured without one before it
+HOST_SPARE = 8  # GiB of pinned memory beside what a plan says
+UNSLOTH_FIXED, UNSLOTH_TOKEN = 7.37e9, 222 * 1024  # bytes; its published lengths lie on this line or a little below
+
+Record = dict[str, Any]
+
+
+def unsloth_length(budget: float) -> int:
+    """The length at which Unsloth's line reaches a budget of GiB."""
+    return int((budget * GIB - UNSLOTH_FIXED) / UNSLOTH_TOKEN)
+
+
+def step_seconds(model: str, policy: str, length: int) -> float:
+    """An estimate: causal attention at one rate, and 8 FLOPs a parameter and token at another."""
+    described = bench.described(bench.Workload(model, 1, length))
+    c = described.config
+    attention = ATTENTION_PASSES[policy] * 2 * length**2 * c.num_heads * c.head_dim * c.num_layers
+    return attention / ATTENTION_RATE + 8 * parameter_count(described.shapes) * length / PRODUCTS_RATE
+
+
+class Results:
+    """The JSON file: what was compiled, found for each budget, and measured. Written at each change."""
+
+    def __init__(self, path: Path, about: Record) -> None:
+        """Raises InputError where the file is of another model or device; about: {} takes it as it is."""
+        self.path = path
+        self.data: Record = {"compiled": {}, "budgets": {}, "measured": {}}
+        if path.exists():
+            self.data = json.loads(path.read_text(encoding="utf-8"))
+            differing = [name for name, value in about.items() if self.data.get(name) != value]
+            if differing:
+                found = ", ".join(f"{name} {self.data.get(name)}" for name in differing)
+                raise InputError(f"{path} was made with {found}; name another --results, or begin anew with --fresh")
+        self.data |= about
+
+    def save(self) -> None:
+        self.path.write_text(json.dumps(self.data, indent=1) + "\n", encoding="utf-8")
+
+    def compiled(self, model: str, device: str | None, candidate: tuple[str, int], length: int) -> Record:
+        """The plan of a step, its sizes in bytes; compiled where it was not before."""
+        policy, tile = candidate
+        tiles = -(-length // tile)
+        key = f"{policy}, {tiles} tiles, {length} tokens"
+        if key not in self.data["compiled"]:
+            flags = f"{WORKLOAD} --dry_run --model {model} --length {length} --gradient_checkpointing {policy}"
+            flags += f" --mlp_tiles {tiles}" + (f" --device {device}" if device else "")
+            line = bench.dry_run(WORKLOAD, bench.read_options(flags.split()))
+            sizes = {name: line[name] for name in ("total", "temporary", "arguments", "host")}
+            self.data["compiled"][key] = {"policy": policy, "tiles": tiles, "length": length} | sizes
+            self.save()
+            print(f"{key}: {_gib(line['total'])}, and {_gib(line['host'])} of the host", file=sys.stderr, flush=True)
+        return self.data["compiled"][key]
+
+
+def longest(limit: float, total: Callable[[int], int], known: dict[int, int], most: int = 1 << 14) -> int:
+    """The largest count of steps whose total(count) is at most `limit`, where total grows; 0 where not even 1 fits.
+
+    known: totals of at least two counts. The next count to try is where the straight line through the nearest known
+    ones on both sides of the limit, or the last two on one side, reaches it.
+    """
+    known = dict(known)
+    while True:
+        fits = max((count for count, size in known.items() if size <= limit), default=0)
+        over = min((count for count, size in known.items() if size > limit), default=most + 1)
+        if over - fits == 1:
+            return fits
+        counts = sorted(known)
+        inside = [count for count in counts if count <= fits][-2:]
+        outside = [count for count in counts if count >= over][:2]
+        a, b = (inside[-1], outside[0]) if inside and outside else (inside or outside)
+        slope = (known[b] - known[a]) / (b - a)
+        guess = a + int((limit - known[a]) // slope) if slope > 0 else (fits + over) // 2
+        count = min(max(guess, fits + 1), over - 1)
+        known[count] = total(count)
+
+
+def plan(options: argparse.Namespace) -> int:
+    model = options.model or bench.WORKLOADS[WORKLOAD].model
+    if options.fresh:
+        options.results.unlink(missing_ok=True)
+    device = options.device or jax.devices()[0].device_kind
+    about = {"model": model, "device": device, "jax": jax.__version__, "margin": options.margin}
+    results = Results(options.results, about)
+
+    def total(candidate: tuple[str, int], count: int) -> int:
+        return results.compiled(model, options.device, candidate, count * STEP)["total"]
+
+    anchors = {each: {count: total(each, count) for count in ANCHORS} for each in CANDIDATES}
+    for budget in options.budget or BUDGETS:
+        limit = budget * GIB * options.margin
+
+        def reach(candidate: tuple[str, int], limit: float = limit) -> float:
+            (a, first), (b, second) = anchors[candidate].items()
+            return a + (limit - first) * (b - a) / (second - first)
+
+        best = max(CANDIDATES, key=reach)
+        count = longest(limit, lambda count, best=best: total(best, count), anchors[best])  # type: ignore[misc]
+        if not count:
+            results.data["budgets"][str(budget)] = None
+            print(f"{budget} GiB: nothing fits")
+            continue
+        found = results.compiled(model, options.device, best, count * STEP)
+        following = results.compiled(model, options.device, best, (count + 1) * STEP)
+        seconds = step_seconds(model, best[0], found["length"])
+        more = {"next_total": following["total"], "estimated_seconds": seconds}
+        results.data["budgets"][str(budget)] = found | more
+        results.save()
+        print(
+            f"{budget} GiB: {found['length']:,} tokens by --gradient_checkpointing {best[0]} --mlp_tiles "
+            f"{found['tiles']}, {_gib(found['total'])} and {_gib(found['host'])} of the host, a step about "
+            f"{seconds:.0f} s; Unsloth's line {unsloth_length(budget):,}",
+            flush=True,
+        )
+    results.save()
+    return 0
+
+
+def limit_memory(budget: float, host: int) -> None:
+    """Lets XLA have `budget` GiB of the card and no more, and `host` bytes of pinned memory, more than its own 64 GiB.
+
+    Before jax touches a device; nothing where there is no card. Raises InputError where either is not there.
+    """
+    if shutil.which("nvidia-smi") is None:
+        return
+    asked = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
+    card = int(subprocess.check_output(asked, text=True).split()[0]) * (1 << 20)
+    if budget * GIB > card:
+        raise InputError(f"--budget {budget:g}: the card has {_gib(card)}")
+    memory = dict(line.split(":") for line in Path("/proc/meminfo").read_text(encoding="utf-8").splitlines())
+    free = int(memory["MemAvailable"].split()[0]) * 1024
+    if host > free:
+        raise InputError(f"--budget {budget:g}: {_gib(host)} wait on the host, which has {_gib(free)} free")
+    os.environ["XLA_PYTHON_CLIENT_MEM_FRACTION"] = str(budget * GIB / card)
+    os.environ["XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB"] = str(host // GIB + HOST_SPARE)
+
+
+def measure(options: argparse.Namespace) -> int:
+    if len(options.budget) > 1:  # a fresh process each: the allocator's limit and its peak are the process's
+        flags = ["--results", str(options.results)] + (["--length", str(options.length)] if options.length else [])
+        calls = [[sys.executable, __file__, "measure", "--budget", str(budget), *flags] for budget in options.budget]
+        return max(subprocess.call(call) for call in calls)
+    results, (budget,) = Results(options.results, {}), options.budget
+    found = results.data["budgets"].get(str(budget))
+    if found is None:
+        raise InputError(f"{options.results} has no length for {budget} GiB; run the plan subcommand first")
+    length = options.length or found["length"]
+    tiles = -(-length // (found["length"] // found["tiles"]))
+    warmup = 0 if found["estimated_seconds"] > LONG else 1
+    limit_memory(budget, found["host"] * length // found["length"])
+    flags = f"{WORKLOAD} --model {results.data['model']} --length {length} --steps 1 --warmup {warmup}"
+    flags += f" --gradient_checkpointing {found['policy']} --mlp_tiles {tiles}"
+    try:
+        line = bench.measure(WORKLOAD, bench.read_options(flags.split()))
+    except jax.errors.JaxRuntimeError as failure:
+        if "RESOURCE_EXHAUSTED" not in str(failure):
+            raise
+        raise RunError(
+            f"{length:,} tokens do not fit {budget} GiB on this card: {str(failure).splitlines()[0]}; plan with a "
+            "smaller --margin, or try a smaller --length"
+        ) from failure
+    losses = line["loss"]
+    limit = (jax.devices()[0].memory_stats() or {}).get("bytes_limit")
+    record = {"length": length, "policy": found["policy"], "tiles": tiles, "warmup": warmup, "bytes_limit": limit}
+    record |= {name: line[name] for name in ("device", "peak_bytes", "host_bytes", "compile_seconds", "loss")}
+    record |= {"step_seconds": line["step_ms"] / 1e3, "jax": jax.__version__}
+    print(json.dumps({"budget": budget} | record), flush=True)
+    if not all(loss == loss and abs(loss) < float("inf") for loss in losses):
+        raise RunError(f"the losses are {losses}, not all finite: the step is wrong at {length:,} tokens")
+    results.data["measured"][str(budget)] = record
+    results.save()
+    return 0
+
+
+def document(data: Record, unsloth: bool) -> str:
+    """docs/context.md; unsloth: with its line, which is of one model."""
+    cards = sorted({record["device"] for record in data["measured"].values()})
+    on_a_card = ", ".join(budget for budget, found in data["budgets"].items() if found and budget in data["measured"])
+    ran = f"Run on a card: {on_a_card} GiB ({', '.join(cards)})." if on_a_card else "No row was run on a card yet."
+    lines = [
+        "# How long a row fits",
+        "",
+        f"{data['model']}, QLoRA in NF4, one row a step, r = 16 on all linear layers, 8-bit AdamW. The longest row, a",
+        f"multiple of {STEP}, whose step takes at most {data['margin']:.0%} of the budget by XLA's own plan for it",
+        f"(compiled for {data['device']}, jax {data['jax']}; the next longer row was compiled too and takes more).",
+        "",
+        f"**{ran}**",
+        "In a run XLA has no more of the card than the budget, weights and tokens are random, the loss is finite, and",
+        "the peak is the allocator's. Rows without a peak are planned by the compiler alone, and their seconds are an",
+        "estimate, marked by ~. What waits on the host is beside the budget. Positions are not scaled: beyond the",
+        "model's own a real run scales its rope, at the same cost.",
+        "",
+    ]
+    if unsloth:
+        lines += [
+            "Unsloth's column is the line of its published table for Llama 3.1 8B, r = 32, at the same budget: 7.37 GB",
+            "and 222 KiB a token, with the units read in its favour.",
+            "",
+        ]
+    lines += [
+        "`python scripts/context.py plan --device h200`, `measure --budget N` and `table` repeat it.",
+        "",
+        "| budget, GiB | policy, MLP tiles | longest row | planned, GiB | measured peak, GiB | on the host, GiB "
+        "| seconds a step |" + (" Unsloth's line |" if unsloth else ""),
+        "|---|---|---|---|---|---|---|" + ("---|" if unsloth else ""),
+    ]
+    for budget, found in data["budgets"].items():
+        cells = [budget, "nothing fits", *[""] * 5]
+        if found:
+            cells = [budget, *_cells(found, data["measured"].get(budget))]
+        lines.append(f"| {' | '.join(cells + [f'{unsloth_length(float(budget)):,}'] * unsloth)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _cells(found: Record, run: Record | None) -> list[str]:
+    """From the policy to the seconds; a run of another length than the planned one says so."""
+    peak, seconds = "", f"~{found['estimated_seconds']:.0f}"
+    if run is not None:
+        other = "" if run["length"] == found["length"] else f" ({run['length']:,} tokens)"
+        peak = "not known" if run["peak_bytes"] is None else f"{run['peak_bytes'] / GIB:.2f}"
+        peak, seconds = peak + other, f"{run['step_seconds']:.1f}"
+    sizes = f"{found['total'] / GIB:.2f}", peak, f"{found['host'] / GIB:.1f}"
+    return [f"`{found['policy']}`, {found['tiles']}", f"{found['length']:,}", *sizes, seconds]
+
+
+def table(options: argparse.Namespace) -> int:
+    if not options.results.exists():
+        raise InputError(f"{options.results} does not exist; run the plan subcommand first")
+    data = json.loads(options.results.read_text(encoding="utf-8"))
+    options.output.write_text(document(data, data["model"] == "llama-3-8b"), encoding="utf-8")
+    print(f"{options.output} written")
+    return 0
+
+
+def _gib(size: float) -> str:
+    return f"{size / GIB:.2f} GiB"
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True)
+    one = commands.add_parser("plan", help="find the longest row of each budget by compiling")
+    one.add_argument("--device", help="a card that is not here, h200; without it the device here")
+    one.add_argument("--model", choices=bench.CONFIGS, help="instead of the workload's own")
+    one.add_argument("--budget", nargs="+", type=int, help=f"GiB, {' '.join(map(str, BUDGETS))} where not given")
+    one.add_argument("--margin", type=float, default=MARGIN, help="the share of a budget that a plan may take")
+    one.add_argument("--fresh", action="store_true", help="forget what was compiled and measured, as after a change")
+    one.set_defaults(run=plan)
+    one = commands.add_parser("measure", help="run the step of a budget's longest row")
+    one.add_argument("--budget", nargs="+", type=int, required=True, help="GiB, as planned")
+    one.add_argument("--length", type=int, help="another length than the planned one")
+    one.set_defaults(run=measure)
+    one = commands.add_parser("table", help="write the page")
+    one.add_argument("--output", type=Path, default=DOCS / "context.md")
+    one.set_defaults(run=table)
+    for each in commands.choices.values():
+        each.add_argument("--results", type=Path, default=DOCS / "context.json")
+    options = parser.parse_args(argv)
+    return options.run(options)
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main))
