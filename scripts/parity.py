@@ -36,6 +36,7 @@ import numpy as np
 PREPARED, BATCHES, MODEL, ADAPTER = "prepared.json", "batches.npz", "model", "adapter"
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 RANK = ALPHA = 16
+SIZES = {"rows": 2, "length": 1024, "steps": 200, "seed": 0}
 FIRST = 1e-2  # how far the losses of the first step may lie apart
 TIMES = 2.0  # how many times the run-to-run noise the curves of two programs may lie apart in the mean
 UNTIMED = 10  # first steps, in which programs compile and tune themselves
@@ -187,6 +188,9 @@ def prepare(options: argparse.Namespace) -> int:
     constants = read_config(options.config)
     if bool(options.batches) == bool(options.dataset and options.tokenizer):
         raise InputError("name --dataset and --tokenizer, or --batches of an earlier prepare")
+    given = {name: getattr(options, name) for name in SIZES if getattr(options, name) is not None}
+    if options.batches and given:
+        raise InputError(f"--batches {options.batches} has its own {', '.join(given)}; leave the flag out")
     if out.exists():
         raise InputError(f"{out} exists already; name a new directory")
     if options.batches:
@@ -198,13 +202,11 @@ def prepare(options: argparse.Namespace) -> int:
                 f"{constants['vocab_size']}; make the batches for this --config"
             )
     else:
-        shape = options.steps, options.rows, options.length
-        tokens = running_text(options.dataset, options.tokenizer, constants["vocab_size"], shape, options.seed)
+        sizes = SIZES | given
+        shape = sizes["steps"], sizes["rows"], sizes["length"]
+        tokens = running_text(options.dataset, options.tokenizer, constants["vocab_size"], shape, sizes["seed"])
         labels = tokens.copy()
-        about = {
-            "dataset": "/".join(Path(options.dataset).parts[-2:]), "tokenizer": options.tokenizer.name,
-            "rows": options.rows, "length": options.length, "steps": options.steps, "seed": options.seed,
-        }  # fmt: skip
+        about = {"dataset": "/".join(Path(options.dataset).parts[-2:]), "tokenizer": options.tokenizer.name, **sizes}
     out.mkdir(parents=True)
     np.savez_compressed(out / BATCHES, tokens=tokens, labels=labels, about=json.dumps(about))
     print(f"{out / BATCHES}: {tokens.shape[0]} steps of {tokens.shape[1]} rows of {tokens.shape[2]} tokens")
@@ -424,22 +426,18 @@ def read_results(paths: Sequence[Path]) -> list[Result]:
 
 @dataclass(frozen=True)
 class Apart:
-    """How far two curves lie apart: at the first step, |difference| in the mean and at most, and its mean."""
+    """Two results, and |a's loss − b's| of each step."""
 
     a: Result
     b: Result
 
     @property
-    def difference(self) -> np.ndarray:
-        return np.subtract(self.a.losses, self.b.losses)
+    def distances(self) -> np.ndarray:
+        return np.abs(np.subtract(self.a.losses, self.b.losses))
 
     @property
     def mean(self) -> float:
-        return float(np.abs(self.difference).mean())
-
-    def cells(self) -> str:
-        d = self.difference
-        return f"{abs(d[0]):.1e} | {self.mean:.1e} | {np.abs(d).max():.1e} | {d.mean():+.1e}"
+        return float(self.distances.mean())
 
 
 def verdicts(results: list[Result]) -> list[tuple[bool, str]]:
@@ -480,9 +478,10 @@ def page(results: list[Result], verdict: list[tuple[bool, str]], picture: str) -
         + "."
     )
     seeded = (
-        "Another seed takes the rows of each batch in another order and lets every row begin at another position, of "
-        "which RoPE knows differences alone: exact arithmetic would not notice, rounding does. How far such runs of "
-        f"one program lie apart is the run-to-run noise; that of {reference.name} is the measure above."
+        f"Differences are those to {reference.name} with seed 0. Another seed takes the rows of each batch in another "
+        "order and lets every row begin at another position, of which RoPE knows differences alone: exact arithmetic "
+        f"would not notice, rounding does. How far such runs of {reference.name} lie apart is the noise that the "
+        "others are held against."
     )
     measured = (
         f"Tokens a second by the median step after the first {UNTIMED}; the peak is the allocator's in the whole "
@@ -497,20 +496,19 @@ def page(results: list[Result], verdict: list[tuple[bool, str]], picture: str) -
         "",
         f"![Losses, and differences to transformers + PEFT]({picture})",
         "",
-        f"| who | {' | '.join(f'loss at {step}' for step in shown)} | tokens/s | peak GiB |",
-        "|---" * (len(shown) + 3) + "|",
+        f"| who | {' | '.join(f'loss at {step}' for step in shown)} | mean \\|difference\\| | largest | tokens/s "
+        "| peak GiB |",
+        "|---" * (len(shown) + 5) + "|",
     ]
     for one in results:
+        apart = Apart(one, reference)
         losses = " | ".join(f"{one.losses[step - 1]:.4f}" for step in shown)
+        far = " | " if one is reference else f"{apart.mean:.1e} | {apart.distances.max():.1e}"
         peak = "" if one.peak_bytes is None else f"{one.peak_bytes / GIB:.2f}"
-        lines.append(f"| {one.name} | {losses} | {one.tokens_per_second:,.0f} | {peak} |")
+        lines.append(f"| {one.name} | {losses} | {far} | {one.tokens_per_second:,.0f} | {peak} |")
     lines += [
         "",
         *textwrap.wrap(seeded, 120),
-        "",
-        "| pair | first step | mean \\|difference\\| | largest | mean difference |",
-        "|---|---|---|---|---|",
-        *(f"| {pair.a.name} − {pair.b.name} | {pair.cells()} |" for pair in (*programs(results), *seeds(results))),
         "",
         *textwrap.wrap(measured, 120),
         "",
@@ -524,7 +522,7 @@ def page(results: list[Result], verdict: list[tuple[bool, str]], picture: str) -
 def commands(results: list[Result]) -> list[str]:
     """What was typed, with short paths."""
     prepared, files = results[0].prepared, [f"{one.program}-{one.seed}.json" for one in results]
-    shape = " ".join(f"--{name} {prepared[name]}" for name in ("rows", "length", "steps", "seed"))
+    shape = " ".join(f"--{name} {prepared[name]}" for name in SIZES)
     dtype = "" if results[0].dtype == "bfloat16" else f" --dtype {results[0].dtype}"
     return [
         f"$ python scripts/parity.py prepare parity --config {prepared['config']} \\",
@@ -562,7 +560,8 @@ def draw(path: Path, results: list[Result]) -> None:
         look = dict(color=colours[one.program], linewidth=0.6 if one.seed else 1.4, alpha=0.7 if one.seed else 1.0)
         above.plot(steps, one.losses, label=one.name, **look)
         below.plot(steps, np.subtract(one.losses, results[0].losses), **look)
-    limit = max(float(np.nanmax(np.abs(line.get_ydata()))) for line in below.lines) * 1.1 or 1e-6
+    every = np.concatenate([Apart(one, results[0]).distances for one in results])
+    limit = 1.1 * every[np.isfinite(every)].max() or 1e-6
     below.set_ylim(-limit, limit)
     above.set_ylabel("loss")
     below.set_ylabel(f"loss − {results[0].name}'s")
@@ -597,10 +596,8 @@ def main(argv: list[str] | None = None) -> int:
     one.add_argument("--tokenizer", type=Path, help="a directory that transformers reads, or a GGUF file")
     one.add_argument("--batches", type=Path, help="batches.npz of an earlier prepare, in place of those two")
     one.add_argument("--batches_only", action="store_true", help="no model and no adapter, for another machine")
-    one.add_argument("--rows", type=int, default=2)
-    one.add_argument("--length", type=int, default=1024)
-    one.add_argument("--steps", type=int, default=200)
-    one.add_argument("--seed", type=int, default=0)
+    for name, default in SIZES.items():
+        one.add_argument(f"--{name}", type=int, help=f"{default} where not given")
     one = commands.add_parser("run", help="train with one program and write what it did")
     one.set_defaults(command=run)
     one.add_argument("program", choices=PROGRAMS)

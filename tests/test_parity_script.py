@@ -193,7 +193,7 @@ def test_unsloth_is_imported_first_and_trains_the_prepared_adapter(prepared, los
             f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n"
         )
     command = [sys.executable, ROOT / "scripts" / "parity.py", "run", "unsloth", prepared, tmp_path / "unsloth.json"]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)]), "OMP_NUM_THREADS": "1"}
     subprocess.run(command, cwd=tmp_path, env=environment, check=True)
     found = json.loads((tmp_path / "unsloth.json").read_text())
     assert found["versions"]["unsloth"] == "1.0" and len(found["losses"]) == STEPS
@@ -230,7 +230,11 @@ VERDICTS = {
     "agree": ({}, 0, "**holds**: the first step's losses lie within 2.0e-03 of each other (at most 1e-02)"),
     "noise of its own": ({("jaxft", 1): (12.0, 0, 2e-2)}, 1, "**FAILS**: jaxft, seed 1 and jaxft differ by 1.5e-02"),
     "first step": ({("unsloth", 0): (12.012, 0, 1e-3)}, 1, "**FAILS**: the first step's losses lie within 1.2e-02"),
-    "not a number": ({("unsloth", 0): (float("nan"), 0, 1e-3)}, 3, "**FAILS**: the first step's losses lie within nan"),
+    "not a number": (
+        {("unsloth", 0): (float("nan"), float("nan"), 1e-3)},
+        3,
+        "**FAILS**: the first step's losses lie within nan",
+    ),
     "curve": (
         {("jaxft", seed): (12.0, 0.01, 1e-3) for seed in (0, 1)},
         2,
@@ -277,6 +281,7 @@ def test_what_cannot_be_prepared_or_run_is_said(parity, batches, tmp_path):
         ([str(batches), "--config", tiny, *text], "exists already"),
         ([out, "--config", "qwen9", *text], "neither a file nor one of qwen3-4b, "),
         ([out, "--config", tiny], "--dataset and --tokenizer, or --batches"),
+        ([out, "--config", tiny, "--batches", f"{batches}/batches.npz", "--steps", "9"], "has its own steps"),
         ([out, "--config", tiny, *text, "--steps", "9000"], "tokens, 9000 steps of 2 rows of 1024 need 18432000"),
     ):
         with pytest.raises(InputError, match=match):
