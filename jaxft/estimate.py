@@ -24,7 +24,7 @@ SAMPLED = 4  # steps of an epoch whose batches are counted; they stand for the o
 # work of the measured block: what is timed should be neither over at once nor waited for
 MEASURED_WORK = {"cpu": 1e10, "gpu": 2e13}
 # policies under which the backward pass computes the layers' products again, and those under which attention too
-AGAIN = ("full", "offload", "attention", "offload_attention")
+AGAIN = ("full", "offload", "attention", "offload_attention", "offload_middle")
 ATTENTION_AGAIN = ("full", "offload")
 
 

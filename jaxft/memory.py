@@ -34,7 +34,7 @@ MARGIN = 0.95  # of what XLA may use of a device: its allocator leaves gaps, and
 # (gradient_checkpointing, mlp_tiles), fastest first as measured (docs/log.md), each smaller on a card than the one
 # before. Of all policies (`models.layers.REMAT`) only "none" is not in it, neither faster nor smaller than "products"
 LADDER = (
-    *(("products", 1), ("attention", 1), ("full", 1), ("offload", 1)),
+    *(("products", 1), ("attention", 1), ("full", 1), ("offload_middle", 1)),
     *(("offload_attention", 1), ("offload_attention", 4), ("offload", 8)),
 )
 # where the host is the device, nothing is gained by moving arrays there

@@ -260,7 +260,8 @@ REMAT: dict[str, Callable[..., bool] | None] = {
     # and what stands between attention and MLP, so that attention's last product is not computed again
     "offload_middle": kept(*LOW_RANK, *ATTENTION, "layer_middle"),
 }
-OFFLOADED = ("offload", "offload_attention", "offload_middle")
+FETCHED_EARLY = ("offload_attention", "offload_middle")  # rather than late, which needs less of the device
+OFFLOADED = ("offload", *FETCHED_EARLY)
 KEPT_MLP = ("none", "products")  # policies that keep what stands between an MLP's products
 
 
