@@ -73,7 +73,12 @@ def _forward(body, x, layers, shared):
         return index + 1, x, host, _put(device, near, index)
 
     _, far, near = jax.eval_shape(one, x, jnp.int32(0))
-    host = [jax.device_put(jnp.zeros((count + 1, *leaf.shape), leaf.dtype), jax.memory.Space.Host) for leaf in far]
+    # no two stacks of one shape: XLA would allocate them as one array, and part them again by a copy of the whole
+    slots = [count + 1 + number for number in range(len(far))]
+    host = [
+        jax.device_put(jnp.zeros((n, *leaf.shape), leaf.dtype), jax.memory.Space.Host)
+        for n, leaf in zip(slots, far, strict=True)
+    ]
     device = [jnp.zeros((count, *leaf.shape), leaf.dtype) for leaf in near]
     _, x, host, device = jax.lax.while_loop(lambda carry: carry[0] < count, step, (jnp.int32(0), x, host, device))
     return x, (host, device, layers, shared, pulls[-1])
