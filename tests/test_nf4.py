@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from jaxft.kernels import gpu
-from jaxft.kernels.dequantize import dequantize_nf4, triton
+from jaxft.kernels.dequantize import dequantize_nf4, reference, triton
 from jaxft.kernels.dequantize.tables import nf4_levels
 from jaxft.kernels.linear import Weights, linears
 from jaxft.quant import _divide, dense, describe_leaf, multiply, quantize, quantize_nf4
@@ -102,6 +102,13 @@ def test_a_stack_and_a_wrong_shape_are_refused_with_the_shapes():
         quantize(leaf.codes, "fp4")
 
 
+def test_scales_are_repeated_without_a_scatter_that_xla_would_work_out_while_it_compiles():
+    S = jax.ShapeDtypeStruct
+    parts = S((5000,), jnp.uint8), S((20,), jnp.float32), S((), jnp.float32)
+    text = jax.jit(reference.block_scales).lower(*parts).as_text()
+    assert "gather" in text and "scatter" not in text and "reduce_window" not in text
+
+
 # the kernel
 
 needs_triton = pytest.mark.skipif(bool(MISSING), reason=NEEDED)
@@ -154,7 +161,7 @@ def test_a_value_of_the_product_costs_a_shift_a_shuffle_and_a_multiply_add_a_row
     assert values * held < count["fma.rn.f32"] <= (values + 4) * held
     assert re.search(r"ld\.global\.v[24]\.b32", loop[0]) and "ld.shared" not in loop[0]
     registers, spilled = assemble(ptx, 90, tmp_path)
-    assert registers <= 200 and spilled == 0
+    assert registers <= 168 and spilled == 0  # three programs or more share a multiprocessor
 
 
 @pytest.mark.parametrize("shape", [(4096, 2560), (9728, 2560), (2560, 9728), (1024, 2560)])
