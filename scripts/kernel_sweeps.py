@@ -7,7 +7,7 @@ from dataclasses import asdict
 
 import jax
 import jax.numpy as jnp
-from kernel_cases import Shape, first_keys, folded, normal, qkv
+from kernel_cases import LAYERS, Shape, first_keys, folded, normal, qkv, stacked_nf4, through_layers
 
 from jaxft.kernels.adamw_8bit import triton as adamw_triton
 from jaxft.kernels.attention import triton
@@ -105,16 +105,26 @@ def dequantize(shape: Shape, dtype: jnp.dtype, rank: int) -> Iterator[Try]:
 
 
 def nf4_product(shape: Shape, dtype: jnp.dtype, rank: int) -> Iterator[Try]:
-    capability, size = device_capability(), (shape.F, shape.D)
-    (x,) = normal(jax.random.key(0), ((8, 1, shape.D),), dtype)
-    leaf = jax.jit(quantize_nf4)(jax.random.normal(jax.random.key(0), size, dtype))
-    arrays = x, leaf.codes, leaf.scales, leaf.nested, leaf.offset
-    for rows, width, warps, stages in itertools.product((16, 32, 64, 128), (16, 32), (2, 4, 8), (2, 3, 4, 5)):
-        tile = dequantize_triton.Tile(rows, width, warps, stages)
-        run = functools.partial(
-            dequantize_triton.multiply_nf4, shape=size, block=leaf.block, capability=capability, tile=tile
-        )
-        yield "product", tuple(asdict(tile).values()), run, arrays
+    """Layers' products in one program, as the case has them, with 1, 4 and 8 rows of x."""
+    capability = device_capability()
+    sizes = {"q": (shape.N * shape.H, shape.D), "gate": (shape.F, shape.D), "down": (shape.D, shape.F)}
+    tiles = [
+        dequantize_triton.Tile(rows, groups, words, warps)
+        for groups, words in ((8, 4), (16, 4), (16, 2), (32, 1))
+        for rows, warps in ((16, 2), (16, 4), (32, 4), (64, 4), (64, 8))
+        if 1 <= rows * groups // (32 * warps) <= 16 // words  # groups that a thread has
+    ]
+    for (name, size), rows in itertools.product(sizes.items(), (1, 4, 8)):
+        (x,) = normal(jax.random.key(0), ((rows, 1, size[1]),), dtype)
+        stack = jax.jit(lambda key, size=size: stacked_nf4(key, size, dtype))(jax.random.key(0))
+        for tile, programs in itertools.product(tiles, (528, 1056, 2112)):
+
+            def product(x, leaf, size=size, tile=tile, programs=programs):
+                parts = leaf.codes, leaf.scales, leaf.nested, leaf.offset, leaf.layer
+                return dequantize_triton.multiply_nf4(x, *parts, size, leaf.block, capability, tile, programs)
+
+            run = functools.partial(through_layers, product)
+            yield f"{name} {rows}, {LAYERS} layers", (*asdict(tile).values(), programs), run, (x, stack)
 
 
 def adamw_8bit(shape: Shape, dtype: jnp.dtype, rank: int) -> Iterator[Try]:

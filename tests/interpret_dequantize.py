@@ -9,9 +9,24 @@ from tests import interpreted  # before triton  # isort: skip
 import jax
 import jax.numpy as jnp
 import numpy as np
+import triton as compiler
+import triton.language as tl
 
-from jaxft.kernels.dequantize import reference, triton
+from jaxft.kernels.dequantize import reference, triton, triton_kernels
 from jaxft.quant import quantize_nf4
+
+
+@compiler.jit
+def levels_of(word, levels):
+    """In place of the kernel's own, whose shuffle the interpreter does not know (tests/test_nf4.py takes its place)."""
+    return (
+        tl.load(levels + (word >> 4 & 15)), tl.load(levels + (word & 15)), tl.load(levels + (word >> 12 & 15)),
+        tl.load(levels + (word >> 8 & 15)), tl.load(levels + (word >> 20 & 15)), tl.load(levels + (word >> 16 & 15)),
+        tl.load(levels + (word >> 28 & 15)), tl.load(levels + (word >> 24 & 15)),
+    )  # fmt: skip
+
+
+triton_kernels.levels_of = levels_of
 
 
 def compare(shape: tuple[int, int], dtype: str, block: int = 64, double: bool = True) -> None:
@@ -35,20 +50,21 @@ def stacked(parts):
 
 
 def compare_product(
-    shape: tuple[int, int], rows: int, dtype: str, tolerance: float, block: int = 64, double: bool = True
-):
+    shape: tuple[int, int], rows: int, dtype: str, tolerance: float, block: int = 64, double: bool = True,
+    programs: int = triton.PROGRAMS,
+):  # fmt: skip
     random = np.random.default_rng(shape[0])
     weight = jnp.asarray(random.normal(size=shape), jnp.float32)
     leaf = jax.jit(lambda w: quantize_nf4(w, block=block, double=double))(weight)
     x = jnp.asarray(random.normal(size=(rows, 1, shape[1])), dtype)
     parts = leaf.codes, leaf.scales, leaf.nested, leaf.offset
-    got = triton.multiply_nf4(x, *parts, None, shape, block, 90)
+    got = triton.multiply_nf4(x, *parts, None, shape, block, 90, programs=programs)
     assert got.shape == (rows, 1, shape[0]) and got.dtype == x.dtype
     dense = reference.dequantize_nf4(*parts, shape, block, x.dtype)
     wanted = np.einsum("rti,oi->rto", np.float32(x), np.float32(dense))
     name = f"product {shape} × {rows} {dtype} block {block} {'double' if double else 'single'}"
     interpreted.compare(name, got, wanted, tolerance)
-    got = triton.multiply_nf4(x, *stacked(parts), jnp.int32(1), shape, block, 90)
+    got = triton.multiply_nf4(x, *stacked(parts), jnp.int32(1), shape, block, 90, programs=programs)
     interpreted.compare(f"{name}, the second of a stack", got, wanted, tolerance)
 
 
@@ -58,7 +74,12 @@ if __name__ == "__main__":
     compare((5, 7), "float32")
     compare((96, 64), "float16", block=128)
     compare((48, 100), "float32", block=32, double=False)
-    compare_product((96, 256), 3, "float16", 1e-3)
-    compare_product((130, 1024), 16, "float16", 1e-3)  # a last tile that is not full, several parts
+    compare_product((64, 256), 3, "float16", 1e-3)
+    compare_product((40, 1024), 10, "float16", 1e-3)  # a last tile that is not full, a step a part, two halves of rows
+    compare_product((33, 1120), 9, "float16", 1e-3, programs=4)  # parts of 3 and 2 steps, the last of these not full
+    compare_product((32, 672), 1, "float16", 1e-3, programs=1)  # one part
     compare_product((64, 384), 1, "float16", 1e-3, block=128, double=False)
     compare_product((64, 128), 2, "float16", 1e-3, block=32)
+    compare_product((40, 96), 1, "float32", 1e-6)  # a row that ends in the middle of a block
+    compare_product((32, 256), 4, "float32", 1e-6, double=False)
+    compare_product((32, 256), 1, "bfloat16", 1e-2)

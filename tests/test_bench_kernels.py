@@ -35,7 +35,7 @@ def test_every_op_runs_at_a_tiny_shape_and_is_right(bench, tmp_path, capsys):
         ("norm_rope", "reference"), ("rms_norm", "reference"), ("linear_cross_entropy", "tiled"),
         ("dequantize q", "reference"), ("dequantize k", "reference"), ("dequantize gate", "reference"),
         ("adamw_8bit", "xla"), ("adamw_8bit, 16 steps", "pieces"),
-        *((f"nf4_product {name} {rows}", "dense first") for name in products for rows in (1, 8)),
+        *((f"nf4_product {name} {rows}, 16 layers", "dense first") for name in products for rows in (1, 8)),
     }  # fmt: skip
     refused = {r["way"].split("(")[0] for r in found if "refused" in r}
     assert refused == {"triton", "cudnn"}  # no GPU here

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,11 +14,12 @@ import numpy as np
 import pytest
 
 from jaxft.kernels import gpu
-from jaxft.kernels.dequantize import dequantize_nf4, triton
+from jaxft.kernels.dequantize import dequantize_nf4, reference, triton
+from jaxft.kernels.dequantize.tables import nf4_levels
 from jaxft.kernels.linear import Weights, linears
 from jaxft.quant import _divide, dense, describe_leaf, multiply, quantize, quantize_nf4
 from tests.nf4_cases import CASES, DTYPES, PARTS, bell, digest
-from tests.ptx import CAPABILITIES, MISSING, NEEDED, SHARED, assemble, compiled
+from tests.ptx import CAPABILITIES, MISSING, NEEDED, assemble, compiled
 
 ROOT = Path(__file__).resolve().parents[1]
 GOLDEN = json.loads((ROOT / "tests" / "data" / "nf4_golden.json").read_text(encoding="utf-8"))["cases"]
@@ -100,6 +102,13 @@ def test_a_stack_and_a_wrong_shape_are_refused_with_the_shapes():
         quantize(leaf.codes, "fp4")
 
 
+def test_scales_are_repeated_without_a_scatter_that_xla_would_work_out_while_it_compiles():
+    S = jax.ShapeDtypeStruct
+    parts = S((5000,), jnp.uint8), S((20,), jnp.float32), S((), jnp.float32)
+    text = jax.jit(reference.block_scales).lower(*parts).as_text()
+    assert "gather" in text and "scatter" not in text and "reduce_window" not in text
+
+
 # the kernel
 
 needs_triton = pytest.mark.skipif(bool(MISSING), reason=NEEDED)
@@ -119,18 +128,96 @@ def test_the_kernel_compiles_for_every_card_with_wide_stores_and_no_shared_memor
     assert "st.global.v4.b32" in ptx and "fma.rn.f32" not in ptx
 
 
+def product_of(rows: int, dtype, capability: int) -> tuple[int, str]:
+    """Shared memory and PTX of the product's kernel for a stack of q's weights of Qwen3-4B."""
+    (O, I), L, S = (4096, 2560), 36, jax.ShapeDtypeStruct
+    n = O * I
+    sizes = ((n // 2,), jnp.uint8), ((n // 64,), jnp.uint8), ((n // 64 // 256,), jnp.float32), ((), jnp.float32)
+    arrays = [S((L, *size), kind) for size, kind in sizes]
+    function = lambda x, *rest: triton.multiply_nf4(x, *rest, (O, I), 64, capability)  # noqa: E731
+    (found,) = compiled(function, S((rows, 1, I), dtype), *arrays, S((), jnp.int32)).values()
+    return found
+
+
 @needs_triton
 @pytest.mark.parametrize("capability", CAPABILITIES)
-def test_the_product_compiles_for_every_card_and_fits_it(capability, tmp_path):
-    (O, I), S = (4096, 2560), jax.ShapeDtypeStruct
-    n = O * I
-    arrays = S((n // 2,), jnp.uint8), S((n // 64,), jnp.uint8), S((n // 64 // 256,), jnp.float32), S((), jnp.float32)
-    function = lambda x, *parts: triton.multiply_nf4(x, *parts, None, (O, I), 64, capability)  # noqa: E731
-    ((shared, ptx),) = compiled(function, S((8, 1, I), jnp.bfloat16), *arrays).values()
-    assert shared <= SHARED[capability] * 1024
-    assert "mma" in ptx  # tensor cores
+def test_the_product_compiles_for_every_card_and_works_in_registers_alone(capability, tmp_path):
+    shared, ptx = product_of(1, jnp.bfloat16, capability)
+    assert shared <= 1024  # of the last sums
     registers, spilled = assemble(ptx, capability, tmp_path)
-    assert registers <= 255 and spilled == 0
+    assert registers <= 64 and spilled == 0  # so that a multiprocessor has 32 warps, whose loads hide memory's latency
+
+
+@needs_triton
+@pytest.mark.parametrize("rows", [1, 8, pytest.param(16, marks=pytest.mark.long)])
+def test_a_value_of_the_product_costs_a_shift_a_shuffle_and_a_multiply_add_a_row(rows, tmp_path):
+    _, ptx = product_of(rows, jnp.bfloat16, 90)
+    loop = re.search(r"^(\$L__BB\w+):.*?bra\s+\1;", ptx, re.DOTALL | re.MULTILINE)
+    assert loop is not None
+    values, held = 64, min(rows, 8)  # a thread's a step
+    count = {name: len(re.findall(rf"\b{name}", loop[0])) for name in ("shfl.sync.idx", "fma.rn.f32", "bar.sync")}
+    # one more for each group's scale
+    assert count["shfl.sync.idx"] == values and count["bar.sync"] == 0
+    assert values * held < count["fma.rn.f32"] <= (values + 4) * held
+    assert re.search(r"ld\.global\.v[24]\.b32", loop[0]) and "ld.shared" not in loop[0]
+    registers, spilled = assemble(ptx, 90, tmp_path)
+    assert registers <= 168 and spilled == 0  # three programs or more share a multiprocessor
+
+
+@pytest.mark.parametrize("shape", [(4096, 2560), (9728, 2560), (2560, 9728), (1024, 2560)])
+@pytest.mark.parametrize("rows", [1, 8, 16])
+def test_the_product_is_cut_into_enough_programs_that_cover_every_column_once(shape, rows):
+    tile = triton.tile_of(rows)
+    sizes, (tiles, parts, halves) = triton.product_constants(rows, shape, 64, True, True, tile)
+    columns = sizes["STEPS"] * tile.groups * tile.words * 8
+    assert (parts - 1) * columns < shape[1] <= parts * columns
+    assert (tiles - 1) * tile.rows < shape[0] <= tiles * tile.rows
+    assert (halves - 1) * sizes["ROWS"] < rows <= halves * sizes["ROWS"] and sizes["ROWS"] <= 8
+    assert tiles * parts >= 4 * 132 or sizes["STEPS"] == 1
+
+
+def lanes_of_a_warp(asm: str, words: list[int], levels: np.ndarray) -> list[list[float]]:
+    """What PTX's definitions of the few instructions of `levels_of` give in each of 32 lanes for its word."""
+    lines = [line.strip(" ;\n") for line in asm.strip(" {}\n").split(";")]
+    state: list[dict] = [{"$8": word, "$9": 0} for word in words]
+    for line in filter(None, lines):
+        name, _, rest = line.partition(" ")
+        if name == ".reg":
+            continue
+        to, *of = [part.strip() for part in rest.split(",")]
+        before = [dict(lane) for lane in state]
+        for number, lane in enumerate(state):
+            value = lambda part, lane=lane: lane[part] if part in lane else int(part, 0)  # noqa: E731
+            if name == "mov.u32":
+                assert of == ["%laneid"]
+                lane[to] = number
+            elif name == "ld.global.nc.b32":
+                lane[to] = float(levels[lane[of[0][1:-1]] // 4])
+            elif name == "shfl.sync.idx.b32":
+                clamp, kept = value(of[2]) & 31, value(of[2]) >> 8 & 31
+                source = number & kept | value(of[1]) & 31 & ~kept
+                assert source <= number & kept | clamp & ~kept and value(of[3]) == 2**32 - 1
+                lane[to] = before[source][of[0]]
+            else:
+                operations = {
+                    "and.b32": "__and__",
+                    "mul.wide.u32": "__mul__",
+                    "add.s64": "__add__",
+                    "shr.u32": "__rshift__",
+                }
+                lane[to] = getattr(value(of[0]), operations[name])(value(of[1]))
+    return [[lane[f"${number}"] for number in range(8)] for lane in state]
+
+
+def test_a_shuffle_gives_the_level_of_every_code_in_the_order_of_columns():
+    source = (ROOT / "kernels" / "dequantize" / "triton_kernels.py").read_text(encoding="utf-8")
+    asm = re.search(r'inline_asm_elementwise\(\s*"""(.*?)"""', source, re.DOTALL)
+    assert asm is not None
+    packed = np.random.default_rng(0).integers(0, 256, (32, 4), np.uint8)
+    levels = nf4_levels()
+    got = lanes_of_a_warp(asm[1], packed.view("<u4")[:, 0].tolist(), levels)
+    wanted = levels[np.stack([packed >> 4, packed & 15], axis=2).reshape(32, 8)]
+    np.testing.assert_array_equal(np.float32(got), wanted)
 
 
 @needs_triton
@@ -140,7 +227,7 @@ def test_the_interpreted_kernels_equal_the_reference():
         env=os.environ | {"PYTHONPATH": str(ROOT)}, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count(": ok") == 18
+    assert done.stdout.count(": ok") == 28
 
 
 def test_the_kernel_refuses_a_dtype_that_it_cannot_write(monkeypatch):
@@ -152,10 +239,10 @@ def test_the_kernel_refuses_a_dtype_that_it_cannot_write(monkeypatch):
 
 
 PRODUCT_REFUSED = {
-    "17 rows: the kernel takes up to 16": (17, jnp.bfloat16, (64, 128), 64, 90),
-    "dtype float32": (1, jnp.float32, (64, 128), 64, 90),
-    "100 columns in blocks of 64": (1, jnp.bfloat16, (64, 100), 64, 90),
-    "compute capability 7.5": (1, jnp.bfloat16, (64, 128), 64, 75),
+    "17 rows: the kernel takes up to 16": (17, jnp.bfloat16, (64, 128), 90),
+    "dtype int8": (1, jnp.int8, (64, 128), 90),
+    "100 columns: needs a multiple of 32": (1, jnp.bfloat16, (64, 100), 90),
+    "compute capability 7.5": (1, jnp.bfloat16, (64, 128), 75),
 }
 
 

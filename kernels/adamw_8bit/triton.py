@@ -27,7 +27,7 @@ class Tile:
     warps: int
 
 
-TILE = Tile(8, 8)
+TILE = Tile(8, 4)
 
 
 def check(param: jax.Array, capability: int) -> None:

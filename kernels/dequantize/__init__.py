@@ -64,8 +64,9 @@ def multiply_nf4(
 ) -> jax.Array:
     """x Wᵀ for x (..., I) and the W (O, I) that `dequantize_nf4` gives in x's dtype: (..., O), accumulated in float32.
 
-    Where x has few rows and a GPU serves, W is read in 4 bits inside of the product and never written ("triton");
-    else it is made dense first ("reference"). Has no derivative. Raises as `dequantize_nf4`.
+    Where x has at most 16 rows and a GPU serves, W is read in 4 bits inside of the product and never written
+    ("triton"); its values are then level · scale without the last rounding, to x's dtype: the scale multiplies the sum
+    over a block's columns. Else W is made dense first ("reference"). Has no derivative. Raises as `dequantize_nf4`.
     """
     if x.shape[-1] != shape[1]:
         raise ValueError(f"x has shape {x.shape}, the weight (O, I) {shape}")
@@ -73,7 +74,7 @@ def multiply_nf4(
     if implementation not in (None, *IMPLEMENTATIONS):
         raise ValueError(f"implementation {implementation!r}: must be one of {', '.join(IMPLEMENTATIONS)}")
     if implementation != "reference":
-        check = partial(triton.check_product, math.prod(x.shape[:-1]), x.dtype, shape, block)
+        check = partial(triton.check_product, math.prod(x.shape[:-1]), x.dtype, shape)
         capability = serving("multiply_nf4", check, implementation)
         if capability is not None:
             return triton.multiply_nf4(x, packed, scales, nested, offset, layer, shape, block, capability)

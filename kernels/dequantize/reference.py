@@ -12,7 +12,7 @@ def block_scales(scales: jax.Array, nested: jax.Array | None, offset: jax.Array 
     """The float32 scale of every block, (blocks,)."""
     if nested is None or offset is None:
         return scales
-    second = jnp.repeat(nested, NESTED_BLOCK, total_repeat_length=nested.size * NESTED_BLOCK)[: scales.size]
+    second = jnp.repeat(nested, NESTED_BLOCK)[: scales.size]
     product = jnp.asarray(dynamic_map())[scales] * second
     # the comparison keeps the compiler from joining product and sum into one operation with one rounding
     return jnp.where(product == product, product, jnp.float32(0)) + offset[None]

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from jaxft.kernels import launch
 from jaxft.kernels.dequantize.tables import NESTED_BLOCK, dynamic_map, nf4_levels
-from jaxft.kernels.gpu import CARDS, check_installed
+from jaxft.kernels.gpu import check_installed
 
 THREADS = 128
 UNROLL = 4
@@ -19,23 +19,25 @@ DTYPES = ("bfloat16", "float16", "float32")
 SMALLEST_CAPABILITY = 75
 
 
-ROWS = 16  # of x in a product: what a tensor core takes at least
-PROGRAMS = 264  # two for each multiprocessor of an H200; a product with fewer tiles of rows is cut into parts
+ROWS = 16  # of x in a product: of more, the dense weight and tensor cores take less time
+ROWS_AT_A_TIME = 8  # that a program holds sums of
+PROGRAMS = 1056  # eight for each multiprocessor of an H200; a product with fewer tiles of rows is cut into parts
+GROUP = 32  # columns: the widest that a thread takes of a row
 SMALLEST_PRODUCT_CAPABILITY = 80
 
 
 @dataclass(frozen=True)
 class Tile:
-    """Rows of W and bytes of each that a program takes at a time (at most a block's), and how Triton compiles it."""
+    """Rows of W and groups of each that a program takes at a time, 4-byte words (8 columns) a group, and its warps."""
 
     rows: int
-    bytes: int
+    groups: int
+    words: int
     warps: int
-    stages: int
 
 
-# by card; compiled for all of them, not yet measured
-TILES = {"large": Tile(64, 32, 4, 4), "small": Tile(64, 32, 4, 3)}
+# by the rows of x that a program holds: compiled for all cards without spilling, not yet measured
+FEW, MORE = Tile(32, 8, 4, 4), Tile(32, 16, 2, 4)
 
 
 def check(n: int, dtype: jnp.dtype, capability: int) -> None:
@@ -49,37 +51,42 @@ def check(n: int, dtype: jnp.dtype, capability: int) -> None:
     check_installed()
 
 
-def check_product(rows: int, dtype: jnp.dtype, shape: tuple[int, ...], block: int, capability: int) -> None:
+def check_product(rows: int, dtype: jnp.dtype, shape: tuple[int, ...], capability: int) -> None:
     """Raises NotImplementedError with the reason where the kernel of the product cannot serve."""
     if rows > ROWS:
         raise NotImplementedError(f"{rows} rows: the kernel takes up to {ROWS}")
-    if jnp.dtype(dtype).name not in ("bfloat16", "float16"):
-        raise NotImplementedError(f"dtype {jnp.dtype(dtype).name}: needs bfloat16 or float16")
-    if shape[1] % block:
-        raise NotImplementedError(f"{shape[1]} columns in blocks of {block}: needs rows of whole blocks")
+    if jnp.dtype(dtype).name not in DTYPES:
+        raise NotImplementedError(f"dtype {jnp.dtype(dtype).name}: the kernel reads {', '.join(DTYPES)}")
+    if shape[1] % GROUP:
+        raise NotImplementedError(f"{shape[1]} columns: needs a multiple of {GROUP}")
     if math.prod(shape) > 2**31 - 2**16:
         raise NotImplementedError(f"{math.prod(shape)} values: the kernel counts in 32 bits")
     if capability < SMALLEST_PRODUCT_CAPABILITY:
-        raise NotImplementedError(f"compute capability {capability / 10}: needs 8.0 (tensor cores through Triton)")
+        raise NotImplementedError(f"compute capability {capability / 10}: needs 8.0 (bfloat16)")
     check_installed()
 
 
-def tile_of(capability: int) -> Tile:
-    """The tile of a product for a compute capability such as 89; an unknown one takes the smaller."""
-    return TILES["large" if CARDS.get(capability) in ("hopper", "blackwell") else "small"]
+def at_a_time(rows: int) -> int:
+    """The rows of x that a program of a product takes: all, or about half of them."""
+    return -(-rows // -(-rows // ROWS_AT_A_TIME))
+
+
+def tile_of(rows: int) -> Tile:
+    """The tile of a product with so many rows of x."""
+    return FEW if at_a_time(rows) <= 2 else MORE
 
 
 def product_constants(
-    shape: tuple[int, ...], block: int, double: bool, stacked: bool, tile: Tile
-) -> tuple[dict[str, int | bool], int]:
-    """The compile-time arguments of the product's kernel, in its order, and in how many parts it cuts the columns."""
+    rows: int, shape: tuple[int, ...], block: int, double: bool, stacked: bool, tile: Tile, programs: int = PROGRAMS
+) -> tuple[dict[str, int | bool], tuple[int, int, int]]:
+    """The compile-time arguments of the product's kernel, in its order, and its grid."""
     O, I = shape
-    width = min(tile.bytes, block // 2)
-    steps = I // 2 // width
-    parts = min(steps, -(-PROGRAMS // -(-O // tile.rows)))
-    each = -(-steps // parts)
-    found = {"O": O, "I": I, "BLOCK": block, "NESTED": NESTED_BLOCK, "DOUBLE": double}
-    return found | {"STACKED": stacked, "STEPS": each} | {"ROWS": ROWS, "BO": tile.rows, "BK": width}, -(-steps // each)
+    held = at_a_time(rows)
+    tiles, steps = -(-O // tile.rows), -(-I // (8 * tile.words * tile.groups))
+    each = -(-steps // min(steps, -(-programs // tiles)))
+    found = {"O": O, "I": I, "BLOCK": block, "NESTED": NESTED_BLOCK, "DOUBLE": double, "STACKED": stacked, "M": rows}
+    sizes = {"ROWS": held, "STEPS": each, "BO": tile.rows, "BG": tile.groups, "WORDS": tile.words}
+    return found | sizes, (tiles, -(-steps // each), -(-rows // held))
 
 
 def _arrays(packed, scales, nested, offset, layer) -> tuple[jax.Array, ...]:
@@ -100,23 +107,28 @@ def multiply_nf4(
     block: int,
     capability: int,
     tile: Tile | None = None,
+    programs: int = PROGRAMS,
 ) -> jax.Array:
-    """x Wᵀ for x (..., I) of at most `ROWS` rows: (..., O) in x's dtype; see `__init__`."""
+    """x Wᵀ for x (..., I) of at most `ROWS` rows: (..., O) in x's dtype; see `__init__`.
+
+    programs: about how many the kernel is cut into at least.
+    """
     from jaxft.kernels.dequantize import triton_kernels
 
     O, I = shape
     lead = x.shape[:-1]
     rows = math.prod(lead)
-    tile = tile or tile_of(capability)
-    arguments, parts = product_constants(shape, block, nested is not None, layer is not None, tile)
-    columns = jnp.pad(x.reshape(rows, I), ((0, ROWS - rows), (0, 0))).reshape(ROWS, I // 2, 2).transpose(2, 1, 0)
+    tile = tile or tile_of(rows)
+    double, stacked = nested is not None, layer is not None
+    arguments, grid = product_constants(rows, shape, block, double, stacked, tile, programs)
     out = launch.triton_call(
-        columns, *_arrays(packed, scales, nested, offset, layer),
-        kernel=triton_kernels.product, out_shape=jax.ShapeDtypeStruct((parts, O, ROWS), jnp.float32),
-        name="multiply_nf4", grid=(-(-O // tile.rows), parts), num_warps=tile.warps, num_stages=tile.stages,
-        enable_fp_fusion=False, compute_capability=capability, **arguments,
+        x.reshape(rows, I), *_arrays(packed, scales, nested, offset, layer),
+        kernel=triton_kernels.product, name="multiply_nf4", grid=grid,
+        out_shape=jax.ShapeDtypeStruct((grid[1], rows, O), x.dtype if grid[1] == 1 else jnp.float32),
+        num_warps=tile.warps, num_stages=1, enable_fp_fusion=False, compute_capability=capability, **arguments,
     )  # fmt: skip
-    return jnp.sum(out, axis=0)[:, :rows].T.astype(x.dtype).reshape(*lead, O)
+    total = out[0] if grid[1] == 1 else jnp.sum(out, axis=0).astype(x.dtype)
+    return total.reshape(*lead, O)
 
 
 def constants(n: int, block: int, double: bool, stacked: bool) -> dict[str, int | bool]:
