@@ -5,6 +5,7 @@ import json
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 CLASSES = (  # the first whose word stands in a kernel's name or its HLO operation's; lower case
     ("attention", ("flash", "attention", "sdpa", "fmha", "cudnn")),
@@ -33,7 +34,7 @@ def device_time(directory: Path) -> tuple[Counter[str], Counter[str], Counter[st
     threads = {(e["pid"], e["tid"]): e["args"]["name"] for e in events if e.get("name") == "thread_name"}
     classes: Counter[str] = Counter()
     names: Counter[str] = Counter()
-    kernels: list[tuple[float, float, str]] = []
+    kernels: list[tuple[Any, Any, str]] = []
     for event in events:
         if event.get("ph") != "X" or "/device:" not in processes.get(event["pid"], ""):
             continue
@@ -54,7 +55,7 @@ def device_time(directory: Path) -> tuple[Counter[str], Counter[str], Counter[st
     return classes, names, waits
 
 
-def _merged(kernels: list[tuple[float, float, str]]) -> Iterator[tuple[float, float, str]]:
+def _merged(kernels: list[tuple[Any, Any, str]]) -> Iterator[tuple[Any, Any, str]]:
     """The kernels with the end of the last one so far as their own."""
     latest = 0.0
     for start, end, name in kernels:

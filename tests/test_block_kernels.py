@@ -11,7 +11,7 @@ from jaxft.kernels import dequantize, gpu
 from jaxft.kernels import mlp as mlp_module
 from jaxft.kernels import norm_rope as norm_rope_module
 from jaxft.kernels import rms_norm as rms_norm_module
-from jaxft.kernels.linear import linears
+from jaxft.kernels.linear import Weights, linears
 from jaxft.kernels.mlp import mlp
 from jaxft.kernels.norm_rope import norm_rope
 from jaxft.kernels.rms_norm import residual_rms_norm
@@ -68,6 +68,22 @@ def test_a_residual_is_added_to_the_mlp_with_its_gradient(tiles, kind):
     wanted = with_gradients(lambda x, add, loras: run(x, loras, plain, implementation="reference") + add, x, add, loras)
     found = with_gradients(lambda x, add, loras: run(x, loras, fast, add=add, tiles=tiles), x, add, loras)
     assert distance(found, wanted) < 1e-5
+
+
+def test_a_young_adapter_is_not_rounded_away_beside_a_large_residual():
+    random = np.random.default_rng(3)
+    draw = lambda *shape: jnp.asarray(random.standard_normal(shape), jnp.bfloat16)  # noqa: E731
+    x, add, weight = draw(1, 4096, 64), draw(1, 4096, 32) * 4, draw(32, 64) * 0.1
+    a, b = draw(4, 64).astype(jnp.float32), draw(32, 4).astype(jnp.float32) * 1e-4  # B is zero when training begins
+
+    def run(lora):
+        return linears(x, (Weights(weight, None, lora),), add=add)[0].astype(jnp.float32)
+
+    low = x.astype(jnp.float32) @ a.T @ b.T
+    effect = jax.jit(lambda lora: run(lora) - run(None))((a, b, jnp.float32(1)))
+    share = float(jnp.sum(effect * low) / jnp.sum(low * low))
+    assert float(jnp.mean(jnp.abs(low))) < 2**-9  # a quarter of bfloat16's step between 1 and 2
+    assert 0.8 < share < 1.2, f"{share:.2f} of what the adapter does arrives"
 
 
 def test_a_residual_of_another_shape_or_dtype_is_an_error():

@@ -120,12 +120,12 @@ def outputs(
     found: list[jax.Array] = []
     for layer, u in zip(layers, lows, strict=True):
         y = multiply(x, layer.weight)
-        start, add = add, None
         if layer.lora is not None and u is not None:
-            low = reference.matmul(u, scaled_b(layer, x.dtype))
-            start = low if start is None else start + low
-        if start is not None:  # one sum beside the large product, which can take it as its own start (beta = 1)
-            y = y + start
+            # the large product can take it as its own start (beta = 1). Added to the residual first, whose numbers are
+            # larger, a young adapter's part would be rounded away, every time in the same direction
+            y = y + reference.matmul(u, scaled_b(layer, x.dtype))
+        if add is not None:
+            y, add = y + add, None
         if layer.bias is not None:
             y = y + jax.lax.expand_dims(layer.bias.astype(x.dtype), range(y.ndim - 1))
         found.append(y)
@@ -166,17 +166,19 @@ def input_gradient(
     """dx (..., I) of `gradients` alone; g: each layer's `low_rank_gradient`."""
     dropped = _dropped(keys, rate)
     present = [part for part in g if part is not None]
-    dx = before = None
+    dx: jax.Array | None = None
+    before: jax.Array | None = None
     if present and not dropped:
         dx = times(jnp.concatenate(present, axis=-1), _concatenated_a(layers, dys[0].dtype))
     for layer, part, dy, key in zip(layers, g, dys, keys, strict=True):
-        if part is not None and dropped:
+        if part is not None and dropped and layer.lora is not None:
             low_rank = _dropout(times(part, layer.lora[0]), rate, key)
             dx = low_rank if dx is None else low_rank + dx
         # the large product stands on the left, so that it takes the sum so far as its own start (beta = 1); weights
         # that are dequantised wait for it, so that their dense arrays are never there together
         full = times(dy, layer.weight, after=before)
         dx = before = full if dx is None else full + dx
+    assert dx is not None  # there is a layer
     return dx
 
 

@@ -59,6 +59,7 @@ def _outer(
     e, v, lows, layers: Layers, activation: str, rate: float, keys: Keys, kernels: Kernels | None, add, in_place: bool
 ):
     """y and the low-rank input of down; in_place: e is not read again."""
+    low: list[jax.Array | None]
     if kernels and kernels.low_rank:
         h, u = triton.forward(
             e, v, lows, _scaled(layers, e.dtype), _a(layers, e.dtype), activation, kernels.capability, in_place=in_place
