@@ -32,8 +32,8 @@ GIB = 1 << 30
 MARGIN = 0.95  # of what XLA may use of a device: its allocator leaves gaps, and what runs beside the step needs some
 
 # (gradient_checkpointing, mlp_tiles), fastest first as measured (docs/log.md), each smaller on a card than the one
-# before. Of all policies (`models.layers.REMAT`) three are not in it: "none", neither faster nor smaller than "products",
-# "offload", which is neither beside "offload_attention" unless it is tiled, and "offload_middle", not measured yet
+# before. Of all policies (`models.layers.REMAT`) these are not in it: "none", neither faster nor smaller than
+# "products"; "offload" without tiles, neither beside "offload_attention"; "offload_middle", not measured yet
 LADDER = (
     *(("products", 1), ("attention", 1), ("full", 1)),
     *(("offload_attention", 1), ("offload_attention", 4), ("offload", 8)),

@@ -1,0 +1,85 @@
+"""What XLA makes of the rematerialisation policies on an H200 that is not here, read in the compiled step."""
+
+import gzip
+import json
+import re
+from collections import Counter
+
+import pytest
+
+from jaxft import bench, cards, profile
+
+TINY = {
+    "model_type": "qwen3", "hidden_size": 256, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 64, "intermediate_size": 512, "vocab_size": 512, "tie_word_embeddings": True,
+}  # fmt: skip
+
+
+@pytest.fixture
+def compiled(monkeypatch):
+    """The text of a step with a policy, compiled for an H200."""
+    pytest.importorskip("jax_plugins.xla_cuda13", reason="needs the compiler for CUDA: jax-cuda13-pjrt")
+    pytest.importorskip("jax_triton", reason="needs the kernels that the card would run")
+    monkeypatch.setitem(bench.CONFIGS, "tiny", TINY)
+    monkeypatch.setitem(bench.WORKLOADS, "A1", bench.Workload("tiny", 2, 256))
+
+    def text(policy: str) -> str:
+        argv = ["A1", "--gradient_checkpointing", policy, "--dry_run", "--device", "h200"]
+        return bench.planned("A1", bench.read_options(argv)).compiled.as_text()
+
+    return text
+
+
+@pytest.mark.parametrize("policy", ["offload_attention", "offload_middle"])
+def test_what_is_fetched_from_the_host_is_named_to_the_scheduler_and_no_stack_is_copied_whole(compiled, policy):
+    text = compiled(policy)
+    assert text.count("AllocateBuffer") == (2 if policy == "offload_attention" else 3)  # one a stack
+    assert not re.search(r"S\(5\)\} copy\(", text)
+    fetches = set(re.findall(r"%(dynamic-slice-start[.\d]*) = ", text))
+    options = cards.step_options("gpu", policy)
+    with open(options["xla_gpu_pgle_profile_file_or_directory_path"], encoding="utf-8") as file:
+        named = set(re.findall(r'name: "([^"]+)"', file.read()))
+    assert fetches and fetches <= named
+
+
+def test_a_product_that_is_kept_is_computed_once(compiled):
+    def products(policy: str) -> Counter[str]:
+        """Products of (tokens, 512), the MLP's width, by where they stand."""
+        calls = re.findall(r"= \(bf16\[512,512\].*cublas.*op_name=\"([^\"]*)\"", compiled(policy))
+        return Counter("backward" if "transpose" in call else "forward" for call in calls)
+
+    assert products("products") == {"forward": 2, "backward": 1}  # gate, up; dh
+    assert products("full") == {"forward": 2, "backward": 3}  # gate and up once more
+
+
+def test_a_profile_says_what_the_device_waited_for(tmp_path):
+    def kernel(name: str, start: float, duration: float, stream: int = 1) -> dict:
+        return {
+            "ph": "X",
+            "pid": 1,
+            "tid": stream,
+            "ts": start,
+            "dur": duration,
+            "name": name,
+            "args": {"hlo_op": name},
+        }
+
+    about = [{"name": "process_name", "pid": 1, "args": {"name": "/device:GPU:0"}}]
+    about += [{"name": "thread_name", "pid": 1, "tid": tid, "args": {"name": f"Stream #{tid}"}} for tid in (1, 2)]
+    events = [
+        *about,
+        *(kernel("nvjet_a", 0, 1000), kernel("loop_fusion", 4000, 500), kernel("nvjet_b", 4500, 1500)),
+        *(kernel("MemcpyH2D", 500, 3500, 2), kernel("flash_fprop", 5000, 2000, 2)),
+    ]
+    (tmp_path / "x").mkdir()
+    with gzip.open(tmp_path / "x" / "a.trace.json.gz", "wt", encoding="utf-8") as file:
+        json.dump({"traceEvents": events}, file)
+    classes, _, waits = profile.device_time(tmp_path)
+    assert classes == {
+        "matrix products": 2500, "copies": 3500, "attention": 2000, "elementwise and other fusions": 500,
+    }  # fmt: skip
+    assert waits == {"loop_fusion  loop_fusion": 3000}  # a copy alone is waiting
+    table = profile.table(tmp_path, steps=1)
+    assert "      2.50  matrix products" in table and f"      3.00  {profile.WAITING}; before" in table
+    with pytest.raises(FileNotFoundError, match="no trace"):
+        profile.device_time(tmp_path / "nowhere")
