@@ -150,7 +150,7 @@ def taken(sizes, budget):
 
 
 def test_a_budget_takes_the_fastest_that_fits_and_a_smaller_one_never_a_faster():
-    sizes = [70, 60, 50, 40, 30, 20, 10]
+    sizes = [10 * step for step in range(len(LADDER), 0, -1)]
     for budget in range(5, 80):
         assert taken(sizes, budget) == next((i for i, size in enumerate(sizes) if size <= budget), len(sizes))
     shaken = random.Random(0)
@@ -161,7 +161,7 @@ def test_a_budget_takes_the_fastest_that_fits_and_a_smaller_one_never_a_faster()
 
 
 def test_a_budget_that_nothing_fits_says_the_smallest_and_what_helps():
-    make, _ = fake([size * MIB for size in range(70, 0, -10)])
+    make, _ = fake([10 * step * MIB for step in range(len(LADDER), 0, -1)])
     words = r"--memory_budget 9\.00 MiB: nothing fits; the smallest, offload 8, needs 10\.00 MiB.*helps: a smaller --x"
     with pytest.raises(InputError, match=words):
         choose(9 * MIB, make, say=lambda _: None, advice="a smaller --x")
