@@ -38,6 +38,7 @@ from jaxft.lora import LoraConfig, wanted_branches
 from jaxft.lora_config import SAVABLE, AdaLora, saved_modules
 from jaxft.models import Model, describe_model, read_hf_config
 from jaxft.models.extension import Changes, describe_changes, extend_positions, with_changes
+from jaxft.processes import is_first
 from jaxft.quant import is_quantized
 from jaxft.settings import ADALORA, GenerateSettings, Settings, TrainSettings
 from jaxft.sharding import make_mesh, mesh_sizes
@@ -184,12 +185,12 @@ def read_weights(described: Prepared, settings: Settings) -> Prepared:
         print(f"adapter: {lora.init_lora_weights} takes its first values from the weights", file=sys.stderr)
     began = time.perf_counter()
     params = read_params(described.directory, model, where, dtype=dtype, mesh=mesh, parting=parting)
-    if isinstance(settings, TrainSettings):
+    if isinstance(settings, TrainSettings) and is_first():
         print(f"weights: read in {time.perf_counter() - began:.2f} s", file=sys.stderr)
-        if settings.add_tokens and described.new_tokens:
-            known = min(len(described.tokenizer) - len(described.new_tokens), model.config.vocab_size)
-            model = resized(model, len(described.tokenizer))
-            params, _ = on_mesh(model, resized_params(params, model.config.vocab_size, known), {}, mesh)
+    if isinstance(settings, TrainSettings) and settings.add_tokens and described.new_tokens:
+        known = min(len(described.tokenizer) - len(described.new_tokens), model.config.vocab_size)
+        model = resized(model, len(described.tokenizer))
+        params, _ = on_mesh(model, resized_params(params, model.config.vocab_size, known), {}, mesh)
     trainable: Tree
     if settings.adapter is not None:
         _, trainable, frozen, _ = load_adapter(settings.adapter, model, params, mesh=mesh)
