@@ -87,6 +87,14 @@ def open_weights(files: list[Path]) -> dict[str, Any]:
     return where
 
 
+def files_of(directory: Path) -> list[Path]:
+    """The files that hold a model directory's weights: those of `weight_files`, or the GGUF file that it stands for."""
+    pointer = directory / "gguf.json"
+    if pointer.is_file():
+        return [Path(json.loads(pointer.read_text(encoding="utf-8"))["file"])]
+    return weight_files(directory)
+
+
 class Renamed(NamedTuple):
     """An open file that answers to another name of one of its tensors."""
 

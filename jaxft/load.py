@@ -97,9 +97,36 @@ def load_model(
     an unknown type, or already quantised in another way, and where lora names what it has not.
     """
     directory = find_directory(str(name))
+    model, where = open_base(directory, dtype=dtype, quantization=quantization, changes=changes, lora=lora)
+    return model, read_params(directory, model, where, dtype=dtype, mesh=mesh, parting=parting)
+
+
+def open_base(
+    directory: Path, *, dtype: Any, quantization: str | None = None, changes: Changes | None = None,
+    lora: LoraConfig | None = None, needed: bool = True,
+) -> tuple[Model, dict[str, Any]]:  # fmt: skip
+    """What `load_model` says of a directory before it reads a weight: the description, and the open files by tensor.
+
+    needed: without it the weights may be absent, and {} is returned. Raises InputError as `load_model` for all that
+    the files' headers tell, and where config.json says that absent weights are quantised.
+    """
     model = describe_model(with_changes(read_hf_config(directory), changes or {}))
-    where = hf.open_model(directory, model.family.older, model.family.passed_over)
+    where: dict[str, Any] = {}
+    if needed or any(directory.glob("*.safetensors")):
+        where = hf.open_model(directory, model.family.older, model.family.passed_over)
+    elif getattr(model.hf_config, "quantization_config", None):
+        raise InputError(f"{directory} is quantised, and its weights are not here: what they hold is not known")
     model = _as_held(model, where, directory, dtype, quantization, lora)
+    if needed:
+        hf.check_model(directory, where, model.family.names, model.shapes)
+    return model, where
+
+
+def read_params(
+    directory: Path, model: Model, where: dict[str, Any], *, dtype: Any, mesh: Mesh | None = None,
+    parting: Parting | None = None,
+) -> Tree:  # fmt: skip
+    """The parameters of a model that `open_base` described, from the files that it opened; the rest as `load_model`."""
     places = None if mesh is None else shardings(model.axes, model.shapes, mesh)
     changed: dict[str, hf.Change] = {}
     if parting is not None:
@@ -112,7 +139,7 @@ def load_model(
             changed[f"{module}.weight"] = lambda name, weight, kind: parting.part(
                 name.removesuffix(".weight"), weight, kind
             )
-    return model, hf.load_params(directory, model.family.names, model.shapes, dtype, places, where, changed)
+    return hf.load_params(directory, model.family.names, model.shapes, dtype, places, where, changed)
 
 
 def model_shapes(
@@ -124,14 +151,8 @@ def model_shapes(
     Where weights are there, their headers are read, to see what is quantised. Raises InputError where config.json says
     that they are quantised and they are not there, and as `load_model`.
     """
-    directory = find_directory(str(name))
-    model = describe_model(with_changes(read_hf_config(directory), changes or {}))
-    where: dict[str, Any] = {}
-    if any(directory.glob("*.safetensors")):
-        where = hf.open_model(directory, model.family.older, model.family.passed_over)
-    elif getattr(model.hf_config, "quantization_config", None):
-        raise InputError(f"{directory} is quantised, and its weights are not here: what they hold is not known")
-    model = _as_held(model, where, directory, dtype, quantization, lora)
+    directory, held = find_directory(str(name)), dict(dtype=dtype, quantization=quantization, changes=changes)
+    model, _ = open_base(directory, lora=lora, needed=False, **held)
     return model, held_shapes(model, dtype, mesh)
 
 

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import optax
 
-from jaxft.cards import peak_flops, step_options
+from jaxft.cards import peak_flops
 from jaxft.checkpoint import Checkpoints
 from jaxft.errors import InputError, RunError
 from jaxft.evaluate import evaluate
@@ -28,7 +28,7 @@ from jaxft.processes import is_first, largest, on_first
 from jaxft.reporters import reporting
 from jaxft.settings import TrainSettings
 from jaxft.sharding import put_batch
-from jaxft.step import TrainStep, make_eval_step, make_train_step
+from jaxft.step import TrainStep, make_eval_step
 from jaxft.stopping import Course, Rules
 from jaxft.streaming import StreamBatches
 from jaxft.tasks import Task
@@ -48,8 +48,8 @@ class Run:
     optimizer: optax.GradientTransformation
     schedule: Callable[[int], Any]
     fingerprint: dict[str, Any]
+    step: TrainStep | None = None  # compiled, by `memory.plan_run`
     task: Task | None = None  # what is answered at each evaluation
-    step: TrainStep | None = None  # compiled already, as `--memory_budget` chose it
 
     def evaluates_after(self, step: int) -> bool:
         """Whether the held-out data are due: before the first step, after the last, and in between as was asked."""
@@ -116,6 +116,7 @@ def run_training(run: Run, prepared: Prepared) -> Outcome:
 
     Raises RunError where a loss or gradient is not finite: the last checkpoint stays, and the batch is written out.
     """
+    assert run.step is not None
     settings = run.settings
     checkpoints = Checkpoints(run.directory / CHECKPOINTS, settings.save_total_limit)
     metrics, samples = MetricsFile(run.directory / METRICS), MetricsFile(run.directory / SAMPLES)
@@ -149,15 +150,6 @@ def run_training(run: Run, prepared: Prepared) -> Outcome:
     if source and rules.keep_best and course.best_step is not None:
         _keep_best(checkpoints, saved, course.best_step)
 
-    step_function = run.step or jax.jit(
-        make_train_step(
-            prepared.model, optimizer=run.optimizer, gradient_checkpointing=settings.gradient_checkpointing,
-            dtype=prepared.compute_dtype, mlp_tiles=settings.mlp_tiles, max_documents=run.batches.max_documents,
-        ),
-        donate_argnums=(0, 1),
-        out_shardings=(_shardings(trainable), _shardings(opt_state), None),
-        compiler_options=step_options(jax.default_backend(), settings.gradient_checkpointing),
-    )  # fmt: skip
     peak = peak_flops(prepared.mesh.devices.flat[0], prepared.compute_dtype)
     peak = None if peak is None else peak * prepared.mesh.devices.size
     schedule = jax.jit(run.schedule)  # one program, where each of its operations would be one
@@ -234,7 +226,7 @@ def run_training(run: Run, prepared: Prepared) -> Outcome:
                     save(step - 1)
                 raise
             learning_rate = float(schedule(_updates_done(opt_state, step - 1)))
-            trainable, opt_state, found = step_function(
+            trainable, opt_state, found = run.step(
                 trainable, opt_state, prepared.frozen, put_batch(batch, prepared.mesh),
                 jax.random.fold_in(key, step),
             )  # fmt: skip

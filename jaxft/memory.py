@@ -245,9 +245,9 @@ def time_lines(run: Run, prepared: Prepared, planned: Plan) -> list[str]:
 def with_plan(run: Run, planned: Plan) -> Run:
     """The run with its step compiled; dropout draws other masks for other tiles, so a resumed run must have the same.
 
-    Where the layers are not dropped out, the policy may change between a run and its resumption.
+    Where the layers are not dropped out, the policy that a budget chooses may change between a run and its resumption.
     """
-    tiles = {"mlp_tiles": planned.mlp_tiles} if run.settings.lora_dropout else {}
+    tiles = {"mlp_tiles": planned.mlp_tiles} if run.settings.memory_budget and run.settings.lora_dropout else {}
     return replace(run, step=planned.compiled, fingerprint=run.fingerprint | tiles)
 
 

@@ -7,7 +7,7 @@ import sys
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,17 +27,18 @@ from jaxft.load import (
     find_directory,
     held_shapes,
     load_adapter,
-    load_model,
     load_tokenizer,
-    model_shapes,
     new_adapter,
     on_mesh,
+    open_base,
+    read_params,
     with_saved_vocabulary,
 )
 from jaxft.lora import LoraConfig, wanted_branches
 from jaxft.lora_config import SAVABLE, AdaLora, saved_modules
 from jaxft.models import Model, describe_model, read_hf_config
 from jaxft.models.extension import Changes, describe_changes, extend_positions, with_changes
+from jaxft.processes import is_first
 from jaxft.quant import is_quantized
 from jaxft.settings import ADALORA, GenerateSettings, Settings, TrainSettings
 from jaxft.sharding import make_mesh, mesh_sizes
@@ -48,10 +49,19 @@ from jaxft.vocabulary import add_tokens, read_tokens, resized, resized_params
 SUBTRACTED = "subtracted"  # in an output directory: what was taken from the base, which a resumed run takes again
 
 
+class Unread(NamedTuple):
+    """What `read_weights` reads: the weights of `model`, which has no adapter and no new tokens, held as `dtype`."""
+
+    model: Model
+    where: dict[str, Any]  # the open files by tensor
+    dtype: jnp.dtype
+
+
 @dataclass(frozen=True)
 class Prepared:
     """A model ready to run. trainable is {} where nothing is trained; lora is None without an adapter.
 
+    unread: where the trees hold `jax.ShapeDtypeStruct`s, the weights that take their place, if they are there.
     new_tokens: what the tokenizer has that the model directory's own has not. new_template: whether its chat template
     is another one than that. subtracted: what was taken from the base's modules when they were loaded.
     """
@@ -68,6 +78,7 @@ class Prepared:
     new_tokens: tuple[str, ...] = ()
     new_template: bool = False
     subtracted: dict[str, Factors] = dataclasses.field(default_factory=dict)
+    unread: Unread | None = None
 
     @property
     def quantized(self) -> bool:
@@ -92,10 +103,15 @@ def use_compile_cache() -> None:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 
 
-def prepare(settings: Settings, model_name: str, *, weights: bool = True) -> Prepared:
-    """Loads what the settings name. Raises InputError for anything that is missing, damaged or does not fit.
+def prepare(settings: Settings, model_name: str) -> Prepared:
+    """Loads what the settings name. Raises InputError for anything that is missing, damaged or does not fit."""
+    return read_weights(prepare_shapes(settings, model_name), settings)
 
-    weights: False reads no weights, of the model or of an adapter: both trees then hold `jax.ShapeDtypeStruct`s.
+
+def prepare_shapes(settings: Settings, model_name: str, *, needed: bool = True) -> Prepared:
+    """`prepare` without reading weights, of the model or of an adapter: shapes, placed as the arrays will be.
+
+    Raises InputError as that, for all that headers of files tell; needed: weights must be there, to be read later.
     """
     use_compile_cache()
     absent = settings.device if isinstance(settings, TrainSettings) else None
@@ -126,45 +142,24 @@ def prepare(settings: Settings, model_name: str, *, weights: bool = True) -> Pre
         lora = lora_settings(settings, tied)
         if lora.modules_to_save and tied and not lora.ensure_weight_tying:
             print("head: parts from the embedding, as in PEFT; --ensure_weight_tying keeps them one", file=sys.stderr)
-    parting: Parting | None = None
-    held: dict[str, Any] = dict(dtype=param_dtype, mesh=mesh, quantization=settings.quantization, changes=changes)
-    if not weights:
-        model, params = model_shapes(directory, lora=lora, **held)
-    else:
-        if lora is not None and lora.from_weights:
-            assert isinstance(settings, TrainSettings)
-            parting = Parting(lora, settings.seed, resumed_factors(settings))
-            print(f"adapter: {lora.init_lora_weights} takes its first values from the weights", file=sys.stderr)
-        began = time.perf_counter()
-        model, params = load_model(directory, lora=lora, parting=parting, **held)
-        if isinstance(settings, TrainSettings):
-            print(f"weights: read in {time.perf_counter() - began:.2f} s", file=sys.stderr)
+    base, where = open_base(
+        directory, dtype=param_dtype, quantization=settings.quantization, changes=changes, lora=lora, needed=needed
+    )
+    model = base
     if isinstance(settings, TrainSettings) and settings.add_tokens:
         model, new_tokens = with_new_tokens(model, tokenizer, read_tokens(settings.add_tokens))
-        if new_tokens and weights:
-            known, rows = len(tokenizer) - len(new_tokens), model.config.vocab_size
-            params, _ = on_mesh(model, resized_params(params, rows, min(known, described.config.vocab_size)), {}, mesh)
-        elif new_tokens:
-            params = held_shapes(model, param_dtype, mesh)
     choose_template(settings, tokenizer, known_template)
-    trainable: Tree
-    if settings.adapter is not None and weights:
-        model, trainable, frozen, lora = load_adapter(settings.adapter, model, params, mesh=mesh)
-    elif settings.adapter is not None:
+    if settings.adapter is not None:
         assert lora is not None
         model = with_saved_vocabulary(settings.adapter, model, lora)
-        model, trainable, frozen = adapter_shapes(model, held_shapes(model, param_dtype, mesh), lora, mesh)
-    elif isinstance(settings, TrainSettings) and settings.full_finetuning:
+    params = held_shapes(model, param_dtype, mesh)
+    trainable: Tree
+    if lora is not None:
+        model, trainable, frozen = adapter_shapes(model, params, lora, mesh)
+    elif isinstance(settings, TrainSettings):
         if any(is_quantized(leaf) for _, leaf in flatten(params)):
             raise InputError(f"{directory} is quantised: its weights cannot be trained; leave --full_finetuning out")
         trainable, frozen = params, {}
-    elif isinstance(settings, TrainSettings):
-        assert lora is not None
-        if weights:
-            first, key = None if parting is None else parting.first, jax.random.key(settings.seed)
-            model, trainable, frozen = new_adapter(model, params, lora, key, mesh=mesh, first=first)
-        else:
-            model, trainable, frozen = adapter_shapes(model, params, lora, mesh)
     else:
         trainable, frozen = {}, params
     own_rate = isinstance(settings, TrainSettings) and settings.embedding_learning_rate is not None
@@ -172,8 +167,41 @@ def prepare(settings: Settings, model_name: str, *, weights: bool = True) -> Pre
         raise InputError(f"--embedding_learning_rate: --adapter {settings.adapter} trains neither embedding nor head")
     return Prepared(
         directory, model, trainable, frozen, lora, tokenizer, mesh, compute_dtype, changes, new_tokens,
-        tokenizer.chat_template != known_template, {} if parting is None else parting.subtracted,
+        tokenizer.chat_template != known_template, unread=Unread(base, where, param_dtype) if needed else None,
     )  # fmt: skip
+
+
+def read_weights(described: Prepared, settings: Settings) -> Prepared:
+    """What `prepare_shapes` described by these settings, with arrays in the shapes' places.
+
+    Raises InputError for an adapter that does not fit, and where its first values cannot be taken from the weights.
+    """
+    assert described.unread is not None
+    (model, where, dtype), lora, mesh = described.unread, described.lora, described.mesh
+    parting: Parting | None = None
+    if lora is not None and lora.from_weights:
+        assert isinstance(settings, TrainSettings)
+        parting = Parting(lora, settings.seed, resumed_factors(settings))
+        print(f"adapter: {lora.init_lora_weights} takes its first values from the weights", file=sys.stderr)
+    began = time.perf_counter()
+    params = read_params(described.directory, model, where, dtype=dtype, mesh=mesh, parting=parting)
+    if isinstance(settings, TrainSettings) and is_first():
+        print(f"weights: read in {time.perf_counter() - began:.2f} s", file=sys.stderr)
+    if isinstance(settings, TrainSettings) and settings.add_tokens and described.new_tokens:
+        known = min(len(described.tokenizer) - len(described.new_tokens), model.config.vocab_size)
+        model = resized(model, len(described.tokenizer))
+        params, _ = on_mesh(model, resized_params(params, model.config.vocab_size, known), {}, mesh)
+    trainable: Tree
+    if settings.adapter is not None:
+        _, trainable, frozen, _ = load_adapter(settings.adapter, model, params, mesh=mesh)
+    elif lora is not None:
+        assert isinstance(settings, TrainSettings)
+        first, key = None if parting is None else parting.first, jax.random.key(settings.seed)
+        _, trainable, frozen = new_adapter(model, params, lora, key, mesh=mesh, first=first)
+    else:
+        trainable, frozen = (params, {}) if described.trainable else ({}, params)
+    subtracted = {} if parting is None else parting.subtracted
+    return replace(described, trainable=trainable, frozen=frozen, subtracted=subtracted, unread=None)
 
 
 def choose_template(settings: Settings, tokenizer: PreTrainedTokenizerBase, known: Any) -> None:

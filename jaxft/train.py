@@ -15,6 +15,7 @@ import numpy as np
 
 from jaxft.adalora import with_adalora
 from jaxft.config import describe, parse
+from jaxft.convert.hf import files_of
 from jaxft.data import shape_line, split_rows, tokenize_dataset
 from jaxft.errors import InputError, run_command
 from jaxft.evaluate import held_out_split, read_from
@@ -38,8 +39,9 @@ from jaxft.output import (
     write_subtracted,
 )  # fmt: skip
 from jaxft.packing import Batches, eval_batches, make_plan
-from jaxft.prepare import Prepared, prepare
+from jaxft.prepare import Prepared, prepare_shapes, read_weights
 from jaxft.processes import gathered, is_first, joined, leave, meet, on_first
+from jaxft.read_ahead import reading_ahead
 from jaxft.report import Told, report
 from jaxft.reporters import check_reporters
 from jaxft.samples import Sample, Samples, Selection
@@ -87,26 +89,27 @@ def train(settings: TrainSettings, provenance: dict[str, str]) -> int:
         tables, heldout_tables = split(tables, settings)
     if settings.streaming:
         say(f"train: a stream of {read_from(sources[0].path, sources[0].split or named)}, read while training")
-    prepared = prepare(settings, settings.model_name_or_path, weights=not settings.dry_run)
+    prepared = prepare_shapes(settings, settings.model_name_or_path, needed=not settings.dry_run)
     notes: list[str] = []  # what is said of the data, for the report
     batches: Batches | StreamBatches
-    if settings.streaming:
-        batches, data = stream(sources[0], sources[0].split or named, prepared, settings)
-    else:
-        parts = [tokenize("train", rows, prepared, settings, notes) for rows in tables]
-        samples = mixed(parts, sources, settings.seed)
-        batches, data = lay_out(samples, prepared, settings, notes), {"data": samples.checksum()}
-    kept = [tokenize("held out", rows, prepared, settings, notes) for rows in heldout_tables]
-    heldout: Sequence[Sample] = kept[0] if len(kept) == 1 else mix(kept, None, 0)[0] if kept else []
-    check_held_out(settings, heldout)
-    say_model(prepared)
-    prepared = with_schedule(prepared, settings, steps_of(settings, batches))
-    run = make_run(settings, prepared, directory, batches, data, heldout)
-    if settings.dry_run or settings.memory_budget:
+    # the step is compiled before any weight is on a device: XLA tries its ways there, with arrays of its own
+    with reading_ahead([] if settings.dry_run else files_of(prepared.directory)):
+        if settings.streaming:
+            batches, data = stream(sources[0], sources[0].split or named, prepared, settings)
+        else:
+            parts = [tokenize("train", rows, prepared, settings, notes) for rows in tables]
+            samples = mixed(parts, sources, settings.seed)
+            batches, data = lay_out(samples, prepared, settings, notes), {"data": samples.checksum()}
+        kept = [tokenize("held out", rows, prepared, settings, notes) for rows in heldout_tables]
+        heldout: Sequence[Sample] = kept[0] if len(kept) == 1 else mix(kept, None, 0)[0] if kept else []
+        check_held_out(settings, heldout)
+        say_model(prepared)
+        prepared = with_schedule(prepared, settings, steps_of(settings, batches))
+        run = make_run(settings, prepared, directory, batches, data, heldout)
         planned = plan_run(run, prepared, say)
-        if settings.dry_run:
-            return 0
-        run = with_plan(run, planned)
+    if settings.dry_run:
+        return 0
+    run, prepared = with_plan(run, planned), read_weights(prepared, settings)
     on_first(lambda: write_subtracted(directory, prepared, settings))
     with jax.set_mesh(prepared.mesh):
         outcome = run_training(run, prepared)

@@ -27,11 +27,11 @@ GOALS = {"cold": 20.0, "warm": 8.0}  # seconds, without reading the weights, of 
 ENDS = {
     "imports": re.compile(r"model_name_or_path = "),
     "data set": re.compile(r"train: read "),
-    "device, tokenizer, weights": re.compile(r"weights: read in ([\d.]+) s"),
-    "adapter, tokens": re.compile(r"model: "),
-    "first step": re.compile(r"step 1\b"),
+    "device, tokenizer, tokens": re.compile(r"model: "),
+    "step compiled, weights": re.compile(r"weights: read in ([\d.]+) s"),
+    "adapter, first step": re.compile(r"step 1\b"),
 }
-# jax's own lines about the step's program, which belong to "first step"
+# jax's own lines about the step's program, which belong to "step compiled, weights"
 PROGRAM = {
     "tracing": re.compile(r"Finished tracing.* train_step for \w+ in ([\d.]+) sec"),
     "lowering": re.compile(r"Finished jaxpr to MLIR module conversion jit\(train_step\) in ([\d.]+) sec"),
