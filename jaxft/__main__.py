@@ -53,6 +53,8 @@ def main(argv: list[str] | None = None) -> int:
         found(Finding("devices", FAIL, f"jax has no device: {said}"))
     elif platforms[0] == "cpu":
         found(*doctor.meaning_of_cpu())
+    if on_gpu:
+        found(doctor.offload_finding())
     found(*doctor.disk_findings(os.environ))
 
     results: list[Result] = []

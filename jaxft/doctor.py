@@ -19,7 +19,9 @@ from packaging.utils import canonicalize_name
 
 import jaxft
 from jaxft.cache import default_directory
+from jaxft.errors import RunError
 from jaxft.memory import gib
+from jaxft.offload_check import check_offload
 from jaxft.prepare import compile_cache_directory
 
 OK, NOTE, FAIL = "ok", "note", "FAIL"
@@ -207,6 +209,15 @@ def device_findings(
     page = os.sysconf("SC_PAGE_SIZE")
     total, free = page * os.sysconf("SC_PHYS_PAGES"), available_memory()
     yield Finding("devices", OK, f"memory of the host: {gib(total)}, {gib(free)} of it available")
+
+
+def offload_finding() -> Finding:
+    """Whether `--gradient_checkpointing offload…` gives the gradients that it should."""
+    try:
+        check_offload()
+    except RunError as error:
+        return Finding("devices", FAIL, str(error))
+    return Finding("devices", OK, "residuals on the host: the gradients are those of kept ones")
 
 
 def available_memory() -> int:

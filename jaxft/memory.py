@@ -19,6 +19,7 @@ from jaxft.kernels.linear_cross_entropy import tile_rows
 from jaxft.loop import Run
 from jaxft.models import Model
 from jaxft.models.layers import OFFLOADED
+from jaxft.offload_check import check_offload
 from jaxft.optim import state_shapes
 from jaxft.optim_paged import is_paged
 from jaxft.prepare import Prepared
@@ -227,6 +228,8 @@ def plan_run(run: Run, prepared: Prepared, say: Callable[[str], None]) -> Plan:
                 f"--memory_budget in place of --gradient_checkpointing and --mlp_tiles, {advice}"
             )
         print("fits" if limit is not None else "whether it fits is not known: name a --memory_budget")
+    elif planned.gradient_checkpointing in OFFLOADED and device.platform != "cpu":  # where the host is other memory
+        check_offload()
     return planned
 
 

@@ -40,6 +40,7 @@ def test_a_sound_cpu_installation_passes_and_says_what_is_not_tested(tmp_path_fa
     for op, way in (
         *(("attention", "chunked"), ("linear", "fused"), ("linear, NF4", "fused"), ("mlp", "fused")),
         *(("linear_cross_entropy", "tiled"), ("linear, DoRA", "dora"), ("mlp, DoRA", "composed")),
+        ("mlp, kept", "fused"),
     ):
         row = verdicts.pop((op, way))
         assert row["verdict"] == "PASS" and 0 < row["distance"] <= row["tolerance"] < 2e-5, row

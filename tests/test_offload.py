@@ -5,6 +5,8 @@ import jax.numpy as jnp
 import pytest
 from jax.ad_checkpoint import checkpoint_name
 
+from jaxft import doctor, offload_check
+from jaxft.errors import RunError
 from jaxft.models.offload import offloaded_scan
 
 L, B, D = 5, 4, 8
@@ -78,3 +80,19 @@ def test_a_derivative_of_what_all_layers_share_is_refused(inputs):
     x, layers, shared = inputs
     with pytest.raises(TypeError, match="share"):
         jax.grad(lambda shared: jnp.sum(offloaded_scan(body(kept()), x, layers, shared)))(shared)
+
+
+def test_the_check_before_a_run_finds_equal_gradients_here_and_wrong_ones_where_a_residual_is_swapped(monkeypatch):
+    assert offload_check.difference() <= 1e-5 < offload_check.TOLERANCE
+    assert doctor.offload_finding().status == doctor.OK
+
+    def swapped(body, x, layers, shared):  # what a wrong slot gives: the layers' residuals in another order
+        return offloaded_scan(body, x, layers[::-1], shared)
+
+    monkeypatch.setattr(offload_check, "offloaded_scan", swapped)
+    with pytest.raises(RunError, match=r"other gradients with jax .*; take --gradient_checkpointing full"):
+        offload_check.check_offload()
+    assert doctor.offload_finding().status == doctor.FAIL
+    monkeypatch.setattr(offload_check, "difference", lambda: float("nan"))
+    with pytest.raises(RunError, match="nan"):
+        offload_check.check_offload()
