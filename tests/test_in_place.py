@@ -138,13 +138,12 @@ def test_the_kernel_compiles_for_every_card_without_spilling(capability, dtype, 
     function = lambda *x: triton.adamw_8bit(*x, 0.9, 0.999, 1e-8, 0.0, capability)  # noqa: E731
     arrays = param, param, moment, moment, S((5,), jnp.float32), S((1,), jnp.uint32)
     ((shared, ptx),) = compiled(function, *arrays).values()
-    # the rows' maxima; turning over the layout of a program's numbers takes more, as float32 parameters' is once
-    assert shared <= {"bfloat16": 256, "float32": 8 << 10}[dtype]
+    assert shared <= 4 << 10  # the rows' maxima, and one layout turned over for the store
     registers, spilled = assemble(ptx, capability, tmp_path)
-    assert registers <= 64 and spilled == 0
-    # a thread's 8 numbers: parameters and gradients by 16 bytes, codes by 8
+    assert registers <= 96 and spilled == 0
+    # a thread's 16 numbers: parameters, gradients and codes by 16 bytes
     wide = len(re.findall(r"ld\.global\S*\.v4\.b32", ptx)), len(re.findall(r"ld\.global\S*\.v2\.b32", ptx))
-    assert wide == {"bfloat16": (2, 2), "float32": (4, 2)}[dtype]
+    assert wide == {"bfloat16": (6, 0), "float32": (10, 0)}[dtype]
 
 
 @needs_triton
