@@ -15,6 +15,7 @@ from jaxft.cards import is_absent, peak_flops
 from jaxft.kernels.linear import Weights
 from jaxft.kernels.mlp import mlp
 from jaxft.models import Model
+from jaxft.models.layers import KEPT_MLP, REMAT
 from jaxft.packing import Batch, Batches
 from jaxft.streaming import StreamBatches
 from jaxft.trees import flatten
@@ -24,7 +25,7 @@ SAMPLED = 4  # steps of an epoch whose batches are counted; they stand for the o
 # work of the measured block: what is timed should be neither over at once nor waited for
 MEASURED_WORK = {"cpu": 1e10, "gpu": 2e13}
 # policies under which the backward pass computes the layers' products again, and those under which attention too
-AGAIN = ("full", "offload", "attention", "offload_attention", "offload_middle")
+AGAIN = tuple(policy for policy in REMAT if policy not in KEPT_MLP)
 ATTENTION_AGAIN = ("full", "offload")
 
 

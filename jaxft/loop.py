@@ -107,7 +107,7 @@ class Window:
 
 def initial_optimizer_state(run: Run, prepared: Prepared) -> optax.OptState:
     """The optimizer's first state, each moment where its parameter lies."""
-    places = _shardings(state_shapes(run.optimizer, prepared.trainable))
+    places = jax.tree.map(lambda leaf: leaf.sharding, state_shapes(run.optimizer, prepared.trainable))
     return jax.jit(run.optimizer.init, out_shardings=places)(prepared.trainable)
 
 
@@ -295,10 +295,6 @@ def _keep_best(own: Checkpoints, source: Checkpoints, step: int) -> None:
             "resume without --load_best_model_at_end, or start a new run"
         )
     own.adopt(source, step)
-
-
-def _shardings(tree: Any) -> Any:
-    return jax.tree.map(lambda leaf: leaf.sharding, tree)
 
 
 def _resume_source(settings: TrainSettings, own: Checkpoints) -> tuple[Checkpoints, int] | None:

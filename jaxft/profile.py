@@ -3,7 +3,6 @@
 import gzip
 import json
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -48,19 +47,12 @@ def device_time(directory: Path) -> tuple[Counter[str], Counter[str], Counter[st
         if "memcpy" not in event["name"].lower():
             kernels.append((event["ts"], event["ts"] + event["dur"], name))
     waits: Counter[str] = Counter()
-    kernels.sort()
-    for (_, end, _), (start, _, name) in zip(_merged(kernels), kernels[1:], strict=False):
-        if start > end:
-            waits[name] += start - end
-    return classes, names, waits
-
-
-def _merged(kernels: list[tuple[Any, Any, str]]) -> Iterator[tuple[Any, Any, str]]:
-    """The kernels with the end of the last one so far as their own."""
-    latest = 0.0
-    for start, end, name in kernels:
+    latest = min((start for start, _, _ in kernels), default=0)  # end of what ran so far
+    for start, end, name in sorted(kernels):
+        if start > latest:
+            waits[name] += start - latest
         latest = max(latest, end)
-        yield start, latest, name
+    return classes, names, waits
 
 
 def table(directory: Path, steps: int, most: int = 25) -> str:
