@@ -57,13 +57,18 @@ def step_options(platform: str, gradient_checkpointing: str) -> dict[str, Any]:
     cuBLAS alone is as fast as a choice with Triton and compiles in half the time, and it reads a layer of a stack of
     weights where it lies. Products that read the same input are not merged: to XLA that means to copy their weights
     together and their outputs apart. Residuals on their way to the host wait inside a CUDA graph, and beside it do not.
-    They are fetched early (`copies_first.pbtxt`) but for "offload", the leanest: that costs a second array of each.
+    Slices of small arrays stay on the stream of the kernels: XLA puts them on the streams of the copies, where what
+    reads them waits until a layer's residuals have crossed the bus. These are fetched early (`copies_first.pbtxt`) but
+    for "offload", the leanest: that costs a second array of each.
     """
     if platform != "gpu":
         return {}
     options: dict[str, Any] = {"xla_gpu_enable_triton_gemm": False, "xla_gpu_dot_merger_threshold_mb": 0}
     if gradient_checkpointing in OFFLOADED:
-        options["xla_gpu_enable_command_buffer"] = ""
+        options |= {
+            "xla_gpu_enable_command_buffer": "",
+            "xla_disable_hlo_passes": "dynamic-slice-copy-fusion-async-wrapper",
+        }
     if gradient_checkpointing in FETCHED_EARLY:
         options |= {
             "xla_gpu_pgle_profile_file_or_directory_path": str(Path(__file__).with_name("copies_first.pbtxt")),

@@ -7,7 +7,8 @@
 `plan` compiles a few candidates at two lengths, takes for each budget the one whose straight line reaches farthest,
 and searches between lengths that fit and lengths that do not until they are neighbours: each length that it names was
 itself compiled and fits, and the next one was compiled and does not. What is compiled is kept in docs/context.json.
-`measure` lets XLA have no more of the card than the budget, so that what does not fit fails.
+`measure` lets XLA have no more of the card than the budget, so that what does not fit fails. cuDNN says what scratch
+memory its attention takes only where the card is, so the longest row is searched for there once more.
 """
 
 import argparse
@@ -37,7 +38,7 @@ CANDIDATES = (("offload", 2048), ("offload", 1024), ("offload", 512), ("offload_
 # how often a policy computes attention: forward, backward (2.5 of it), and forward again where it is not kept
 ATTENTION_PASSES = {"offload": 4.5, "offload_attention": 3.5}
 ATTENTION_RATE, PRODUCTS_RATE = 500e12, 650e12  # FLOP/s, taken for granted of an H200 in the estimate
-LONG = 120  # seconds: a step that is estimated to take longer is measured without one before it
+LONG = 40  # seconds: a step that is estimated to take longer is measured without one before it
 HOST_SPARE = 8  # GiB of pinned memory beside what a plan says
 UNSLOTH_FIXED, UNSLOTH_TOKEN = 7.37e9, 222 * 1024  # bytes; its published lengths lie on this line or a little below
 
@@ -79,7 +80,7 @@ class Results:
         """The plan of a step, its sizes in bytes; compiled where it was not before."""
         policy, tile = candidate
         tiles = -(-length // tile)
-        key = f"{policy}, {tiles} tiles, {length} tokens"
+        key = f"{policy}, {tiles} tiles, {length} tokens" + ("" if device else ", on the card")
         if key not in self.data["compiled"]:
             flags = f"{WORKLOAD} --dry_run --model {model} --length {length} --gradient_checkpointing {policy}"
             flags += f" --mlp_tiles {tiles}" + (f" --device {device}" if device else "")
@@ -173,6 +174,27 @@ def limit_memory(budget: float, host: int) -> None:
     os.environ["XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB"] = str(host // GIB + HOST_SPARE)
 
 
+def step_on_card(results: Results, found: Record, length: int | None, limit: float) -> Record:
+    """The plan, made on the card that is here, of a step of `length`, or of the longest that takes at most `limit`.
+
+    found: the plan made without the card, whose policy and tokens of an MLP tile it has and whose length it does not
+    pass. Raises RunError where not even the shortest row takes so little.
+    """
+    candidate = found["policy"], -(-found["length"] // found["tiles"])
+
+    def compiled(count: int) -> Record:
+        return results.compiled(results.data["model"], None, candidate, count * STEP)
+
+    if length is None:
+        # a row of no tokens has its arguments alone
+        most = found["length"] // STEP
+        known = {0: found["arguments"], most: compiled(most)["total"]}
+        length = longest(limit, lambda count: compiled(count)["total"], known, most) * STEP
+        if not length:
+            raise RunError(f"no row of {STEP:,} tokens takes at most {_gib(limit)} on this card")
+    return results.compiled(results.data["model"], None, candidate, length)
+
+
 def measure(options: argparse.Namespace) -> int:
     if len(options.budget) > 1:  # a fresh process each: the allocator's limit and its peak are the process's
         flags = ["--results", str(options.results)] + (["--length", str(options.length)] if options.length else [])
@@ -182,10 +204,11 @@ def measure(options: argparse.Namespace) -> int:
     found = results.data["budgets"].get(str(budget))
     if found is None:
         raise InputError(f"{options.results} has no length for {budget} GiB; run the plan subcommand first")
-    length = options.length or found["length"]
-    tiles = -(-length // (found["length"] // found["tiles"]))
     warmup = 0 if found["estimated_seconds"] > LONG else 1
-    limit_memory(budget, found["host"] * length // found["length"])
+    host = found["host"] if options.length is None else found["host"] * options.length // found["length"]
+    limit_memory(budget, host)
+    planned = step_on_card(results, found, options.length, budget * GIB * results.data["margin"])
+    length, tiles = planned["length"], planned["tiles"]
     flags = f"{WORKLOAD} --model {results.data['model']} --length {length} --steps 1 --warmup {warmup}"
     flags += f" --gradient_checkpointing {found['policy']} --mlp_tiles {tiles}"
     try:
@@ -200,6 +223,7 @@ def measure(options: argparse.Namespace) -> int:
     losses = line["loss"]
     limit = (jax.devices()[0].memory_stats() or {}).get("bytes_limit")
     record = {"length": length, "policy": found["policy"], "tiles": tiles, "warmup": warmup, "bytes_limit": limit}
+    record |= {"total": planned["total"], "host": planned["host"]}
     record |= {name: line[name] for name in ("device", "peak_bytes", "host_bytes", "compile_seconds", "loss")}
     record |= {"step_seconds": line["step_ms"] / 1e3, "jax": jax.__version__}
     print(json.dumps({"budget": budget} | record), flush=True)
@@ -220,7 +244,8 @@ def document(data: Record, unsloth: bool) -> str:
         "",
         f"{data['model']}, QLoRA in NF4, one row a step, r = 16 on all linear layers, 8-bit AdamW. The longest row, a",
         f"multiple of {STEP}, whose step takes at most {data['margin']:.0%} of the budget by XLA's own plan for it",
-        f"(compiled for {data['device']}, jax {data['jax']}; the next longer row was compiled too and takes more).",
+        f"(jax {data['jax']}; the next longer row was compiled too and takes more): on the card for rows that were run,",
+        f"for {data['device']} without one for the others, where cuDNN's scratch memory is not known and not counted.",
         "",
         f"**{ran}**",
         "In a run XLA has no more of the card than the budget, weights and tokens are random, the loss is finite, and",
@@ -251,14 +276,14 @@ def document(data: Record, unsloth: bool) -> str:
 
 
 def _cells(found: Record, run: Record | None) -> list[str]:
-    """From the policy to the seconds; a run of another length than the planned one says so."""
+    """From the policy to the seconds; of the run where there is one, else of the plan without a card."""
+    row = run or found
     peak, seconds = "", f"~{found['estimated_seconds']:.0f}"
     if run is not None:
-        other = "" if run["length"] == found["length"] else f" ({run['length']:,} tokens)"
         peak = "not known" if run["peak_bytes"] is None else f"{run['peak_bytes'] / GIB:.2f}"
-        peak, seconds = peak + other, f"{run['step_seconds']:.1f}"
-    sizes = f"{found['total'] / GIB:.2f}", peak, f"{found['host'] / GIB:.1f}"
-    return [f"`{found['policy']}`, {found['tiles']}", f"{found['length']:,}", *sizes, seconds]
+        seconds = f"{run['step_seconds']:.1f}"
+    sizes = f"{row['total'] / GIB:.2f}", peak, f"{row['host'] / GIB:.1f}"
+    return [f"`{row['policy']}`, {row['tiles']}", f"{row['length']:,}", *sizes, seconds]
 
 
 def table(options: argparse.Namespace) -> int:

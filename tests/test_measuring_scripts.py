@@ -103,8 +103,31 @@ def test_every_length_that_is_named_was_compiled_and_so_was_the_next(foretold, t
     assert "was made with model llama-3-8b" in capsys.readouterr().err
 
 
-def test_a_measured_row_is_run_and_the_page_says_which_was(tiny_workload, foretold, tmp_path, capsys):
+def test_a_row_is_shortened_to_what_fits_on_the_card_itself(scripts):
+    import context
+
+    class Compiled:
+        data = {"model": "tiny"}  # noqa: RUF012
+        asked: list[int] = []  # noqa: RUF012
+
+        def compiled(self, model, device, candidate, length):
+            assert (model, device, candidate) == ("tiny", None, ("offload", 512))
+            self.asked.append(length // context.STEP)
+            return {"length": length, "total": 5000 + 700 * (length // context.STEP)}
+
+    found = {"policy": "offload", "tiles": 20, "length": 10 * context.STEP, "arguments": 4000}
+    card = Compiled()
+    assert context.step_on_card(card, found, None, 9000)["length"] == 5 * context.STEP
+    assert {5, 6} <= set(card.asked)  # the one that fits and the next one, which does not
+    assert context.step_on_card(card, found, None, 99000)["length"] == 10 * context.STEP  # the plan is not passed
+    assert context.step_on_card(card, found, 3 * context.STEP, 1)["length"] == 3 * context.STEP
+    with pytest.raises(RunError, match=r"no row of 1,024 tokens"):
+        context.step_on_card(card, found, None, 5600)
+
+
+def test_a_measured_row_is_run_and_the_page_says_which_was(tiny_workload, foretold, monkeypatch, tmp_path, capsys):
     context, _ = foretold
+    monkeypatch.setattr(context, "STEP", 32)
     found = {"policy": "offload", "tiles": 2, "length": 64, "total": 7 * GIB, "temporary": 1, "arguments": 1}
     found |= {"host": 6 * GIB, "next_total": 9 * GIB, "estimated_seconds": 0.1}
     about = {"model": "tiny", "device": "h200", "jax": "0", "margin": 0.95, "compiled": {}, "measured": {}}
@@ -119,7 +142,7 @@ def test_a_measured_row_is_run_and_the_page_says_which_was(tiny_workload, foreto
     assert all(loss == pytest.approx(math.log(CONFIGS["qwen3"]["vocab_size"]), rel=0.2) for loss in record["loss"])
     assert context.main(["table", "--results", str(results), "--output", str(page)]) == 0
     rows = [line for line in page.read_text().splitlines() if line.startswith("| ")]
-    assert rows[1].startswith("| 8 | `offload`, 2 | 64 | 7.00 | not known | 6.0 | ") and "~" not in rows[1]
+    assert rows[1].startswith("| 8 | `offload`, 2 | 64 | 5.01 | not known | 0.0 | ") and "~" not in rows[1]
     assert rows[2].startswith("| 12 | `offload`, 2 | 128 | 7.00 |  | 6.0 | ~") and "nothing fits" in rows[3]
     assert "Run on a card: 8 GiB (cpu)" in page.read_text()
     assert run_command(context.main, ["measure", "--budget", "40", "--results", str(results)]) == 2

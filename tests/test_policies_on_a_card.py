@@ -42,6 +42,12 @@ def test_what_is_fetched_from_the_host_is_named_to_the_scheduler_and_no_stack_is
     assert fetches and fetches <= named
 
 
+@pytest.mark.parametrize("policy", ["offload", "offload_attention", "offload_middle"])
+def test_nothing_but_residuals_stands_on_the_streams_of_the_copies(compiled, policy):
+    starts = re.findall(r"%[-\w]*-start[.\d]* = .*", compiled(policy))
+    assert starts and all("S(5)" in start for start in starts)  # from or to the host
+
+
 def test_a_product_that_is_kept_is_computed_once(compiled):
     def products(policy: str) -> Counter[str]:
         """Products of (tokens, 512), the MLP's width, by where they stand."""

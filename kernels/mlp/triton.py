@@ -39,7 +39,9 @@ TILES = {
     ("small", 128): (Tile(64, 32, 8, 2), Tile(32, 64, 8, 1)),
 }
 PROGRAMS = 1024  # of the forward kernel: enough to fill a card and to even out its last wave
-CHUNKS = 8  # parts of the tokens whose gradients of the low-rank matrices are summed apart
+ENOUGH = 256  # tiles of tokens fill it without cutting the features
+CHUNKS = 8, 16  # parts of the tokens whose gradients of the low-rank matrices are summed apart: of few and of many
+MANY = 16384  # tokens
 NUMBERS = 1024  # a program of the kernels without low-rank parts holds
 ACTIVATIONS = ("silu", "gelu_pytorch_tanh")
 LARGEST_RANK = 128
@@ -91,7 +93,7 @@ def constants(e: jax.Array, ranks: tuple[int, int, int], activation: str, tile: 
 
 def forward(
     e: jax.Array, v: jax.Array, lows: tuple[jax.Array, jax.Array], scaled: tuple[jax.Array, jax.Array], a: jax.Array,
-    activation: str, capability: int, tile: Tile | None = None, programs: int = PROGRAMS, in_place: bool = False,
+    activation: str, capability: int, tile: Tile | None = None, programs: int | None = None, in_place: bool = False,
 ) -> tuple[jax.Array, jax.Array]:  # fmt: skip
     """h (..., F) and down's low-rank input (..., R) in e's dtype.
 
@@ -107,6 +109,7 @@ def forward(
     tile = tile or tiles(capability, ranks)[0]
     T, F = e.shape
     rows = -(-T // tile.tokens)
+    programs = programs or (rows if rows >= ENOUGH else PROGRAMS)
     chunk = -(-F * rows // (programs * tile.features)) * tile.features
     count = -(-F // chunk)
     h, parts = _launch(
@@ -120,7 +123,7 @@ def forward(
 def backward(
     e: jax.Array, v: jax.Array, dh: jax.Array, lows: tuple[jax.Array, jax.Array, jax.Array],
     scaled: tuple[jax.Array, jax.Array], a: jax.Array, activation: str, capability: int, tile: Tile | None = None,
-    chunks: int = CHUNKS, in_place: bool = False,
+    chunks: int | None = None, in_place: bool = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]:  # fmt: skip
     """de, dv (..., F) in e's dtype, and in float32 deᵀ u_e, dvᵀ u_v (F, R) and g_dᵀ h (R, F).
 
@@ -134,6 +137,7 @@ def backward(
     T, F = e.shape
     ranks = (ue.shape[1], uv.shape[1], gd.shape[1])
     tile = tile or tiles(capability, ranks)[1]
+    chunks = chunks or CHUNKS[T >= MANY]
     chunk = -(-T // (chunks * tile.tokens)) * tile.tokens
     count = -(-T // chunk)
     full, sums = jax.ShapeDtypeStruct(e.shape, e.dtype), [(F, rank) for rank in ranks]
