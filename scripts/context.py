@@ -17,6 +17,7 @@ import os
 import shutil
 import subprocess
 import sys
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -234,6 +235,13 @@ def measure(options: argparse.Namespace) -> int:
     return 0
 
 
+def shorter(data: Record) -> str:
+    """By how much the rows that were run are shorter than without a card's plan, "" where none was run."""
+    runs = [(run, data["budgets"][budget]) for budget, run in data["measured"].items()]
+    missing = [1 - run["length"] / found["length"] for run, found in runs]
+    return f" The rows run are {min(missing):.0%} to {max(missing):.0%} shorter for it." if missing else ""
+
+
 def document(data: Record, unsloth: bool) -> str:
     """docs/context.md; unsloth: with its line, which is of one model."""
     cards = sorted({record["device"] for record in data["measured"].values()})
@@ -242,10 +250,14 @@ def document(data: Record, unsloth: bool) -> str:
     lines = [
         "# How long a row fits",
         "",
-        f"{data['model']}, QLoRA in NF4, one row a step, r = 16 on all linear layers, 8-bit AdamW. The longest row, a",
-        f"multiple of {STEP}, whose step takes at most {data['margin']:.0%} of the budget by XLA's own plan for it",
-        f"(jax {data['jax']}; the next longer row was compiled too and takes more): on the card for rows that were run,",
-        f"for {data['device']} without one for the others, where cuDNN's scratch memory is not known and not counted.",
+        *textwrap.wrap(
+            f"{data['model']}, QLoRA in NF4, one row a step, r = 16 on all linear layers, 8-bit AdamW. The longest row, "
+            f"a multiple of {STEP}, whose step takes at most {data['margin']:.0%} of the budget by XLA's own plan for it "
+            f"(jax {data['jax']}; the next longer row was compiled too and takes more): on the card for rows that were "
+            f"run, for {data['device']} without one for the others, where cuDNN's scratch memory is not known and not "
+            f"counted.{shorter(data)}",
+            120,
+        ),
         "",
         f"**{ran}**",
         "In a run XLA has no more of the card than the budget, weights and tokens are random, the loss is finite, and",

@@ -403,6 +403,21 @@ def run(options: argparse.Namespace) -> int:
 # report
 
 
+def read_exact(path: Path, reference: Result) -> Result:
+    """A run in float32, which the others are rounded runs of. Raises InputError where it is another run."""
+    from jaxft.errors import InputError
+
+    found = Result(**json.loads(path.read_text(encoding="utf-8")))
+    if found.dtype != "float32":
+        raise InputError(f"--exact {path} is a run in {found.dtype}; add --dtype float32 to `run`")
+    for field in ("prepared", "training", "seed"):
+        if getattr(found, field) != getattr(reference, field):
+            raise InputError(
+                f"--exact {path} has {field} {getattr(found, field)}, {reference.name} {getattr(reference, field)}"
+            )
+    return found
+
+
 def read_results(paths: Sequence[Path]) -> list[Result]:
     """The results, the reference first. Raises InputError where they cannot be compared."""
     from jaxft.errors import InputError
@@ -440,8 +455,21 @@ class Apart:
         return float(self.distances.mean())
 
 
-def verdicts(results: list[Result]) -> list[tuple[bool, str]]:
+def verdicts(results: list[Result], exact: Result | None) -> list[tuple[bool, str]]:
     """(whether it holds, the sentence) of each promise. The noise is the reference's own."""
+    found = [] if exact is None else [against_exact(results, exact)]
+    return found + against_noise(results)
+
+
+def against_exact(results: list[Result], exact: Result) -> tuple[bool, str]:
+    """Rounding moves jaxft no farther from float32 than it moves the farthest of the others."""
+    far = {one.program: Apart(one, exact).mean for one in results if one.seed == 0}
+    text = ", ".join(f"{one.name} {far[one.program]:.1e}" for one in results if one.seed == 0)
+    others = max(mean for program, mean in far.items() if program != "jaxft")
+    return far.get("jaxft", 0.0) <= others, f"from a run in float32 ({exact.name}) differ in the mean: {text}"
+
+
+def against_noise(results: list[Result]) -> list[tuple[bool, str]]:
     first = float(np.ptp([one.losses[0] for one in results]))
     found = [(first <= FIRST, f"the first step's losses lie within {first:.1e} of each other (at most {FIRST:.0e})")]
     own = [pair for pair in seeds(results) if pair.a.program == results[0].program]
@@ -457,7 +485,7 @@ def verdicts(results: list[Result]) -> list[tuple[bool, str]]:
     return found
 
 
-def page(results: list[Result], verdict: list[tuple[bool, str]], picture: str) -> str:
+def page(results: list[Result], exact: Result | None, verdict: list[tuple[bool, str]], picture: str) -> str:
     """docs/parity.md."""
     reference, prepared, training = results[0], results[0].prepared, results[0].training
     steps = len(reference.losses)
@@ -483,10 +511,7 @@ def page(results: list[Result], verdict: list[tuple[bool, str]], picture: str) -
         f"would not notice, rounding does. How far such runs of {reference.name} lie apart is the noise that the "
         "others are held against."
     )
-    measured = (
-        f"Tokens a second by the median step after the first {UNTIMED}; the peak is the allocator's in the whole "
-        "process, loading included. Written by"
-    )
+    measured = "The peak is the allocator's in the whole process, loading included. Written by"
     lines = [
         "# The same losses as transformers + PEFT and Unsloth",
         "",
@@ -496,16 +521,18 @@ def page(results: list[Result], verdict: list[tuple[bool, str]], picture: str) -
         "",
         f"![Losses, and differences to transformers + PEFT]({picture})",
         "",
-        f"| who | {' | '.join(f'loss at {step}' for step in shown)} | mean \\|difference\\| | largest | tokens/s "
-        "| peak GiB |",
-        "|---" * (len(shown) + 5) + "|",
+        f"| who | {' | '.join(f'loss at {step}' for step in shown)} | mean \\|difference\\| | largest | "
+        + "to float32, mean | " * (exact is not None)
+        + "peak GiB |",
+        "|---" * (len(shown) + 4 + (exact is not None)) + "|",
     ]
     for one in results:
         apart = Apart(one, reference)
         losses = " | ".join(f"{one.losses[step - 1]:.4f}" for step in shown)
         far = " | " if one is reference else f"{apart.mean:.1e} | {apart.distances.max():.1e}"
         peak = "" if one.peak_bytes is None else f"{one.peak_bytes / GIB:.2f}"
-        lines.append(f"| {one.name} | {losses} | {far} | {one.tokens_per_second:,.0f} | {peak} |")
+        rounded = "" if exact is None else f"{Apart(one, exact).mean:.1e} | "
+        lines.append(f"| {one.name} | {losses} | {far} | {rounded}{peak} |")
     lines += [
         "",
         *textwrap.wrap(seeded, 120),
@@ -513,17 +540,18 @@ def page(results: list[Result], verdict: list[tuple[bool, str]], picture: str) -
         *textwrap.wrap(measured, 120),
         "",
         "```console",
-        *commands(results),
+        *commands(results, exact),
         "```",
     ]
     return "\n".join(lines) + "\n"
 
 
-def commands(results: list[Result]) -> list[str]:
+def commands(results: list[Result], exact: Result | None) -> list[str]:
     """What was typed, with short paths."""
     prepared, files = results[0].prepared, [f"{one.program}-{one.seed}.json" for one in results]
     shape = " ".join(f"--{name} {prepared[name]}" for name in SIZES)
     dtype = "" if results[0].dtype == "bfloat16" else f" --dtype {results[0].dtype}"
+    one_more = [] if exact is None else [f"{exact.program}-float32.json"]
     return [
         f"$ python scripts/parity.py prepare parity --config {prepared['config']} \\",
         f"      --dataset {prepared['dataset']} --tokenizer {prepared['tokenizer']} \\",
@@ -532,7 +560,12 @@ def commands(results: list[Result]) -> list[str]:
             f"$ python scripts/parity.py run {one.program} parity {file}{f' --seed {one.seed}' * bool(one.seed)}{dtype}"
             for one, file in zip(results, files, strict=True)
         ),
-        f"$ python scripts/parity.py report {' '.join(files)}",
+        *(
+            f"$ python scripts/parity.py run {exact.program} parity {file} --dtype float32"
+            for file in one_more
+            if exact
+        ),
+        f"$ python scripts/parity.py report {' '.join(files)}{''.join(f' --exact {file}' for file in one_more)}",
     ]
 
 
@@ -546,8 +579,9 @@ def seeds(results: list[Result]) -> list[Apart]:
     return [Apart(b, a) for a, b in itertools.combinations(results, 2) if a.program == b.program]
 
 
-def draw(path: Path, results: list[Result]) -> None:
-    """The curves, and below them what they differ from the reference by; runs of another seed are thin."""
+def draw(path: Path, results: list[Result], exact: Result | None) -> None:
+    """The curves, and below them what they differ from the reference by; runs of another seed are thin, float32's is
+    dashed."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -560,7 +594,12 @@ def draw(path: Path, results: list[Result]) -> None:
         look = dict(color=colours[one.program], linewidth=0.6 if one.seed else 1.4, alpha=0.7 if one.seed else 1.0)
         above.plot(steps, one.losses, label=one.name, **look)
         below.plot(steps, np.subtract(one.losses, results[0].losses), **look)
-    every = np.concatenate([Apart(one, results[0]).distances for one in results])
+    if exact is not None:
+        below.plot(
+            steps, np.subtract(exact.losses, results[0].losses), color="#16a34a", linestyle="--", label="float32"
+        )
+        below.legend(frameon=False)
+    every = np.concatenate([Apart(one, results[0]).distances for one in [*results, *([exact] if exact else [])]])
     limit = 1.1 * every[np.isfinite(every)].max() or 1e-6
     below.set_ylim(-limit, limit)
     above.set_ylabel("loss")
@@ -575,10 +614,11 @@ def draw(path: Path, results: list[Result]) -> None:
 
 def report(options: argparse.Namespace) -> int:
     results = read_results(options.results)
-    verdict = verdicts(results)
+    exact = None if options.exact is None else read_exact(options.exact, results[0])
+    verdict = verdicts(results, exact)
     picture = options.out.with_suffix(".png")
-    draw(picture, results)
-    options.out.write_text(page(results, verdict, picture.name), encoding="utf-8")
+    draw(picture, results, exact)
+    options.out.write_text(page(results, exact, verdict, picture.name), encoding="utf-8")
     for holds, text in verdict:
         print(f"{'ok  ' if holds else 'FAIL'} {text}")
     print(f"written to {options.out} and {picture}")
@@ -608,6 +648,7 @@ def main(argv: list[str] | None = None) -> int:
     one = commands.add_parser("report", help="write the page and its picture")
     one.set_defaults(command=report)
     one.add_argument("results", type=Path, nargs="+")
+    one.add_argument("--exact", type=Path, help="a run of the same with --dtype float32, which all are held against")
     one.add_argument("--out", type=Path, default=Path(__file__).resolve().parents[1] / "docs" / "parity.md")
     for subcommand in commands.choices.values():
         subcommand.add_argument("--debug", action="store_true", help="a traceback where something fails")

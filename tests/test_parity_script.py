@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -254,10 +255,31 @@ def test_the_report_names_what_fails(parity, tmp_path, capsys, case):
     text = (tmp_path / "parity.md").read_text(encoding="utf-8")
     assert sentence in text and text.count("**FAILS**") == fails
     assert capsys.readouterr().out.count("FAIL") == fails
-    assert "| jaxft | 12.00" in text and "| 1,234 | 3.00 |" in text and "(parity.png)" in text
+    assert "| jaxft | 12.00" in text and "e-03 | 3.00 |" in text and "(parity.png)" in text
     assert "--rows 2 --length 1024 --steps 200 --seed 0" in text and "run unsloth parity unsloth-0.json\n" in text
     assert max(map(len, text.splitlines())) < 260
     assert 10_000 < (tmp_path / "parity.png").stat().st_size < 150_000
+
+
+def test_the_report_says_how_far_rounding_moved_each_from_float32(parity, tmp_path):
+    pytest.importorskip("matplotlib", reason="the report draws its picture with matplotlib")
+    (tmp_path / "exact").mkdir()
+
+    def report(noise, **changes):
+        files = write_results(parity, tmp_path, AGREEING | {("jaxft", 0): (12.0, 0, noise)})
+        (hf,) = write_results(parity, tmp_path / "exact", {("hf", 0): (12.0, 0, 0)}, hf={"dtype": "float32"} | changes)
+        argv = ["report", *map(str, files), "--exact", str(hf), "--out", str(tmp_path / "parity.md")]
+        return parity.main(argv), (tmp_path / "parity.md").read_text(encoding="utf-8")
+
+    code, text = report(5e-4)
+    assert code == 0 and "to float32, mean" in text and "--exact hf-float32.json" in text
+    assert re.search(r"holds\*\*: from a run in float32 .*: transformers \+ PEFT 8\.\de-04, jaxft 4\.\de-04", text)
+    code, text = report(1.5e-3)
+    assert code == 1 and "**FAILS**: from a run in float32" in text  # jaxft is the farthest
+    with pytest.raises(InputError, match="is a run in bfloat16"):
+        report(5e-4, dtype="bfloat16")
+    with pytest.raises(InputError, match="has prepared"):
+        report(5e-4, prepared={"digest": "1"})
 
 
 def test_results_that_cannot_be_compared_are_refused(parity, tmp_path):
