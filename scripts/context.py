@@ -251,9 +251,10 @@ def document(data: Record, unsloth: bool) -> str:
         "# How long a row fits",
         "",
         *textwrap.wrap(
-            f"{data['model']}, QLoRA in NF4, one row a step, r = 16 on all linear layers, 8-bit AdamW. The longest row, "
-            f"a multiple of {STEP}, whose step takes at most {data['margin']:.0%} of the budget by XLA's own plan for it "
-            f"(jax {data['jax']}; the next longer row was compiled too and takes more): on the card for rows that were "
+            f"{data['model']}, QLoRA in NF4, one row a step, r = 16 on all linear layers, 8-bit AdamW. The longest "
+            f"row, a multiple of {STEP}, whose step takes at most {data['margin']:.0%} of the budget by XLA's own plan "
+            f"for it (jax {data['jax']}; the next longer row was compiled too and takes more): on the card for rows "
+            "that were "
             f"run, for {data['device']} without one for the others, where cuDNN's scratch memory is not known and not "
             f"counted.{shorter(data)}",
             120,
