@@ -16,6 +16,8 @@ from jax.extend.core import Primitive
 from jax.interpreters import mlir, xla
 from jaxlib.mlir import ir
 
+from jaxft.kernels.compiled import kept
+
 LEGACY, TYPED = "triton_kernel_call", "triton_kernel_call_ffi"
 
 
@@ -45,22 +47,27 @@ def triton_call(*arrays: jax.Array, kernel: Any, out_shape: Any, **options: Any)
 
 
 def _lower(ctx: Any, *operands: Any, launch: _Launch) -> Any:
-    import jax_triton
-
-    options = dict(launch.options)
-    options["input_output_aliases"] = dict(options.get("input_output_aliases", ()))
+    aliases = dict(dict(launch.options).get("input_output_aliases", ()))
 
     def call(*arrays):
+        import jax_triton
+
+        options = dict(launch.options) | {"input_output_aliases": aliases}
         return jax_triton.triton_call(*arrays, kernel=launch.kernel, out_shape=launch.out, **options)
 
-    results = mlir.lower_fun(call, multiple_results=True)(ctx, *operands)
-    if typed_calls():
-        attributes = results[0].owner.attributes
+    def compiled() -> bytes:
+        (result, *_) = mlir.lower_fun(call, multiple_results=True)(ctx, *operands)
+        attributes = result.owner.attributes
         assert ir.StringAttr(attributes["call_target_name"]).value == LEGACY, "jax-triton writes another call"
-        attributes["call_target_name"] = ir.StringAttr.get(TYPED)
-        attributes["backend_config"] = ir.DictAttr.get({"opaque": attributes["backend_config"]})
-        attributes["api_version"] = ir.IntegerAttr.get(ir.IntegerType.get_signless(32), 4)
-    return results
+        opaque = ir.StringAttr(attributes["backend_config"]).value_bytes
+        result.owner.erase()  # the module must not tell which kernels were known: it is what XLA knows a program by
+        return opaque
+
+    opaque = kept(launch.kernel, (ctx.avals_in, launch.out, launch.options), compiled)
+    form: dict[str, Any] = dict(call_target_name=LEGACY, api_version=2, backend_config=opaque)
+    if typed_calls():
+        form = dict(call_target_name=TYPED, api_version=4, backend_config={"opaque": ir.StringAttr.get(opaque)})
+    return jax.ffi.ffi_lowering(**form, operand_output_aliases=aliases)(ctx, *operands)
 
 
 mlir.register_lowering(_launch_p, _lower, platform="cuda")

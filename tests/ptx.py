@@ -27,10 +27,13 @@ def compiled(function: Callable, *arrays: jax.ShapeDtypeStruct) -> dict[str, tup
 
     triton_lib._COMPILED_KERNEL_CACHE.clear()
     triton_lib.compile_ttir_to_ptx_inplace = record
+    keeps = jax.config.jax_enable_compilation_cache
+    jax.config.update("jax_enable_compilation_cache", False)  # a kernel that is kept is not compiled
     try:
         jax.jit(function).trace(*arrays).lower(lowering_platforms=("cuda",))
     finally:
         triton_lib.compile_ttir_to_ptx_inplace = compile_ptx
+        jax.config.update("jax_enable_compilation_cache", keeps)
     return found
 
 

@@ -1,0 +1,58 @@
+"""Triton kernels that were compiled before, kept on disk beside XLA's programs.
+
+jax-triton compiles each kernel again in every process, while a step is lowered: seconds before XLA can look whether it
+knows the program. What is kept is the bytes of a finished call, under a hash of all that decides them. A file that is
+damaged is as good as none, and one that cannot be written is no error.
+"""
+
+import hashlib
+import os
+import tempfile
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import jax
+
+DIGEST = hashlib.sha256().digest_size
+PACKAGES = ("triton", "jax-triton", "jaxlib")  # whose versions decide the bytes
+
+
+def kept(kernel: Any, decides: Any, make: Callable[[], bytes]) -> bytes:
+    """What `make` returned for this kernel before, or returns now.
+
+    kernel: a `triton.jit` function, whose source and all that it calls decide what is made, beside `decides`, by its
+    repr. Nothing is kept where jax keeps no programs (`jax_compilation_cache_dir`, `jax_enable_compilation_cache`).
+    """
+    directory = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
+    if not directory or not jax.config.jax_enable_compilation_cache:  # type: ignore[attr-defined]
+        return make()
+    about = repr((kernel.cache_key, decides, [version(package) for package in PACKAGES]))
+    path = Path(directory) / "triton" / hashlib.sha256(about.encode()).hexdigest()
+    found = _read(path)
+    if found is None:
+        found = make()
+        _write(path, found)
+    return found
+
+
+def _read(path: Path) -> bytes | None:
+    """The bytes of a file that is whole."""
+    try:
+        content = path.read_bytes()
+    except OSError:
+        return None
+    digest, found = content[:DIGEST], content[DIGEST:]
+    return found if hashlib.sha256(found).digest() == digest else None
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Whole or not at all: other processes read and write the same folder."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+            file.write(hashlib.sha256(content).digest() + content)
+        os.replace(file.name, path)
+    except OSError:
+        pass

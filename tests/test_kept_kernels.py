@@ -1,0 +1,91 @@
+"""Triton kernels on disk: compiled once, known by all that decides them, compiled again where a file is damaged."""
+
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from jaxft.kernels.compiled import kept
+from tests.ptx import MISSING, NEEDED
+
+
+@pytest.fixture
+def directory(tmp_path):
+    """Where jax keeps programs, which is new."""
+    names = ("jax_compilation_cache_dir", "jax_enable_compilation_cache")
+    before = {name: getattr(jax.config, name) for name in names}
+    for name, value in zip(names, (str(tmp_path), True), strict=True):
+        jax.config.update(name, value)
+    yield tmp_path
+    for name, value in before.items():
+        jax.config.update(name, value)
+
+
+class Counted:
+    """A kernel, and how often it was compiled."""
+
+    def __init__(self):
+        self.times = 0
+
+    def __call__(self, source="a", decides=("float32", 128)):
+        def make():
+            self.times += 1
+            return f"{source} {decides}".encode()
+
+        return kept(SimpleNamespace(cache_key=source), decides, make)
+
+
+def test_a_kernel_is_compiled_once_and_again_for_another_source_or_argument(directory):
+    compile = Counted()
+    assert [compile(), compile()] == [b"a ('float32', 128)"] * 2 and compile.times == 1
+    assert compile("b") == b"b ('float32', 128)" and compile.times == 2
+    assert compile(decides=("float32", 64)) == b"a ('float32', 64)" and compile.times == 3
+    assert len(list((directory / "triton").iterdir())) == 3
+
+
+@pytest.mark.parametrize("damage", [lambda whole: whole[:-1], lambda whole: b"", lambda whole: whole[:-1] + b"?"])
+def test_a_damaged_file_is_compiled_again_and_mended(directory, damage):
+    compile = Counted()
+    want = compile()
+    (path,) = (directory / "triton").iterdir()
+    path.write_bytes(damage(path.read_bytes()))
+    assert compile() == want and compile.times == 2
+    assert compile() == want and compile.times == 2
+
+
+def test_what_cannot_be_kept_is_compiled_all_the_same(directory):
+    compile = Counted()
+    (directory / "triton").write_text("a file where the folder should be")
+    assert compile() == compile() and compile.times == 2
+    (directory / "triton").unlink()
+    for name, value in (("jax_enable_compilation_cache", False), ("jax_compilation_cache_dir", None)):
+        jax.config.update(name, value)
+        compile()
+        assert not list(directory.iterdir())
+
+
+@pytest.mark.skipif(bool(MISSING), reason=NEEDED)
+def test_a_kernel_that_is_kept_gives_the_same_module_without_a_compiler(directory, monkeypatch):
+    import jax_triton
+
+    from jaxft.kernels.mlp import triton as mlp
+
+    e = jax.ShapeDtypeStruct((256, 512), jnp.bfloat16)
+
+    def lowered() -> str:
+        def both(e, v):
+            h = mlp.product(e, v, "silu", 90, in_place=True)
+            return h, mlp.product_backward(e, v, h, "silu", 90)
+
+        return jax.jit(both).trace(e, e).lower(lowering_platforms=("cuda",)).as_text()
+
+    cold = lowered()
+    assert cold.count("custom_call @triton_kernel_call") == 2  # what was compiled just now is called once
+    jax.clear_caches()
+
+    def refused(*_, **__):
+        raise AssertionError("compiled again")
+
+    monkeypatch.setattr(jax_triton, "triton_call", refused)
+    assert lowered() == cold
