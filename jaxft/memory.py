@@ -34,10 +34,11 @@ MARGIN = 0.95  # of what XLA may use of a device: its allocator leaves gaps, and
 
 # (gradient_checkpointing, mlp_tiles), fastest first as measured (docs/log.md), each smaller on a card than the one
 # before. Of all policies (`models.layers.REMAT`) these are not in it: "none", neither faster nor smaller than
-# "products"; "offload" without tiles, neither beside "offload_attention"; "offload_middle", not measured yet
+# "products"; "offload" without tiles, neither beside "offload_attention". "full" stands before those that put residuals
+# on the host: it needs no bus and, with few tokens, is faster
 LADDER = (
     *(("products", 1), ("attention", 1), ("full", 1)),
-    *(("offload_attention", 1), ("offload_attention", 4), ("offload", 8)),
+    *(("offload_middle", 1), ("offload_attention", 1), ("offload_attention", 4), ("offload", 8)),
 )
 # where the host is the device, nothing is gained by moving arrays there
 CPU_LADDER = (("products", 1), ("attention", 1), ("full", 1), ("full", 2), ("full", 8))
