@@ -6,7 +6,6 @@ damaged is as good as none, and one that cannot be written is no error.
 """
 
 import hashlib
-import os
 import tempfile
 from collections.abc import Callable
 from importlib.metadata import version
@@ -51,8 +50,9 @@ def _write(path: Path, content: bytes) -> None:
     """Whole or not at all: other processes read and write the same folder."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-            file.write(hashlib.sha256(content).digest() + content)
-        os.replace(file.name, path)
+        with tempfile.TemporaryDirectory(dir=path.parent) as temporary:
+            part = Path(temporary) / path.name
+            part.write_bytes(hashlib.sha256(content).digest() + content)
+            part.replace(path)
     except OSError:
         pass
