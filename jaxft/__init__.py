@@ -3,6 +3,9 @@
 The public functions of a run, in the order in which a script calls them; each lives in the module it is imported from.
 """
 
+from jaxft import without_torch as without_torch  # before anything imports transformers
+
+# isort: split
 from jaxft.data import load_batches
 from jaxft.load import (
     load_adapter,
