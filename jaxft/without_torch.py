@@ -6,6 +6,7 @@ PyTorch through transformers: where one may be asked for, all is left as it is, 
 command of ours. Whoever imports PyTorch itself gets it in any case.
 """
 
+import itertools
 import os
 import re
 import sys
@@ -55,6 +56,12 @@ def import_transformers() -> None:
             os.environ[_SILENT] = before
 
 
-# `python -m jaxft.…` has "-m" for its name while the module is looked for, and with it this package
-if sys.argv[:1] == ["-m"] and not may_need_torch(sys.argv[1:]):
+def is_command() -> bool:
+    """Whether this process is `python -m jaxft.…`, of which Python calls itself "-m" while it looks for the module."""
+    words = sys.orig_argv
+    named = [after for word, after in itertools.pairwise(words) if word == "-m"][:1]
+    return sys.argv[:1] == ["-m"] and [name.partition(".")[0] for name in named] == ["jaxft"]
+
+
+if is_command() and not may_need_torch(sys.argv[1:]):
     import_transformers()

@@ -77,3 +77,14 @@ def test_what_is_hidden_is_found_again_afterwards(fake_torch, monkeypatch):
         __import__("torch")
     with pytest.raises(SystemExit, match="torch was imported"):
         __import__("torch")
+
+
+def test_torch_is_left_in_reach_of_somebody_elses_command(fake_torch):
+    package = Path(fake_torch) / "theirs"
+    package.mkdir()
+    (package / "__init__.py").write_text("import jaxft")
+    (package / "__main__.py").write_text("")
+    paths = os.pathsep.join([fake_torch, str(ROOT)])
+    words = [sys.executable, "-m", "theirs", "-m", "jaxft"]
+    done = subprocess.run(words, env=os.environ | {"PYTHONPATH": paths}, capture_output=True, text=True)
+    assert done.returncode != 0 and "torch was imported" in done.stderr
