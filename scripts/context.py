@@ -206,8 +206,7 @@ def measure(options: argparse.Namespace) -> int:
     if found is None:
         raise InputError(f"{options.results} has no length for {budget} GiB; run the plan subcommand first")
     warmup = 0 if found["estimated_seconds"] > LONG else 1
-    host = found["host"] if options.length is None else found["host"] * options.length // found["length"]
-    limit_memory(budget, host)
+    limit_memory(budget, found["host"] * (options.length or found["length"]) // found["length"])
     planned = step_on_card(results, found, options.length, budget * GIB * results.data["margin"])
     length, tiles = planned["length"], planned["tiles"]
     flags = f"{WORKLOAD} --model {results.data['model']} --length {length} --steps 1 --warmup {warmup}"
@@ -254,9 +253,8 @@ def document(data: Record, unsloth: bool) -> str:
             f"{data['model']}, QLoRA in NF4, one row a step, r = 16 on all linear layers, 8-bit AdamW. The longest "
             f"row, a multiple of {STEP}, whose step takes at most {data['margin']:.0%} of the budget by XLA's own plan "
             f"for it (jax {data['jax']}; the next longer row was compiled too and takes more): on the card for rows "
-            "that were "
-            f"run, for {data['device']} without one for the others, where cuDNN's scratch memory is not known and not "
-            f"counted.{shorter(data)}",
+            f"that were run, for {data['device']} without one for the others, where cuDNN's scratch memory is not "
+            f"known and not counted.{shorter(data)}",
             120,
         ),
         "",

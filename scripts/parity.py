@@ -410,12 +410,20 @@ def read_exact(path: Path, reference: Result) -> Result:
     found = Result(**json.loads(path.read_text(encoding="utf-8")))
     if found.dtype != "float32":
         raise InputError(f"--exact {path} is a run in {found.dtype}; add --dtype float32 to `run`")
-    for field in ("prepared", "training", "seed"):
-        if getattr(found, field) != getattr(reference, field):
-            raise InputError(
-                f"--exact {path} has {field} {getattr(found, field)}, {reference.name} {getattr(reference, field)}"
-            )
+    check_same(path, found, "the others", reference, ("prepared", "training", "seed"))
     return found
+
+
+def check_same(path: Path, one: Result, name: Path | str, reference: Result, fields: Sequence[str]) -> None:
+    """Raises InputError where a field of the result in `path` is not the one of the reference, which is named."""
+    from jaxft.errors import InputError
+
+    for field in fields:
+        if getattr(one, field) != getattr(reference, field):
+            raise InputError(
+                f"{path} has {field} {getattr(one, field)}, {name} {getattr(reference, field)}; compare runs of one "
+                "prepared directory"
+            )
 
 
 def read_results(paths: Sequence[Path]) -> list[Result]:
@@ -424,12 +432,7 @@ def read_results(paths: Sequence[Path]) -> list[Result]:
 
     found = [Result(**json.loads(path.read_text(encoding="utf-8"))) for path in paths]
     for path, one in zip(paths, found, strict=True):
-        for field in ("prepared", "training", "dtype"):
-            if getattr(one, field) != getattr(found[0], field):
-                raise InputError(
-                    f"{path} has {field} {getattr(one, field)}, {paths[0]} {getattr(found[0], field)}; compare runs of "
-                    "one prepared directory"
-                )
+        check_same(path, one, paths[0], found[0], ("prepared", "training", "dtype"))
     found.sort(key=lambda one: (one.seed, ["hf", "jaxft", "unsloth"].index(one.program)))
     names = [one.name for one in found]
     if len(set(names)) < len(names):
@@ -470,6 +473,7 @@ def against_exact(results: list[Result], exact: Result) -> tuple[bool, str]:
 
 
 def against_noise(results: list[Result]) -> list[tuple[bool, str]]:
+    """The first losses are near each other, and no two programs farther apart than runs of the reference, twice."""
     first = float(np.ptp([one.losses[0] for one in results]))
     found = [(first <= FIRST, f"the first step's losses lie within {first:.1e} of each other (at most {FIRST:.0e})")]
     own = [pair for pair in seeds(results) if pair.a.program == results[0].program]
@@ -551,7 +555,12 @@ def commands(results: list[Result], exact: Result | None) -> list[str]:
     prepared, files = results[0].prepared, [f"{one.program}-{one.seed}.json" for one in results]
     shape = " ".join(f"--{name} {prepared[name]}" for name in SIZES)
     dtype = "" if results[0].dtype == "bfloat16" else f" --dtype {results[0].dtype}"
-    one_more = [] if exact is None else [f"{exact.program}-float32.json"]
+    report = f"$ python scripts/parity.py report {' '.join(files)}"
+    more = [report]
+    if exact is not None:
+        file = f"{exact.program}-float32.json"
+        run = f"$ python scripts/parity.py run {exact.program} parity {file} --dtype float32"
+        more = [run, f"{report} --exact {file}"]
     return [
         f"$ python scripts/parity.py prepare parity --config {prepared['config']} \\",
         f"      --dataset {prepared['dataset']} --tokenizer {prepared['tokenizer']} \\",
@@ -560,12 +569,7 @@ def commands(results: list[Result], exact: Result | None) -> list[str]:
             f"$ python scripts/parity.py run {one.program} parity {file}{f' --seed {one.seed}' * bool(one.seed)}{dtype}"
             for one, file in zip(results, files, strict=True)
         ),
-        *(
-            f"$ python scripts/parity.py run {exact.program} parity {file} --dtype float32"
-            for file in one_more
-            if exact
-        ),
-        f"$ python scripts/parity.py report {' '.join(files)}{''.join(f' --exact {file}' for file in one_more)}",
+        *more,
     ]
 
 
