@@ -5,6 +5,7 @@ knows the program. What is kept is the bytes of a finished call, under a hash of
 damaged is as good as none, and one that cannot be written is no error.
 """
 
+import functools
 import hashlib
 import tempfile
 from collections.abc import Callable
@@ -27,13 +28,18 @@ def kept(kernel: Any, decides: Any, make: Callable[[], bytes]) -> bytes:
     directory = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
     if not directory or not jax.config.jax_enable_compilation_cache:  # type: ignore[attr-defined]
         return make()
-    about = repr((kernel.cache_key, decides, [version(package) for package in PACKAGES]))
+    about = repr((kernel.cache_key, decides, _versions()))
     path = Path(directory) / "triton" / hashlib.sha256(about.encode()).hexdigest()
     found = _read(path)
     if found is None:
         found = make()
         _write(path, found)
     return found
+
+
+@functools.cache
+def _versions() -> list[str]:
+    return [version(package) for package in PACKAGES]
 
 
 def _read(path: Path) -> bytes | None:

@@ -98,8 +98,8 @@ def forward(
     """h (..., F) and down's low-rank input (..., R) in e's dtype.
 
     e, v: (..., F), the large products of gate and up; lows: their low-rank inputs (..., R); scaled: their s B (F, R);
-    a: down's A (R, F). All of one 16-bit dtype. programs: about how many the kernel is cut into. in_place: h takes the
-    place of e, which XLA copies first where it is still read.
+    a: down's A (R, F). All of one 16-bit dtype. programs: about how many the kernel is cut into; None goes by T.
+    in_place: h takes the place of e, which XLA copies first where it is still read.
     """
     from jaxft.kernels.mlp import triton_kernels
 
