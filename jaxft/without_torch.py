@@ -21,7 +21,7 @@ _SILENT = "TRANSFORMERS_NO_ADVISORY_WARNINGS"
 def may_need_torch(words: Sequence[str]) -> bool:
     """Whether a command line, or the file of its `--config`, names a metric."""
     texts = list(words)
-    for word, after in zip(words, [*words[1:], ""], strict=True):
+    for word, after in itertools.pairwise([*words, ""]):
         name, _, value = word.partition("=")
         file = Path(value or after).expanduser()
         if name == "--config" and file.is_file():

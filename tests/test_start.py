@@ -62,6 +62,7 @@ def test_a_run_compiles_its_step_without_importing_torch_or_anything_for_later(d
         (["--config=FILE"], True),
         (["--config", "nowhere.yaml"], False),
         (["--config"], False),
+        ([], False),
     ],
 )
 def test_torch_is_left_in_reach_of_a_metric_that_may_use_it(words, needed, tmp_path):
