@@ -35,15 +35,14 @@ def default_directory() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxft" / "tokenized"
 
 
-def key_of(
-    rows: "datasets.Dataset", tokenizer: "PreTrainedTokenizerBase | None", code: Iterable[Path], **settings: Any
-) -> str:
+def key_of(rows: str, tokenizer: "PreTrainedTokenizerBase | None", code: Iterable[Path], **settings: Any) -> str:
     """32 hexadecimal digits that stand for the content of rows, tokenizer, code, library versions and settings.
 
-    rows: only the columns that are read. tokenizer: None where the rows are tokenised already.
+    rows: what stands for their content, such as `rows_digest` of the columns that are read. tokenizer: None where the
+    rows are tokenised already.
     """
     parts: dict[str, Any] = {
-        "rows": _rows_digest(rows),
+        "rows": rows,
         "code": [_digest(Path(str(file)).read_bytes()) for file in (*code, *(module.__file__ for module in _MADE_BY))],
         "versions": [version(name) for name in ("transformers", "tokenizers", "jinja2")],
         "settings": settings,
@@ -118,6 +117,17 @@ def store(directory: Path, key: str, make: Callable[[Mapping[str, IO[bytes]]], d
             shutil.rmtree(building, ignore_errors=True)
 
 
+def name_too(directory: Path, name: str, key: str) -> None:
+    """Has `fetch` find under `name`, which is a key as well, what is stored under `key`; later names win.
+
+    A disk that does not take it is no failure: the set is then looked for under its key.
+    """
+    with contextlib.suppress(OSError):
+        new = directory / f"{name}-{os.getpid()}"
+        new.symlink_to(key)
+        new.replace(directory / name)
+
+
 def _remove(entry: Path) -> None:
     """Removes a damaged entry, so that nobody meets half of it."""
     aside = Path(tempfile.mkdtemp(prefix="damaged-", dir=entry.parent))
@@ -126,7 +136,7 @@ def _remove(entry: Path) -> None:
     shutil.rmtree(aside, ignore_errors=True)
 
 
-def _rows_digest(rows: "datasets.Dataset") -> str:
+def rows_digest(rows: "datasets.Dataset") -> str:
     """Of the rows' types and values, whatever file they came from, and however that was cut into pieces."""
     import pyarrow
 

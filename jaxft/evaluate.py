@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from jaxft.config import describe, parse
 from jaxft.data import tokenize_dataset
 from jaxft.errors import InputError, RunError, run_command
-from jaxft.files import find_files, has_split, load_rows
+from jaxft.files import find_files, has_split, open_rows
 from jaxft.load import EMBEDDED
 from jaxft.mixture import Source
 from jaxft.packing import Batch, eval_batches
@@ -68,7 +68,7 @@ def held_out_split(name: str, settings: TrainSettings | EvaluateSettings) -> str
 
 
 def read_from(name: str, split: str | None) -> str:
-    """In words what `load_rows(name, split)` reads."""
+    """In words what `open_rows(name, split)` reads."""
     path = Path(name).expanduser()
     if not path.exists():
         return f"split {split or 'train'} of {name}"
@@ -88,7 +88,7 @@ def main(argv: list[str] | None = None) -> int:
     if len(sources) > 1:
         raise InputError(f"--dataset names {len(sources)} data sets; evaluate them one by one")
     name, split = sources[0].path, sources[0].split or held_out_split(sources[0].path, settings)
-    rows = load_rows(name, split, sources[0].config or settings.dataset_config)
+    rows = open_rows(name, split, sources[0].config or settings.dataset_config)
     print(f"read {read_from(name, split)}", file=sys.stderr)
     prepared = prepare(settings, model_name)
     samples, report = tokenize_dataset(

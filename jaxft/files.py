@@ -10,11 +10,13 @@ import sys
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from jaxft.errors import InputError
 from jaxft.messages import shown
+from jaxft.rows import Rows
 
 if TYPE_CHECKING:
     import datasets
@@ -68,18 +70,35 @@ def load_rows(name: str, split: str | None = None, config: str | None = None) ->
     the cache of `datasets`, under the content of the files. Raises InputError, with file and line where the content
     of a file is at fault.
     """
+    return open_rows(name, split, config).table
+
+
+def open_rows(name: str, split: str | None = None, config: str | None = None) -> Rows:
+    """The rows that `load_rows` gives, of files not before they are looked at.
+
+    Files are read once here, for a digest of their content, and checked as far as that tells: they are there, and text
+    is UTF-8. What else is wrong in them is an InputError when they are looked at. A hub data set is read at once.
+    """
     if is_hub_name(name):
-        return from_hub(name, split, config)
+        table = from_hub(name, split, config)
+        return Rows(None, lambda: table)
     files = find_files(Path(name).expanduser(), split)
     content = hashlib.blake2b(digest_size=16)
     for file in files:
         if not file.stat().st_size:
             raise InputError(f"{file}: the file is empty")
         content.update(_scan(file))
-    rows = _build(files, content.hexdigest())
-    if not len(rows):
-        raise InputError(f"data set {name}: there is no row in it")
-    return rows
+
+    def read() -> "datasets.Dataset":
+        rows = _build(files, content.hexdigest())
+        if not len(rows):
+            raise InputError(f"data set {name}: there is no row in it")
+        return rows
+
+    kinds = " ".join(_suffix(file) or "" for file in files)
+    made_by = " ".join(f"{library} {version(library)}" for library in ("datasets", "pyarrow", "pandas"))
+    code = hashlib.blake2b(Path(__file__).read_bytes(), digest_size=16).hexdigest()
+    return Rows(f"{kinds} {content.hexdigest()} by {made_by} and {code}", read)
 
 
 def open_stream(name: str, split: str | None = None, config: str | None = None) -> "datasets.IterableDataset":

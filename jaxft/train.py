@@ -16,10 +16,10 @@ import numpy as np
 from jaxft.adalora import with_adalora
 from jaxft.config import describe, parse
 from jaxft.convert.hf import files_of
-from jaxft.data import shape_line, split_rows, tokenize_dataset
+from jaxft.data import Report, shape_line, split_known, tokenize_dataset
 from jaxft.errors import InputError, run_command
 from jaxft.evaluate import held_out_split, read_from
-from jaxft.files import find_files, load_rows, open_stream
+from jaxft.files import find_files, open_rows, open_stream
 from jaxft.hub import open_repository, push
 from jaxft.load import EMBEDDED, parameter_count
 from jaxft.loop import Run, run_training
@@ -44,6 +44,7 @@ from jaxft.processes import gathered, is_first, joined, leave, meet, on_first
 from jaxft.read_ahead import reading_ahead
 from jaxft.report import Told, report
 from jaxft.reporters import check_reporters
+from jaxft.rows import Rows
 from jaxft.samples import Sample, Samples, Selection
 from jaxft.settings import TrainSettings
 from jaxft.sharding import data_parallel_size
@@ -86,7 +87,8 @@ def train(settings: TrainSettings, provenance: dict[str, str]) -> int:
     )
     heldout_tables = [heldout_rows] if heldout_rows else []
     if settings.eval_split is not None:
-        tables, heldout_tables = split(tables, settings)
+        pairs = [split_known(rows, settings.eval_split, settings.seed) for rows in tables]
+        tables, heldout_tables = [rows for rows, _ in pairs], [held_out for _, held_out in pairs]
     if settings.streaming:
         say(f"train: a stream of {read_from(sources[0].path, sources[0].split or named)}, read while training")
     prepared = prepare_shapes(settings, settings.model_name_or_path, needed=not settings.dry_run)
@@ -97,10 +99,13 @@ def train(settings: TrainSettings, provenance: dict[str, str]) -> int:
         if settings.streaming:
             batches, data = stream(sources[0], sources[0].split or named, prepared, settings)
         else:
-            parts = [tokenize("train", rows, prepared, settings, notes) for rows in tables]
-            samples = mixed(parts, sources, settings.seed)
+            found = [tokenize("train", rows, prepared, settings, notes) for rows in tables]
+            samples = mixed([part for part, _ in found], sources, settings.seed)
             batches, data = lay_out(samples, prepared, settings, notes), {"data": samples.checksum()}
-        kept = [tokenize("held out", rows, prepared, settings, notes) for rows in heldout_tables]
+        apart = [tokenize("held out", rows, prepared, settings, notes) for rows in heldout_tables]
+        if settings.eval_split is not None:
+            say_split(found, apart, settings.seed)
+        kept = [part for part, _ in apart]
         heldout: Sequence[Sample] = kept[0] if len(kept) == 1 else mix(kept, None, 0)[0] if kept else []
         check_held_out(settings, heldout)
         say_model(prepared)
@@ -113,11 +118,12 @@ def train(settings: TrainSettings, provenance: dict[str, str]) -> int:
     on_first(lambda: write_subtracted(directory, prepared, settings))
     with jax.set_mesh(prepared.mesh):
         outcome = run_training(run, prepared)
-        seen = sum(map(len, tables))
         if isinstance(batches, StreamBatches):
             seen = batches.report().rows
             for line in batches.report().lines():
                 note(notes, f"train: {line}")
+        else:
+            seen = sum(report.rows_read for _, report in found)
         if outcome.stopped_by is not None:
             say(f"stopped by {outcome.stopped_by.name} after step {outcome.step} of {run.total_steps}; go on with "
                 f"--output_dir {directory} --resume_from_checkpoint auto")  # fmt: skip
@@ -209,8 +215,8 @@ def read_settings(argv: list[str]) -> tuple[TrainSettings, dict[str, str]]:
     return settings, provenance
 
 
-def read(what: str, source: Source, split: str | None, settings: TrainSettings) -> Any:
-    rows = load_rows(source.path, split, source.config or settings.dataset_config)
+def read(what: str, source: Source, split: str | None, settings: TrainSettings) -> Rows:
+    rows = open_rows(source.path, split, source.config or settings.dataset_config)
     say(f"{what}: read {read_from(source.path, split)}")
     return rows
 
@@ -221,7 +227,9 @@ def note(notes: list[str], text: str) -> None:
     say(text)
 
 
-def tokenize(what: str, rows: Any, prepared: Prepared, settings: TrainSettings, notes: list[str]) -> Samples:
+def tokenize(
+    what: str, rows: Rows, prepared: Prepared, settings: TrainSettings, notes: list[str]
+) -> tuple[Samples, Report]:
     samples, found = tokenize_dataset(
         rows, prepared.tokenizer, max_length=settings.max_length, vocab_size=prepared.model.config.vocab_size,
         train_on=settings.train_on, template_kwargs=settings.chat_template_kwargs, cache=settings.cache_directory,
@@ -229,7 +237,7 @@ def tokenize(what: str, rows: Any, prepared: Prepared, settings: TrainSettings, 
     )  # fmt: skip
     for line in (*found.lines(), shape_line(samples, found)):
         note(notes, f"{what}: {line}")
-    return samples
+    return samples, found
 
 
 def mixed(parts: list[Samples], sources: Sequence[Source], seed: int) -> Samples | Selection:
@@ -286,13 +294,11 @@ def stream(
     return batches, read_alike | {"chat_template_kwargs": dict(settings.chat_template_kwargs)}
 
 
-def split(tables: list[Any], settings: TrainSettings) -> tuple[list[Any], list[Any]]:
-    """Of every data set the rows to train on and those that `--eval_split` holds out; says how many."""
-    assert settings.eval_split is not None
-    pairs = [split_rows(rows, settings.eval_split, settings.seed) for rows in tables]
-    for rows, heldout in pairs:
-        say(f"held out: {len(heldout)} of {len(rows) + len(heldout)} rows, drawn by seed {settings.seed}")
-    return [rows for rows, _ in pairs], [heldout for _, heldout in pairs]
+def say_split(found: list[tuple[Samples, Report]], apart: list[tuple[Samples, Report]], seed: int) -> None:
+    """How many rows of every data set `--eval_split` holds out."""
+    for (_, trained), (_, held_out) in zip(found, apart, strict=True):
+        rows = trained.rows_read + held_out.rows_read
+        say(f"held out: {held_out.rows_read} of {rows} rows, drawn by seed {seed}")
 
 
 def say_model(prepared: Prepared) -> None:

@@ -49,7 +49,13 @@ def fake_torch(tmp_path) -> str:
 def test_a_run_compiles_its_step_without_importing_torch_or_anything_for_later(dry_run, fake_torch):
     found = imported(dry_run, PYTHONPATH=fake_torch)
     assert {"jaxft.prepare", "transformers.configuration_utils", "jaxft.step"} <= found
-    assert not {name.partition(".")[0] for name in found} & UNNEEDED
+    assert not packages(found) & UNNEEDED
+    again = imported(dry_run, PYTHONPATH=fake_torch)  # the tokens are kept now
+    assert "datasets" in packages(found) and not packages(again) & {"datasets", "pandas", "pyarrow", "scipy"}
+
+
+def packages(modules: set[str]) -> set[str]:
+    return {name.partition(".")[0] for name in modules}
 
 
 @pytest.mark.parametrize(

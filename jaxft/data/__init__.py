@@ -11,13 +11,14 @@ from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
-from jaxft.cache import fetch, key_of, store, writes_date
+from jaxft.cache import fetch, key_of, name_too, rows_digest, store, writes_date
 from jaxft.chat import check_train_on
 from jaxft.columns import Columns
 from jaxft.errors import InputError, RunError
 from jaxft.files import find_files, load_rows
 from jaxft.formats import FORMATS, ROLES, Format, Reader, detect_format, format_of
 from jaxft.packing import Batches, make_plan, permutation
+from jaxft.rows import Rows
 from jaxft.samples import Document, Sample, Samples, from_memory, in_memory, lengths_of, write
 
 if TYPE_CHECKING:
@@ -32,11 +33,15 @@ CHUNK = 1000  # rows tokenised in one call: enough to keep the tokenizer's threa
 
 @dataclass(frozen=True)
 class Report:
-    """What became of a data set: counts of rows, samples and tokens, and of everything that was left out."""
+    """What became of a data set: counts of rows, samples and tokens, and of everything that was left out.
+
+    rows: as they were tokenised, where several of the `rows_read` may have been joined.
+    """
 
     format: str
     rows: int
     layout: str
+    rows_read: int = 0
     samples: int = 0
     tokens: int = 0
     target_tokens: int = 0
@@ -85,7 +90,7 @@ class Report:
 
 
 def tokenize_dataset(
-    dataset: "datasets.Dataset",
+    dataset: "datasets.Dataset | Rows",
     tokenizer: "PreTrainedTokenizerBase",
     *,
     max_length: int,
@@ -108,6 +113,7 @@ def tokenize_dataset(
     columns: templates that make questions and answers of any columns, and how many rows a conversation has.
     With a directory `cache` the samples are written there while they are made, under a key of everything that makes
     them, and read back through a memory map, at once where the same were made before; memory stays small either way.
+    Rows that are known by more than their table (`open_rows`) are not even read then.
 
     Raises InputError for a row of a wrong form, naming it (rows count from 1), for a token id outside
     [0, `vocab_size`), and where no row at all is left.
@@ -115,6 +121,19 @@ def tokenize_dataset(
     if max_length < 2:
         raise InputError(f"max_length is {max_length}; a sample needs 2 tokens to learn anything")
     check_train_on(train_on)
+    settings = {
+        "max_length": max_length, "vocab_size": vocab_size, "train_on": train_on,
+        "template_kwargs": dict(template_kwargs or {}),
+    }  # fmt: skip
+    name = None
+    if isinstance(dataset, Rows):
+        if cache is not None and dataset.known_as is not None:
+            as_asked = (columns or Columns()).key()
+            name = key_of(dataset.known_as, tokenizer, (Path(__file__),), **settings, columns=as_asked)
+            if (found := fetch(cache, name)) is not None:
+                kept_in = cache / (cache / name).readlink()
+                return found[0], replace(Report(**found[1]), kept_in=str(kept_in), reused=True)
+        dataset = dataset.table
     form, columns = format_of(dataset.column_names, columns or Columns())
     rows = dataset.select_columns([c for c in (*form.needs, *form.may) if c in dataset.column_names])
     order = None
@@ -132,8 +151,8 @@ def tokenize_dataset(
         duplicates = len(seen) - len(np.unique(np.array(seen, np.uint64)))
         dated = reader.templated and writes_date(tokenizer)
         report = Report(
-            form.name, total.pop("rows"), reader.layout, samples=samples, tokens=tokens, target_tokens=targets,
-            duplicates=duplicates, dated=dated, **dict[str, Any](total),
+            form.name, total.pop("rows"), reader.layout, rows_read=len(rows), samples=samples, tokens=tokens,
+            target_tokens=targets, duplicates=duplicates, dated=dated, **dict[str, Any](total),
         )  # fmt: skip
         if not samples:
             raise InputError(
@@ -148,8 +167,8 @@ def tokenize_dataset(
         report = make(memory)
         return from_memory(memory), Report(**report)
     key = key_of(
-        rows, None if form.name == "tokenised" else tokenizer, (Path(__file__),), max_length=max_length,
-        vocab_size=vocab_size, train_on=train_on, template_kwargs=dict(template_kwargs or {}), columns=columns.key(),
+        rows_digest(rows), None if form.name == "tokenised" else tokenizer, (Path(__file__),), **settings,
+        columns=columns.key(),
     )  # fmt: skip
     found = fetch(cache, key)
     reused = found is not None
@@ -158,6 +177,8 @@ def tokenize_dataset(
         found = fetch(cache, key)
     if found is None:
         raise RunError(f"{cache / key} does not hold what was just written to it; is the disk sound?")
+    if name is not None:
+        name_too(cache, name, key)
     return found[0], replace(Report(**found[1]), kept_in=str(cache / key), reused=reused)
 
 
@@ -219,6 +240,16 @@ def split_rows(
     drawn = np.zeros(total, bool)
     drawn[permutation(total, seed, _SPLIT_STREAM)[:count]] = True
     return dataset.select(np.flatnonzero(~drawn)), dataset.select(np.flatnonzero(drawn))
+
+
+def split_known(rows: Rows, held_out: float, seed: int) -> tuple[Rows, Rows]:
+    """`split_rows` of rows that need not be read for it; what it raises is raised when they are."""
+
+    def part(at: int) -> Rows:
+        name = f"part {at} with {held_out!r} held out by seed {seed}"
+        return rows.part(name, lambda table: split_rows(table, held_out, seed)[at])
+
+    return part(0), part(1)
 
 
 def load_batches(

@@ -13,10 +13,10 @@ from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
 from jaxft.config import parse
-from jaxft.data import Report, split_rows, tokenize_dataset
+from jaxft.data import Report, split_known, tokenize_dataset
 from jaxft.errors import InputError, run_command
 from jaxft.evaluate import held_out_split, read_from
-from jaxft.files import load_rows
+from jaxft.files import open_rows
 from jaxft.inspection import (
     histogram_lines,
     length_facts,
@@ -43,15 +43,15 @@ def main(argv: list[str] | None = None) -> int:
     tokenizer, vocab_size = tokenizer_of(settings, settings.model_name_or_path)
     sources = settings.sources
     named = settings.dataset_train_split if "dataset_train_split" in settings.settings_given else None
-    tables = [load_rows(s.path, s.split or named, s.config or settings.dataset_config) for s in sources]
+    tables = [open_rows(s.path, s.split or named, s.config or settings.dataset_config) for s in sources]
     held_out = []
     if settings.eval_split is not None:
         tables, held_out = map(
-            list, zip(*(split_rows(rows, settings.eval_split, settings.seed) for rows in tables), strict=True)
+            list, zip(*(split_known(rows, settings.eval_split, settings.seed) for rows in tables), strict=True)
         )
     elif settings.eval_dataset:
         split = held_out_split(settings.eval_dataset, settings)
-        held_out = [load_rows(settings.eval_dataset, split, settings.dataset_config)]
+        held_out = [open_rows(settings.eval_dataset, split, settings.dataset_config)]
 
     def tokenize(rows: Any) -> tuple[Samples, Report]:
         return tokenize_dataset(
