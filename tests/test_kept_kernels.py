@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from jaxft.kernels import compiled
 from jaxft.kernels.compiled import kept
 from tests.ptx import MISSING, NEEDED
 
@@ -22,6 +23,14 @@ def directory(tmp_path):
         jax.config.update(name, value)
 
 
+@pytest.fixture
+def versions(monkeypatch):
+    """The packages that compile, which need not be installed to keep what they made."""
+    found = ["3.6.0", "0.3.1", "0.11.2"]
+    monkeypatch.setattr(compiled, "_versions", lambda: found)
+    return found
+
+
 class Counted:
     """A kernel, and how often it was compiled."""
 
@@ -36,16 +45,18 @@ class Counted:
         return kept(SimpleNamespace(cache_key=source), decides, make)
 
 
-def test_a_kernel_is_compiled_once_and_again_for_another_source_or_argument(directory):
+def test_a_kernel_is_compiled_once_and_again_for_another_source_argument_or_version(directory, versions):
     compile = Counted()
     assert [compile(), compile()] == [b"a ('float32', 128)"] * 2 and compile.times == 1
     assert compile("b") == b"b ('float32', 128)" and compile.times == 2
     assert compile(decides=("float32", 64)) == b"a ('float32', 64)" and compile.times == 3
-    assert len(list((directory / "triton").iterdir())) == 3
+    versions[0] = "3.7.0"
+    assert compile() == b"a ('float32', 128)" and compile.times == 4
+    assert len(list((directory / "triton").iterdir())) == 4
 
 
 @pytest.mark.parametrize("damage", [lambda whole: whole[:-1], lambda whole: b"", lambda whole: whole[:-1] + b"?"])
-def test_a_damaged_file_is_compiled_again_and_mended(directory, damage):
+def test_a_damaged_file_is_compiled_again_and_mended(directory, versions, damage):
     compile = Counted()
     want = compile()
     (path,) = (directory / "triton").iterdir()
@@ -54,7 +65,7 @@ def test_a_damaged_file_is_compiled_again_and_mended(directory, damage):
     assert compile() == want and compile.times == 2
 
 
-def test_what_cannot_be_kept_is_compiled_all_the_same(directory):
+def test_what_cannot_be_kept_is_compiled_all_the_same(directory, versions):
     compile = Counted()
     (directory / "triton").write_text("a file where the folder should be")
     assert compile() == compile() and compile.times == 2
