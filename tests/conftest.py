@@ -4,17 +4,19 @@ import atexit
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before huggingface_hub is imported: the suite needs no network
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-if (
-    "JAX_COMPILATION_CACHE_DIR" not in os.environ
-):  # the same program in several tests, workers, processes: compiled once
+# The same program in several tests, workers and processes is compiled once, and without XLA's expensive optimisations:
+# most programs here run only a few times.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="jaxft-tests-")
-    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 if "JAXFT_TESTS_CACHE" not in os.environ:  # tokenised data of tests stay out of the user's cache
     os.environ["JAXFT_TESTS_CACHE"] = os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="jaxft-tests-")
     atexit.register(shutil.rmtree, os.environ["JAXFT_TESTS_CACHE"], ignore_errors=True)
@@ -38,14 +40,6 @@ def need_shared(path: str) -> Path:
             pytest.fail(f"{found} is required and missing")
         pytest.skip(f"{found} is not on this machine")
     return found
-
-
-@pytest.fixture(scope="module")
-def quick_compile() -> Iterator[None]:
-    """Compiles without XLA's expensive optimisations: half the time, for programs that run only a few times."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="session")

@@ -64,7 +64,6 @@ def run(directory: str, axes: dict[str, int] | None, accumulation: int, lora: Lo
 
 
 def main() -> None:
-    jax.config.update("jax_disable_most_optimizations", True)
     if jax.device_count() != 8:
         raise SystemExit(f"{jax.device_count()} devices; XLA_FLAGS must ask for 8")
     print(json.dumps({name: run(sys.argv[1], *setting) for name, setting in RUNS.items()}))

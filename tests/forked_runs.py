@@ -6,7 +6,6 @@ signal to itself, and whether before or after that call.
 
 import contextlib
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -79,12 +78,10 @@ Start = Callable[..., Child]
 
 
 @contextlib.contextmanager
-def forked_runs(place: Path, environment: dict[str, str]) -> Iterator[Start]:
+def forked_runs(place: Path) -> Iterator[Start]:
     """Yields start(argv, command="train", act=(), environment={}); what children write lies in `place`."""
     command = [sys.executable, "-W", "ignore", "-c", FORKER]
-    with subprocess.Popen(
-        command, cwd=ROOT, env=os.environ | environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as forker:
+    with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as forker:
         assert forker.stdin is not None and forker.stdout is not None
 
         def ask(**asked: Any) -> int:

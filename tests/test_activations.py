@@ -11,8 +11,6 @@ from jaxft.errors import RunError
 from jaxft.models.quantized import with_quantized
 from tests.tiny_models import nonzero_adapter, packed_batch, tiny_model
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 FAMILIES = (
     *("llama_bias", "qwen3_window_bias", "gemma2"),
     *(

@@ -42,7 +42,7 @@ from scripts.compare_with_hf import (
     reference_model,
 )
 from tests.tiny_models import packed_batch
-from tests.tiny_runs import compile_cache, flags, lines_of, losses_of, same_tensors, sums, write_base, write_rows
+from tests.tiny_runs import flags, lines_of, losses_of, same_tensors, sums, write_base, write_rows
 
 STEPS = 20
 SCHEDULE = {"init_r": 6, "target_r": 3, "tinit": 3, "tfinal": 4, "deltaT": 2, "orth_reg_weight": 0.3}
@@ -51,12 +51,6 @@ RUN = flags(
     max_length=64, per_device_train_batch_size=4, learning_rate=0.01, peft_type="adalora", init_r=4, target_r=2,
     tinit=1, tfinal=1, max_steps=6, save_steps=3, lr_scheduler_type="constant",
 )  # fmt: skip
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cached(tmp_path_factory):
-    with compile_cache(tmp_path_factory.getbasetemp() / "xla"):
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -50,7 +50,7 @@ from scripts.compare_with_hf import (
 )
 from tests.tiny_adapters import make_adapter
 from tests.tiny_models import nonzero_adapter, packed_batch, tiny_model
-from tests.tiny_runs import compile_cache, flags, lines_of, losses_of, same_tensors, sums, write_base, write_rows
+from tests.tiny_runs import flags, lines_of, losses_of, same_tensors, sums, write_base, write_rows
 
 STEPS = 20
 TRAINING = Training(learning_rate=2e-3, weight_decay=0.3)
@@ -58,12 +58,6 @@ RUN = flags(
     max_length=64, per_device_train_batch_size=4, learning_rate=0.01, lora_r=4, max_steps=4, save_steps=2,
     lr_scheduler_type="constant",
 )  # fmt: skip
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cached(tmp_path_factory):
-    with compile_cache(tmp_path_factory.getbasetemp() / "xla"):
-        yield
 
 
 @pytest.fixture(scope="module")

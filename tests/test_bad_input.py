@@ -16,17 +16,11 @@ from safetensors.numpy import load_file, save_file
 from jaxft import evaluate, generate, train
 from jaxft.checkpoint import Checkpoints
 from jaxft.errors import run_command
-from tests.tiny_runs import compile_cache, flags, losses_of, sums, write_base, write_rows
+from tests.tiny_runs import flags, losses_of, sums, write_base, write_rows
 
 ROOT = Path(__file__).parent.parent
 RUN = flags(max_length=64, per_device_train_batch_size=4, max_steps=3, lora_r=4, learning_rate=0.01, save_steps=2)
 RUN += flags(gradient_checkpointing="none")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cached(tmp_path_factory):
-    with compile_cache(tmp_path_factory.getbasetemp() / "xla") as environment:
-        yield environment
 
 
 @pytest.fixture(scope="module")
@@ -323,13 +317,13 @@ sys.exit(run_command(train.main))
 """
 
 
-def test_a_full_disk_at_the_end_costs_nothing_but_the_time_to_resume(place, tmp_path, adapter, cached):
+def test_a_full_disk_at_the_end_costs_nothing_but_the_time_to_resume(place, tmp_path, adapter):
     out = tmp_path / "out"
     named = flags(model_name_or_path=place / "base", dataset=place / "train.jsonl", output_dir=out)
     done = subprocess.run(
         [sys.executable, "-c", FULL_DISK, *RUN, *named],
         cwd=ROOT,
-        env=os.environ | cached,
+        env=os.environ,
         capture_output=True,
         text=True,
     )

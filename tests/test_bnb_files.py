@@ -18,8 +18,6 @@ from jaxft.quant import NF4, Int8, is_quantized, kind_of
 from jaxft.trees import flatten
 from tests.tiny_models import tiny_model
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 # rows of whole blocks, as real models have them
 SIZES = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16, "num_key_value_heads": 4}
 WEIGHT = "model.layers.1.mlp.up_proj.weight"
@@ -27,7 +25,7 @@ STATE = f"{WEIGHT}.quant_state.bitsandbytes__nf4"
 
 
 @pytest.fixture(scope="module")
-def directories(tmp_path_factory, quick_compile):
+def directories(tmp_path_factory):
     """A model directory in float32, and the same in 4 and 8 bits as this project writes it."""
     place = tmp_path_factory.mktemp("nf4")
     model, params = tiny_model("qwen3_window_bias", **SIZES)

@@ -24,13 +24,12 @@ from jaxft.trees import flatten
 from tests.tiny_models import tiny_model
 from tests.tiny_runs import sums, write_base, write_rows
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
 SIZES = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16, "num_key_value_heads": 4}
 CALIBRATION = str(EMBEDDED / "problems_train.jsonl")
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory, quick_compile):
+def base(tmp_path_factory):
     """A model directory in float32 with a tokenizer, and calibration rows beside it."""
     directory = write_base(tmp_path_factory.mktemp("dynamic") / "base", **SIZES)
     write_rows(directory.parent / "calibration.jsonl", sums(60))

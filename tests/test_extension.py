@@ -11,7 +11,7 @@ from jaxft.load import base_changes
 from jaxft.models import describe_model
 from jaxft.models.extension import describe_changes, extend_positions, with_changes
 from tests.tiny_models import CONFIGS, LONGROPE, OLD_LLAMA3, YARN, hf_config
-from tests.tiny_runs import V, compile_cache, flags, lines_of, sums, write_base, write_rows
+from tests.tiny_runs import V, flags, lines_of, sums, write_base, write_rows
 
 FULL = {"rope_type": "default", "rope_theta": 1e4}
 ASKED = 160  # positions of the tiny models: 64
@@ -77,12 +77,6 @@ def test_rope_without_a_rule_is_refused_with_what_to_do(name, fields):
 
 LONG = 96
 RUN = flags(per_device_train_batch_size=2, learning_rate=0.01, max_steps=3, gradient_checkpointing="none")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cached(tmp_path_factory):
-    with compile_cache(tmp_path_factory.getbasetemp() / "xla"):
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -13,17 +13,11 @@ from safetensors.numpy import load_file, save_file
 from jaxft import memory, train
 from jaxft.errors import run_command
 from jaxft.read_ahead import reading_ahead
-from tests.tiny_runs import compile_cache, flags, losses_of, sums, write_base, write_rows
+from tests.tiny_runs import flags, losses_of, sums, write_base, write_rows
 
 RUN = flags(max_length=64, per_device_train_batch_size=4, save_steps=0, max_steps=4)
 COMPILED = "Finished XLA compilation of jit(train_step)"
 READER = "reading ahead"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cached(tmp_path_factory):
-    with compile_cache(tmp_path_factory.getbasetemp() / "xla"):
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from jaxft.flops import model_flops
 from jaxft.packing import lay_rows
 from jaxft.samples import Sample
 from tests.tiny_models import tiny_model
-from tests.tiny_runs import compile_cache, flags, lines_of, sums, write_base, write_rows
+from tests.tiny_runs import flags, lines_of, sums, write_base, write_rows
 
 
 def document(length: int) -> Sample:
@@ -64,12 +64,9 @@ def test_mfu_is_the_steps_flops_a_second_as_a_share_of_the_peak(tmp_path, monkey
 
     monkeypatch.setattr(loop, "peak_flops", lambda device, dtype: 1e9)
     monkeypatch.setattr(loop, "model_flops", count)
-    with compile_cache(tmp_path / "xla"):
-        argv = flags(
-            model_name_or_path=tmp_path / "base", dataset=tmp_path / "train.jsonl", output_dir=tmp_path / "out"
-        )
-        argv += flags(max_length=64, per_device_train_batch_size=4, max_steps=4, logging_steps=2, lora_r=4)
-        assert train.main([*argv, "--gradient_checkpointing=none"]) == 0
+    argv = flags(model_name_or_path=tmp_path / "base", dataset=tmp_path / "train.jsonl", output_dir=tmp_path / "out")
+    argv += flags(max_length=64, per_device_train_batch_size=4, max_steps=4, logging_steps=2, lora_r=4)
+    assert train.main([*argv, "--gradient_checkpointing=none"]) == 0
     lines = lines_of(tmp_path / "out")
     expected = [counted[0] + counted[1], counted[2] + counted[3]]
     assert [line["mfu"] * 1e9 * line["step_seconds"] * 2 for line in lines] == pytest.approx(expected)

@@ -15,7 +15,7 @@ import pytest
 from jaxft import checkpoint, loop, metrics, train
 from jaxft.checkpoint import Checkpoints
 from jaxft.errors import RunError, run_command
-from tests.tiny_runs import compile_cache, flags, lines_of, losses_of, same_tensors, sums, write_base, write_rows
+from tests.tiny_runs import flags, lines_of, losses_of, same_tensors, sums, write_base, write_rows
 
 # what Orbax leaves behind when its writing fails: a callback for an event loop that is gone
 pytestmark = pytest.mark.filterwarnings("ignore:Exception ignored in:pytest.PytestUnraisableExceptionWarning")
@@ -23,12 +23,6 @@ RUN = flags(
     max_length=64, per_device_train_batch_size=4, learning_rate=0.01, max_steps=4, save_steps=1, lora_r=4,
     lora_dropout=0.2, weight_decay=0.1, gradient_checkpointing="none", lr_scheduler_type="constant",
 )  # fmt: skip
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cached(tmp_path_factory):
-    with compile_cache(tmp_path_factory.getbasetemp() / "xla"):
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -16,8 +16,6 @@ from jaxft.quant import dense, is_quantized
 from jaxft.trees import flatten, unflatten
 from tests.tiny_models import CONFIGS, hf_config, micro_logits, nonzero_adapter, packed_batch, tiny_model
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 TEXT = {name: value for name, value in CONFIGS["gemma3"].items() if name != "model_type"}
 VISION = {
     "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28,

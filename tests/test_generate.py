@@ -16,16 +16,10 @@ from jaxft.generate import generate, stop_token_ids
 from jaxft.sampling import prompt_keys
 from tests.tiny_models import V as V_TINY
 from tests.tiny_models import tiny_model
-from tests.tiny_runs import END_OF_TURN, EOS, compile_cache, flags, make_tokenizer, write_base, write_rows
+from tests.tiny_runs import END_OF_TURN, EOS, flags, make_tokenizer, write_base, write_rows
 
 LENGTHS = (1, 3, 11, 20)
 NEW = 40
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cached(tmp_path_factory):
-    with compile_cache(tmp_path_factory.getbasetemp() / "xla"):
-        yield
 
 
 @pytest.fixture(scope="module")

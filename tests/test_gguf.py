@@ -30,7 +30,6 @@ from jaxft.quant import dense
 from tests.tiny_models import CONFIGS, hf_config, nonzero_adapter, tiny_model
 from tests.tiny_runs import CHATML, V, make_tokenizer
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
 ROOT = Path(__file__).resolve().parents[1]
 # where llama.cpp has one way only: what the tiny models have otherwise
 SAYABLE = {

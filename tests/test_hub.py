@@ -17,7 +17,6 @@ from tests.test_merge import write_adapter
 from tests.tiny_runs import flags, sums, write_base, write_rows
 
 pytestmark = [
-    pytest.mark.usefixtures("quick_compile"),
     pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning"),  # huggingface_hub's own
 ]
 

@@ -17,8 +17,6 @@ from jaxft.packing import eval_batches
 from tests.test_merge import write_adapter
 from tests.tiny_runs import sums, write_base, write_rows
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 gguf = pytest.importorskip("gguf", reason="the peer's reader is gguf's")
 LAYERS = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
 NAMES = {f"blk.{i}.{layer}.weight" for i in range(2) for layer in LAYERS}

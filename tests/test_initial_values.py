@@ -39,7 +39,7 @@ from scripts.compare_with_hf import (
     reference_model,
 )
 from tests.tiny_models import packed_batch, tiny_model
-from tests.tiny_runs import compile_cache, flags, lines_of, losses_of, same_tensors, sums, write_base, write_rows
+from tests.tiny_runs import flags, lines_of, losses_of, same_tensors, sums, write_base, write_rows
 
 STEPS = 20
 TRAINING = Training(learning_rate=2e-3)
@@ -48,12 +48,6 @@ RUN = flags(
     save_steps=2, lr_scheduler_type="constant", lora_target_modules="q_proj,down_proj",
 )  # fmt: skip
 SETTINGS = {"lora_alpha": 8, "target_modules": ["q_proj", "up_proj"], "rank_pattern": {"up_proj": 3}}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cached(tmp_path_factory):
-    with compile_cache(tmp_path_factory.getbasetemp() / "xla"):
-        yield
 
 
 @pytest.fixture(scope="module")

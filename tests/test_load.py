@@ -23,8 +23,6 @@ from tests.tiny_models import CONFIGS, hf_config, micro_logits, tiny_model
 ROOT = Path(__file__).resolve().parents[1]
 INDEX = "model.safetensors.index.json"
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 
 @pytest.fixture
 def directory(tmp_path):

@@ -35,7 +35,6 @@ from tests.tiny_adapters import BOTH, OPTIONS, make_adapter
 from tests.tiny_models import packed_batch, tiny_model
 
 pytestmark = [
-    pytest.mark.usefixtures("quick_compile"),
     pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`"),  # PEFT's, about heads that part
 ]
 

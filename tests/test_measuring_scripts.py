@@ -16,7 +16,6 @@ from jaxft.memory import GIB
 from tests.tiny_models import CONFIGS
 from tests.tiny_runs import flags, make_tokenizer, sums, write_base, write_rows
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
 ROOT = Path(__file__).resolve().parents[1]
 
 

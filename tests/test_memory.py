@@ -18,18 +18,12 @@ from jaxft.optim import make_optimizer, state_shapes
 from jaxft.prepare import prepare, prepare_shapes
 from jaxft.settings import parse_bytes
 from tests.tiny_models import CONFIGS
-from tests.tiny_runs import compile_cache, flags, losses_of, sums, write_base, write_rows
+from tests.tiny_runs import flags, losses_of, sums, write_base, write_rows
 
 MIB = 1 << 20
 RUN = flags(max_length=64, per_device_train_batch_size=4, lora_r=4, max_steps=1, save_steps=0, learning_rate=0.01)
 RUN += flags(lr_scheduler_type="constant")
 WIDE = {"intermediate_size": 512}  # so that the MLP's arrays are the largest, and tiles of it tell
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cached(tmp_path_factory):
-    with compile_cache(tmp_path_factory.getbasetemp() / "xla"):
-        yield
 
 
 @pytest.fixture(scope="module")

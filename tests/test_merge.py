@@ -27,7 +27,6 @@ from tests.tiny_models import hf_config, nonzero_adapter, packed_batch
 from tests.tiny_runs import make_tokenizer, write_base
 
 pytestmark = [
-    pytest.mark.usefixtures("quick_compile"),
     pytest.mark.filterwarnings("ignore:Model (with|has) `tie_word_embeddings=True`"),  # PEFT's
     pytest.mark.filterwarnings("ignore:Input and output embeddings are no longer tied"),
 ]

@@ -12,7 +12,7 @@ from jaxft import evaluate, generate, train
 from jaxft.checkpoint import Checkpoints
 from jaxft.metrics import MetricsFile
 from tests.forked_runs import devices, forked_runs
-from tests.tiny_runs import compile_cache, flags, lines_of, losses_of, sums, write_base, write_rows
+from tests.tiny_runs import flags, lines_of, losses_of, sums, write_base, write_rows
 
 RUN = flags(
     max_length=64, learning_rate=0.01, max_steps=9, save_steps=3, lora_r=4, lora_dropout=0.2, weight_decay=0.1,
@@ -20,12 +20,6 @@ RUN = flags(
 )  # fmt: skip
 ROWS = 4  # a step, on every mesh
 DATA_PARALLEL = {None: 1, "tensor=2": 1, "data=2,tensor=2": 2, "data=2,fsdp=2": 4, "fsdp=2": 2, "fsdp=2,tensor=2": 2}
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    with compile_cache(tmp_path_factory.getbasetemp() / "xla") as environment:
-        yield environment
 
 
 @pytest.fixture(scope="module")
@@ -56,13 +50,13 @@ def on(mesh) -> dict:
 
 
 @pytest.fixture(scope="module")
-def start(place, cache):
-    with forked_runs(place, cache) as start:
+def start(place):
+    with forked_runs(place) as start:
         yield start
 
 
 @pytest.fixture(scope="module")
-def whole(place, cache):
+def whole(place):
     """The run on one device, from start to end."""
     assert train.main(arguments(place, None, output_dir=place / "whole")) == 0
     return place / "whole"
@@ -115,7 +109,7 @@ def test_commands_on_a_mesh_say_what_they_say_on_one_device(command, start, plac
 
 
 @pytest.mark.long
-def test_a_run_killed_ten_times_between_meshes_at_random_moments_has_the_losses_of_one_device(trained, place, cache):
+def test_a_run_killed_ten_times_between_meshes_at_random_moments_has_the_losses_of_one_device(trained, place):
     longer = {"max_steps": 60, "save_steps": 2}
     assert train.main(arguments(place, None, output_dir=place / "long", **longer)) == 0
     out, chance = place / "killed", random.Random(0)

@@ -13,7 +13,7 @@ from jaxft.convert import __main__ as convert
 from jaxft.errors import InputError, run_command
 from jaxft.prepare import prepare
 from jaxft.vocabulary import read_tokens
-from tests.tiny_runs import compile_cache, flags, lines_of, losses_of, same_tensors, sums, write_base, write_rows
+from tests.tiny_runs import flags, lines_of, losses_of, same_tensors, sums, write_base, write_rows
 
 pytestmark = pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")  # PEFT's
 KNOWN = {"untied": 260, "tied": 261}  # tokens at first; Qwen 2's tokenizer brings one of its own for padding
@@ -27,12 +27,6 @@ RUN = flags(
 
 def rows(count, first=0):
     return [{"question": f"<sum>{row['question']}", "answer": f"{row['answer']}<done>"} for row in sums(count, first)]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cached(tmp_path_factory):
-    with compile_cache(tmp_path_factory.getbasetemp() / "xla"):
-        yield
 
 
 @pytest.fixture(scope="module")

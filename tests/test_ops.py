@@ -12,8 +12,6 @@ from jaxft.kernels.linear_cross_entropy import linear_cross_entropy, logits
 from jaxft.kernels.rms_norm import rms_norm
 from jaxft.kernels.rope import apply_rope
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 
 def tolerance(dtype, terms: int) -> float:
     """Relative error that a sum of `terms` products may have: eps √terms, for errors that are independent."""

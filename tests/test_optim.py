@@ -13,8 +13,6 @@ from jaxft.optim import SCHEDULES, apply_updates, decays, next_loss_scale, stoch
 from jaxft.trees import flatten
 from tests.tiny_models import CONFIGS, hf_config, tiny_model
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 RATE, TOTAL = 3e-4, 23
 OPTIONS: dict[str, list[dict]] = {
     "cosine": [{"num_cycles": 1.5}],

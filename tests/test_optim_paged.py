@@ -15,15 +15,9 @@ from jaxft.optim_paged import HOST, check_device, holds_paged, is_paged
 from jaxft.sharding import make_mesh, mesh_sizes, put_batch
 from jaxft.trees import flatten
 from tests.tiny_models import packed_batch, tiny_model
-from tests.tiny_runs import compile_cache, flags, losses_of, same_tensors, sums, write_base, write_rows
+from tests.tiny_runs import flags, losses_of, same_tensors, sums, write_base, write_rows
 
 SIZES = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16, "num_key_value_heads": 4}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cached(tmp_path_factory):
-    with compile_cache(tmp_path_factory.getbasetemp() / "xla"):
-        yield
 
 
 def placed(state):

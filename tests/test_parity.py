@@ -43,7 +43,7 @@ from tests.tiny_models import (  # noqa: E402
     packed_batch,
 )
 
-pytestmark = pytest.mark.usefixtures("quick_compile", "one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 STEPS = 20
 PLAIN = {"optimizer": lambda *_, **__: optax.identity()}  # compiles sooner, where only gradients are asked for

@@ -14,7 +14,6 @@ from jaxft import load_tokenizer
 from jaxft.errors import InputError
 from jaxft.load import EMBEDDED
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
 ROOT = Path(__file__).resolve().parents[1]
 DATASET, STEPS, ROWS, LENGTH = EMBEDDED / "problems_train.jsonl", 5, 2, 48
 TINY = {

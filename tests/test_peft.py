@@ -16,8 +16,6 @@ from jaxft.lora_config import reaches
 from jaxft.trees import flatten
 from tests.tiny_models import micro_logits, nonzero_adapter, tiny_model
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 LINEARS = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
 

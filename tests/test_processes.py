@@ -13,18 +13,12 @@ from jaxft.config import parse
 from jaxft.errors import InputError
 from jaxft.processes import asked_for
 from tests.forked_runs import forked_runs
-from tests.tiny_runs import compile_cache, flags, lines_of, losses_of, sums, write_base, write_rows
+from tests.tiny_runs import flags, lines_of, losses_of, sums, write_base, write_rows
 
 RUN = flags(
     max_length=64, learning_rate=0.01, max_steps=5, save_steps=2, eval_steps=3, lora_r=4, lora_dropout=0.2,
     weight_decay=0.1, gradient_checkpointing="none", lr_scheduler_type="constant", heartbeat_timeout_seconds=4,
 )  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    with compile_cache(tmp_path_factory.getbasetemp() / "xla") as environment:
-        yield environment
 
 
 @pytest.fixture(scope="module")
@@ -42,12 +36,12 @@ def arguments(place, **settings) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def two(place, cache):
+def two(place):
     """Runs the command in two processes of one device each: [(exit code, stderr, stdout), …], process 0 first.
 
     `act` is for process 1 alone, and so are the settings in `second`.
     """
-    with forked_runs(place, cache) as start:
+    with forked_runs(place) as start:
 
         def run(act=(), second=None, **settings):
             with socket.socket() as free:
@@ -67,7 +61,7 @@ def two(place, cache):
 
 
 @pytest.fixture(scope="module")
-def one(place, cache):
+def one(place):
     """The same run in one process, on one device."""
     assert train.main(arguments(place, output_dir=place / "one", per_device_train_batch_size=4)) == 0
     return place / "one"
@@ -95,7 +89,7 @@ def test_two_processes_give_the_losses_of_one_and_only_the_first_speaks_and_writ
 
 
 @pytest.mark.long
-def test_a_signal_to_one_stops_both_after_the_same_step_and_one_process_goes_on(two, one, place, cache):
+def test_a_signal_to_one_stops_both_after_the_same_step_and_one_process_goes_on(two, one, place):
     out = place / "stopped"
     held = {"eval_dataset": place / "held.jsonl", "per_device_eval_batch_size": 1}
     act = [("loop.put_batch", 4, signal.SIGTERM, True)]
@@ -109,7 +103,7 @@ def test_a_signal_to_one_stops_both_after_the_same_step_and_one_process_goes_on(
 
 
 @pytest.mark.long
-def test_two_processes_evaluate_answer_and_keep_the_best_as_one_does(two, place, cache):
+def test_two_processes_evaluate_answer_and_keep_the_best_as_one_does(two, place):
     settings = {
         "eval_dataset": place / "held.jsonl",
         "eval_steps": 2,

@@ -20,15 +20,9 @@ from jaxft.prompts import Asked
 from jaxft.sampling import prompt_keys
 from tests.tiny_models import V as V_TINY
 from tests.tiny_models import nonzero_adapter, tiny_model
-from tests.tiny_runs import compile_cache, flags, make_tokenizer, write_base, write_rows
+from tests.tiny_runs import flags, make_tokenizer, write_base, write_rows
 
 LENGTHS = (3, 11, 1, 20, 5)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cached(tmp_path_factory):
-    with compile_cache(tmp_path_factory.getbasetemp() / "xla"):
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -32,7 +32,7 @@ from jaxft.models.quantized import all_linears, with_quantized
 from jaxft.quant import dense, is_quantized
 from jaxft.trees import Tree, flatten, unflatten
 from tests.tiny_models import nonzero_adapter, packed_batch, tiny_model
-from tests.tiny_runs import compile_cache, flags, losses_of, same_tensors, sums, write_base, write_rows
+from tests.tiny_runs import flags, losses_of, same_tensors, sums, write_base, write_rows
 
 ROOT = Path(__file__).resolve().parents[1]
 SIZES = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16, "num_key_value_heads": 4}
@@ -41,12 +41,6 @@ RUN = flags(
     max_length=64, per_device_train_batch_size=4, learning_rate=0.01, lora_r=4, max_steps=6, save_steps=3,
     lr_scheduler_type="constant",
 )  # fmt: skip
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cached(tmp_path_factory):
-    with compile_cache(tmp_path_factory.getbasetemp() / "xla"):
-        yield
 
 
 @pytest.fixture(scope="module")

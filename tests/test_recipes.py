@@ -12,7 +12,7 @@ import yaml
 
 from jaxft import train
 from jaxft.config import parse
-from tests.tiny_runs import CHATML, compile_cache, flags, lines_of, sums, write_base, write_rows
+from tests.tiny_runs import CHATML, flags, lines_of, sums, write_base, write_rows
 
 ROOT = Path(__file__).parent.parent
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
@@ -44,12 +44,6 @@ ROWS = {"chat-with-thinking": [chat(n) for n in range(20)], "continued-pretraini
 
 def content_of(recipe):
     return yaml.safe_load(recipe.read_text(encoding="utf-8"))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cached(tmp_path_factory):
-    with compile_cache(tmp_path_factory.getbasetemp() / "xla") as environment:
-        yield environment
 
 
 @pytest.fixture(scope="module")
@@ -131,11 +125,11 @@ def test_each_recipe_runs(recipe, place, tmp_path):
 
 @pytest.mark.long
 @pytest.mark.parametrize("recipe", [one for one in RECIPES if "mesh" in content_of(one)], ids=lambda one: one.stem)
-def test_each_recipe_for_several_devices_runs(recipe, place, tmp_path, cached):
+def test_each_recipe_for_several_devices_runs(recipe, place, tmp_path):
     argv = tiny(recipe, place) + flags(output_dir=tmp_path / "run")
     eight = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
-        [sys.executable, "-m", "jaxft.train", *argv], env=os.environ | cached | eight, capture_output=True, text=True,
+        [sys.executable, "-m", "jaxft.train", *argv], env=os.environ | eight, capture_output=True, text=True,
         cwd=tmp_path,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

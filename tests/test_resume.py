@@ -14,7 +14,7 @@ from jaxft.errors import InputError
 from jaxft.evaluate import evaluate
 from jaxft.loop import _signals
 from tests.forked_runs import devices, forked_runs
-from tests.tiny_runs import compile_cache, flags, lines_of, losses_of, same_tensors, sums, write_base, write_rows
+from tests.tiny_runs import flags, lines_of, losses_of, same_tensors, sums, write_base, write_rows
 
 STEPS = 12
 RUN = flags(
@@ -23,12 +23,6 @@ RUN = flags(
     lr_scheduler_type="constant_with_warmup", warmup_steps=9,
 )  # fmt: skip
 ADAPTER = "adapter_model.safetensors"
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    with compile_cache(tmp_path_factory.getbasetemp() / "xla") as environment:
-        yield environment
 
 
 @pytest.fixture(scope="module")
@@ -46,9 +40,9 @@ def arguments(place, out, *argv, **settings) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def processes(place, cache):
+def processes(place):
     """run(out, *argv, act=[…], kill_after=…) in a process of its own: its exit code and what it said."""
-    with forked_runs(place, cache) as start:
+    with forked_runs(place) as start:
 
         def run(out, *argv, act=(), watch=None, environment=None, **settings):
             child = start(arguments(place, out, *argv, **settings), act=act, environment=environment)
@@ -60,7 +54,7 @@ def processes(place, cache):
 
 
 @pytest.fixture(scope="module")
-def whole(place, cache):
+def whole(place):
     """The run that nothing stopped."""
     assert train.main(arguments(place, place / "whole")) == 0
     return place / "whole"
@@ -135,7 +129,7 @@ WATCHED_MOMENTS = {
 
 
 @pytest.fixture(scope="module")
-def watched(place, cache):
+def watched(place):
     assert train.main(arguments(place, place / "watched", *WATCHED)) == 0
     lines = lines_of(place / "watched")
     assert [line["step"] for line in lines if "eval_loss" in line] == [0, 2, 4, 6, 8] and lines[-1]["step"] == 8
@@ -163,7 +157,7 @@ def test_best_checkpoint_early_stop_and_samples_are_those_of_the_run_that_was_no
 
 
 @pytest.mark.long
-def test_a_run_resumed_elsewhere_takes_the_best_checkpoint_with_it(place, cache, watched):
+def test_a_run_resumed_elsewhere_takes_the_best_checkpoint_with_it(place, watched):
     out = place / "watched elsewhere"
     argv = arguments(place, out, *WATCHED, early_stopping_patience=4, resume_from_checkpoint=watched)
     assert train.main(argv) == 0
@@ -192,7 +186,7 @@ def test_a_run_killed_again_and_again_at_random_moments_ends_as_if_it_had_not_be
     assert_same_run(out, whole)
 
 
-def test_a_line_of_metrics_that_a_stop_fell_into_covers_the_same_steps(place, cache):
+def test_a_line_of_metrics_that_a_stop_fell_into_covers_the_same_steps(place):
     out, resumed = place / "lines", place / "lines resumed"
     assert train.main(arguments(place, out, logging_steps=3)) == 0
     assert train.main(arguments(place, resumed, logging_steps=3, resume_from_checkpoint=out / "checkpoints" / "4")) == 0
@@ -201,7 +195,7 @@ def test_a_line_of_metrics_that_a_stop_fell_into_covers_the_same_steps(place, ca
     assert [line for line in timeless(resumed) if "loss" in line] == whole[1:]
 
 
-def test_a_signal_during_an_evaluation_ends_it_and_the_resumed_run_makes_it(place, cache, whole, monkeypatch):
+def test_a_signal_during_an_evaluation_ends_it_and_the_resumed_run_makes_it(place, whole, monkeypatch):
     out = place / "evaluating"
 
     def interrupted(*arguments):
@@ -225,7 +219,7 @@ def test_a_second_signal_acts_at_once():
 
 
 @pytest.mark.parametrize("source", ["", "checkpoints", "checkpoints/12", "checkpoints/4"])
-def test_a_run_a_checkpoints_directory_or_one_checkpoint_can_be_named(source, place, cache, whole, capsys):
+def test_a_run_a_checkpoints_directory_or_one_checkpoint_can_be_named(source, place, whole, capsys):
     out = place / f"from {source}".replace("/", " ")
     assert train.main(arguments(place, out, resume_from_checkpoint=whole / source)) == 0
     step = 4 if source.endswith("4") else 12
@@ -235,7 +229,7 @@ def test_a_run_a_checkpoints_directory_or_one_checkpoint_can_be_named(source, pl
     assert losses_of(out) == losses_of(whole)[step:]
 
 
-def test_going_back_to_an_earlier_checkpoint_drops_what_came_after_it(place, cache, whole):
+def test_going_back_to_an_earlier_checkpoint_drops_what_came_after_it(place, whole):
     out = place / "back"
     assert train.main(arguments(place, out)) == 0
     other = arguments(place, out, resume_from_checkpoint=out / "checkpoints" / "4", max_steps=6)
@@ -244,7 +238,7 @@ def test_going_back_to_an_earlier_checkpoint_drops_what_came_after_it(place, cac
     assert losses_of(out)[:4] == losses_of(whole)[:4] and len(losses_of(out)) == 6
 
 
-def test_auto_without_a_checkpoint_starts_fresh_and_save_total_limit_keeps_the_newest(place, cache, whole):
+def test_auto_without_a_checkpoint_starts_fresh_and_save_total_limit_keeps_the_newest(place, whole):
     out = place / "fresh"
     assert train.main(arguments(place, out, resume_from_checkpoint="auto", save_total_limit=2)) == 0
     assert timeless(out) == timeless(whole) and same_tensors(out / ADAPTER, whole / ADAPTER)
@@ -252,7 +246,7 @@ def test_auto_without_a_checkpoint_starts_fresh_and_save_total_limit_keeps_the_n
     assert (out / "config.yaml").read_text().count("resume_from_checkpoint: null") == 1
 
 
-def test_a_finished_run_ends_at_once_and_nothing_of_it_changes(place, cache, whole, capsys):
+def test_a_finished_run_ends_at_once_and_nothing_of_it_changes(place, whole, capsys):
     before = {path: (path.stat().st_mtime_ns, path.stat().st_size) for path in whole.rglob("*")}
     began = time.monotonic()
     assert train.main(arguments(place, whole, resume_from_checkpoint="auto")) == 0
@@ -261,14 +255,14 @@ def test_a_finished_run_ends_at_once_and_nothing_of_it_changes(place, cache, who
     assert {path: (path.stat().st_mtime_ns, path.stat().st_size) for path in whole.rglob("*")} == before
 
 
-def test_a_finished_run_can_be_made_longer_and_says_that_the_schedule_changes(place, cache, whole, capsys):
+def test_a_finished_run_can_be_made_longer_and_says_that_the_schedule_changes(place, whole, capsys):
     out = place / "longer"
     assert train.main(arguments(place, out, resume_from_checkpoint=whole, max_steps=14)) == 0
     assert "12 steps were planned" in capsys.readouterr().err
     assert [line["step"] for line in lines_of(out) if "loss" in line] == [13, 14]
 
 
-def test_settings_that_contradict_the_checkpoint_are_listed_and_nothing_is_touched(place, cache, whole):
+def test_settings_that_contradict_the_checkpoint_are_listed_and_nothing_is_touched(place, whole):
     out = place / "contradicting"
     for settings, said in (
         ({"learning_rate": 0.1, "seed": 3}, r"learning_rate was 0\.01 and is 0\.1, seed was 0 and is 3\. Resume with"),
@@ -282,7 +276,7 @@ def test_settings_that_contradict_the_checkpoint_are_listed_and_nothing_is_touch
     assert not out.exists()
 
 
-def test_no_checkpoint_and_the_checkpoint_of_another_run_are_refused(place, cache, whole):
+def test_no_checkpoint_and_the_checkpoint_of_another_run_are_refused(place, whole):
     out = place / "nothing"
     with pytest.raises(InputError, match=r"--resume_from_checkpoint .*base: there is no checkpoint"):
         train.main(arguments(place, out, resume_from_checkpoint=place / "base"))

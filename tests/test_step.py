@@ -15,8 +15,6 @@ from jaxft.optim import with_loss_scale
 from jaxft.trees import flatten
 from tests.tiny_models import LENGTHS, T, V, documents, nonzero_adapter, pack, packed_batch, tiny_model
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 KEY = jax.random.key(0)
 
 

@@ -14,7 +14,7 @@ from jaxft.samples import Sample
 from jaxft.settings import parse_seconds
 from jaxft.stopping import Course, Rules
 from jaxft.tasks import METRICS, Task, asked, final_number, find_metric, gsm8k
-from tests.tiny_runs import compile_cache, flags, lines_of, losses_of, same_tensors, sums, write_base, write_rows
+from tests.tiny_runs import flags, lines_of, losses_of, same_tensors, sums, write_base, write_rows
 
 RUN = flags(max_length=64, per_device_train_batch_size=8, learning_rate=0.01, gradient_checkpointing="none", lora_r=4)
 
@@ -25,8 +25,7 @@ def place(tmp_path_factory):
     write_base(directory / "base")
     write_rows(directory / "train.jsonl", sums(40))
     write_rows(directory / "held.jsonl", sums(8, 40))
-    with compile_cache(tmp_path_factory.getbasetemp() / "xla"):
-        yield directory
+    return directory
 
 
 def run(place, name, *argv, **settings):

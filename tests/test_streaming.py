@@ -13,7 +13,7 @@ from jaxft.data import tokenize_dataset
 from jaxft.errors import InputError, run_command
 from jaxft.files import load_rows, open_stream
 from jaxft.streaming import StreamBatches
-from tests.tiny_runs import compile_cache, flags, losses_of, make_tokenizer, same_tensors, sums, write_base, write_rows
+from tests.tiny_runs import flags, losses_of, make_tokenizer, same_tensors, sums, write_base, write_rows
 
 ROWS = sums(23)
 ORDER = {"packing": True, "shuffle": True}
@@ -155,23 +155,21 @@ def test_a_run_on_a_stream_that_was_stopped_and_resumed_is_the_run_that_was_not(
         assert run_command(train.main, [*common, *flags(output_dir=tmp_path / name, **more)]) == 0
         return capsys.readouterr().err
 
-    with compile_cache(tmp_path / "xla"):
-        said = start("whole", max_steps=7)
-        start("parts", max_steps=4)
-        start("parts", max_steps=7, resume_from_checkpoint="auto")
+    said = start("whole", max_steps=7)
+    start("parts", max_steps=4)
+    start("parts", max_steps=7, resume_from_checkpoint="auto")
     assert f"train: a stream of {path}, read while training" in said
     assert "train: format: question/answer (" in said and "targets" in said
     assert losses_of(tmp_path / "parts") == losses_of(tmp_path / "whole") and len(losses_of(tmp_path / "whole")) == 7
     assert same_tensors(*(tmp_path / name / "adapter_model.safetensors" for name in ("whole", "parts")))
     write_rows(path, [*ROWS[:16], {"question": "q", "answer": None}, *ROWS[17:]])
-    with compile_cache(tmp_path / "xla"):
-        unsaved = flags(output_dir=tmp_path / "mended", max_steps=7, save_steps=0)
-        assert run_command(train.main, [*common, *unsaved]) == 2
-        assert capsys.readouterr().err.splitlines()[-1] == "error: row 17: answer is None; must be a string"
-        done = len(losses_of(tmp_path / "mended"))  # the steps before the row are not lost
-        write_rows(path, ROWS)
-        said = start("mended", max_steps=7, save_steps=0, resume_from_checkpoint="auto")
-        assert done > 0 and f"{done} of 7 steps done" in said
+    unsaved = flags(output_dir=tmp_path / "mended", max_steps=7, save_steps=0)
+    assert run_command(train.main, [*common, *unsaved]) == 2
+    assert capsys.readouterr().err.splitlines()[-1] == "error: row 17: answer is None; must be a string"
+    done = len(losses_of(tmp_path / "mended"))  # the steps before the row are not lost
+    write_rows(path, ROWS)
+    said = start("mended", max_steps=7, save_steps=0, resume_from_checkpoint="auto")
+    assert done > 0 and f"{done} of 7 steps done" in said
     assert losses_of(tmp_path / "mended") == losses_of(tmp_path / "whole")
     for words, argv in (
         ("--streaming does not know how long an epoch is; set --max_steps", []),

@@ -20,20 +20,14 @@ from jaxft.errors import InputError
 from jaxft.prepare import prepare
 from jaxft.talk import base_of
 from tests.tiny_models import tiny_model
-from tests.tiny_runs import compile_cache, flags, write_base, write_rows
+from tests.tiny_runs import flags, write_base, write_rows
 
 ROOT = Path(__file__).parent.parent
 ROW = {"question": "What is it?", "answer": "a tiny model."}
 
 
 @pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    with compile_cache(tmp_path_factory.getbasetemp() / "xla") as environment:
-        yield environment
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory, cache):
+def place(tmp_path_factory):
     """base/ and adapter/, which has learned one answer."""
     directory = tmp_path_factory.mktemp("talk")
     write_base(directory / "base")
@@ -88,12 +82,12 @@ def test_a_chat_without_a_terminal_and_a_comparison_without_an_adapter_are_refus
 class Typist:
     """A command in a pseudo-terminal: what it writes is read, what a person would type is written."""
 
-    def __init__(self, argv: list[str], environment: dict[str, str]) -> None:
+    def __init__(self, argv: list[str]) -> None:
         self.terminal, inside = os.openpty()
         self.process = subprocess.Popen(
             [sys.executable, "-W", "ignore", "-m", "jaxft.generate", *argv], cwd=ROOT, start_new_session=True,
             stdin=inside, stdout=inside, stderr=inside,
-            env=os.environ | environment | {"TERM": "xterm", "COLUMNS": "90", "LINES": "40"},
+            env=os.environ | {"TERM": "xterm", "COLUMNS": "90", "LINES": "40"},
         )  # fmt: skip
         os.close(inside)
         self.text = ""
@@ -119,9 +113,9 @@ class Typist:
         return self.process.wait(60)
 
 
-def test_a_chat_by_typing_answers_resets_and_exits(place, cache):
+def test_a_chat_by_typing_answers_resets_and_exits(place):
     named = flags(model_name_or_path=place / "base", adapter=place / "adapter", max_new_tokens=16)
-    chat = Typist(["--chat", "--compare_base", *named], cache)
+    chat = Typist(["--chat", "--compare_base", *named])
     assert "/reset begins anew, /exit or Ctrl-D ends" in " ".join(chat.until("you ").split())
     for again in range(2):
         chat.type(ROW["question"] + "\n")

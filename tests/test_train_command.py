@@ -20,7 +20,6 @@ from jaxft.metrics import MetricsFile
 from jaxft.packing import Sample
 from tests.tiny_runs import (
     V,
-    compile_cache,
     flags,
     lines_of,
     losses_of,
@@ -43,12 +42,6 @@ STEP_KEYS = {
 EVAL_KEYS = {"step", "epoch", "eval_loss", "eval_perplexity", "eval_target_tokens"}
 ALWAYS = {"README.md", "config.yaml", "metrics.jsonl", "checkpoints", "tokenizer.json", "tokenizer_config.json"}
 ALWAYS |= {"chat_template.jinja", "report.html"}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cached(tmp_path_factory):
-    with compile_cache(tmp_path_factory.getbasetemp() / "xla"):
-        yield
 
 
 @pytest.fixture(scope="module")

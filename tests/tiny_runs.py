@@ -3,15 +3,11 @@
 The tokenizer has one token a byte and four special ones; nothing here needs torch.
 """
 
-import contextlib
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
-from jax.experimental.compilation_cache.compilation_cache import reset_cache
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -66,29 +62,6 @@ def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
 def flags(**settings: Any) -> list[str]:
     """Settings as they are typed: max_steps=3 is --max_steps=3, packing=False is --packing=false."""
     return [f"--{name}={str(value).lower() if isinstance(value, bool) else value}" for name, value in settings.items()]
-
-
-@contextlib.contextmanager
-def compile_cache(directory: Path) -> Iterator[dict[str, str]]:
-    """Keeps compiled programs, so that a second run of the same shapes starts at once; yields it as an environment."""
-    on = {
-        "jax_compilation_cache_dir": str(directory),
-        "jax_persistent_cache_min_compile_time_secs": 0,
-        "jax_persistent_cache_min_entry_size_bytes": -1,
-        "jax_disable_most_optimizations": True,
-    }
-    off = {
-        "jax_compilation_cache_dir": None,
-        "jax_persistent_cache_min_compile_time_secs": 1,
-        "jax_persistent_cache_min_entry_size_bytes": 0,
-        "jax_disable_most_optimizations": False,
-    }
-    for settings in (on, off):
-        for name, value in settings.items():
-            jax.config.update(name, value)
-        reset_cache()  # jax looks at the directory once
-        if settings is on:
-            yield {name.upper(): str(int(value) if isinstance(value, bool) else value) for name, value in on.items()}
 
 
 def lines_of(directory: Path) -> list[dict[str, Any]]:
