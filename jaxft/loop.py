@@ -124,10 +124,9 @@ def run_training(run: Run, prepared: Prepared) -> Outcome:
     trainable, opt_state = prepared.trainable, initial_optimizer_state(run, prepared)
     key = jax.device_put(jax.random.key(settings.seed), jax.tree.leaves(opt_state)[0].sharding)
     first, step, window = 0, 0, Window()
-    source = _resume_source(settings, checkpoints)
+    source = resumed_from(run, checkpoints)
     if source is not None:
         saved, first = source
-        _check_fingerprint(saved.directory / str(first), saved.meta(first)["fingerprint"], run.fingerprint)
         state, meta = saved.restore(first, {"trainable": trainable, "opt_state": opt_state, "key": key})
         trainable, opt_state, key = state["trainable"], state["opt_state"], state["key"]
         window = Window(**meta["window"])
@@ -297,9 +296,20 @@ def _keep_best(own: Checkpoints, source: Checkpoints, step: int) -> None:
     own.adopt(source, step)
 
 
-def _resume_source(settings: TrainSettings, own: Checkpoints) -> tuple[Checkpoints, int] | None:
-    """The checkpoint to go on with: of this run ("auto"), or the directory that was named."""
-    wanted = settings.resume_from_checkpoint
+def resumed_from(run: Run, own: Checkpoints | None = None) -> tuple[Checkpoints, int] | None:
+    """The checkpoint to go on with, in `own` ("auto": those of the run's directory) or the directory that was named.
+
+    Raises InputError where there is none, and where it is of a run with other settings or data.
+    """
+    own = Checkpoints(run.directory / CHECKPOINTS, repair=False) if own is None else own
+    source = _resume_source(run.settings.resume_from_checkpoint, own)
+    if source is not None:
+        saved, step = source
+        _check_fingerprint(saved.directory / str(step), saved.meta(step)["fingerprint"], run.fingerprint)
+    return source
+
+
+def _resume_source(wanted: str | None, own: Checkpoints) -> tuple[Checkpoints, int] | None:
     if wanted is None:
         return None
     if wanted == "auto":

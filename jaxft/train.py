@@ -22,7 +22,7 @@ from jaxft.evaluate import held_out_split, read_from
 from jaxft.files import find_files, open_rows, open_stream
 from jaxft.hub import open_repository, push
 from jaxft.load import EMBEDDED, parameter_count
-from jaxft.loop import Run, run_training
+from jaxft.loop import Run, resumed_from, run_training
 from jaxft.lora import padding
 from jaxft.memory import plan_run, with_plan
 from jaxft.metrics import MetricsFile
@@ -111,6 +111,7 @@ def train(settings: TrainSettings, provenance: dict[str, str]) -> int:
         say_model(prepared)
         prepared = with_schedule(prepared, settings, steps_of(settings, batches))
         run = make_run(settings, prepared, directory, batches, data, heldout)
+        resumed_from(run)  # raises now what it would raise after compiling and reading the weights
         planned = plan_run(run, prepared, say)
     if settings.dry_run:
         return 0
