@@ -1,0 +1,251 @@
+"""What runs of `parity.py` left, held against each other: verdicts, a page and its picture."""
+
+import itertools
+import json
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+NAMES = {"jaxft": "jaxft", "hf": "transformers + PEFT", "unsloth": "Unsloth"}
+RANK = ALPHA = 16
+SIZES = {"rows": 2, "length": 1024, "steps": 200, "seed": 0}
+FIRST = 1e-2  # how far the losses of the first step may lie apart
+TIMES = 2.0  # how many times the run-to-run noise the curves of two programs may lie apart in the mean
+GIB = 1 << 30
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one run left, as its file has it."""
+
+    program: str
+    seed: int
+    dtype: str
+    prepared: dict[str, Any]
+    training: dict[str, float]
+    losses: list[float]
+    tokens_per_second: float
+    peak_bytes: int | None
+    device: str
+    versions: dict[str, str]
+
+    @property
+    def name(self) -> str:
+        return f"{NAMES[self.program]}{f', seed {self.seed}' if self.seed else ''}"
+
+
+def read_exact(path: Path, reference: Result) -> Result:
+    """A run in float32, which the others are rounded runs of. Raises InputError where it is another run."""
+    from jaxft.errors import InputError
+
+    found = Result(**json.loads(path.read_text(encoding="utf-8")))
+    if found.dtype != "float32":
+        raise InputError(f"--exact {path} is a run in {found.dtype}; add --dtype float32 to `run`")
+    check_same(path, found, "the others", reference, ("prepared", "training", "seed"))
+    return found
+
+
+def check_same(path: Path, one: Result, name: Path | str, reference: Result, fields: Sequence[str]) -> None:
+    """Raises InputError where a field of the result in `path` is not the one of the reference, which is named."""
+    from jaxft.errors import InputError
+
+    for field in fields:
+        if getattr(one, field) != getattr(reference, field):
+            raise InputError(
+                f"{path} has {field} {getattr(one, field)}, {name} {getattr(reference, field)}; compare runs of one "
+                "prepared directory"
+            )
+
+
+def read_results(paths: Sequence[Path]) -> list[Result]:
+    """The results, the reference first. Raises InputError where they cannot be compared."""
+    from jaxft.errors import InputError
+
+    found = [Result(**json.loads(path.read_text(encoding="utf-8"))) for path in paths]
+    for path, one in zip(paths, found, strict=True):
+        check_same(path, one, paths[0], found[0], ("prepared", "training", "dtype"))
+    found.sort(key=lambda one: (one.seed, ["hf", "jaxft", "unsloth"].index(one.program)))
+    names = [one.name for one in found]
+    if len(set(names)) < len(names):
+        raise InputError(f"two results of one program and seed among {', '.join(names)}")
+    if found[0].program != "hf" or found[0].seed != 0:
+        raise InputError(f"no result of `run hf` with seed 0 among {', '.join(names)}; the others are held against it")
+    return found
+
+
+@dataclass(frozen=True)
+class Apart:
+    """Two results, and |a's loss − b's| of each step."""
+
+    a: Result
+    b: Result
+
+    @property
+    def distances(self) -> np.ndarray:
+        return np.abs(np.subtract(self.a.losses, self.b.losses))
+
+    @property
+    def mean(self) -> float:
+        return float(self.distances.mean())
+
+
+def verdicts(results: list[Result], exact: Result | None) -> list[tuple[bool, str]]:
+    """(whether it holds, the sentence) of each promise. The noise is the reference's own."""
+    found = [] if exact is None else [against_exact(results, exact)]
+    return found + against_noise(results)
+
+
+def against_exact(results: list[Result], exact: Result) -> tuple[bool, str]:
+    """Rounding moves jaxft no farther from float32 than it moves the farthest of the others."""
+    far = {one.program: Apart(one, exact).mean for one in results if one.seed == 0}
+    text = ", ".join(f"{one.name} {far[one.program]:.1e}" for one in results if one.seed == 0)
+    others = max(mean for program, mean in far.items() if program != "jaxft")
+    return far.get("jaxft", 0.0) <= others, f"from a run in float32 ({exact.name}) differ in the mean: {text}"
+
+
+def against_noise(results: list[Result]) -> list[tuple[bool, str]]:
+    """The first losses are near each other, and no two programs farther apart than runs of the reference, twice."""
+    first = float(np.ptp([one.losses[0] for one in results]))
+    found = [(first <= FIRST, f"the first step's losses lie within {first:.1e} of each other (at most {FIRST:.0e})")]
+    own = [pair for pair in seeds(results) if pair.a.program == results[0].program]
+    if not own:
+        text = f"the run-to-run noise was not measured: run {results[0].program} with another --seed"
+        return [*found, (False, text)]
+    noise = max(pair.mean for pair in own)
+    for pair in (*programs(results), *(pair for pair in seeds(results) if pair not in own)):
+        times = f"{pair.mean / noise:.2f} times" if noise else "where there is no noise, not within"
+        text = f"{pair.a.name} and {pair.b.name} differ by {pair.mean:.1e} in the mean"
+        text = f"{text}, {times} the noise of {noise:.1e} (at most {TIMES:g} times)"
+        found.append((pair.mean <= TIMES * noise, text))
+    return found
+
+
+def page(results: list[Result], exact: Result | None, verdict: list[tuple[bool, str]], picture: str) -> str:
+    """docs/parity.md."""
+    reference, prepared, training = results[0], results[0].prepared, results[0].training
+    steps = len(reference.losses)
+    shown = sorted({1, *(steps * part // 4 for part in range(1, 5))} - {0})
+    cards = sorted({one.device for one in results})
+    versions = {package: number for one in results for package, number in one.versions.items()}
+    words = (
+        f"{steps} steps of LoRA on the same random weights of {prepared['config']}'s configuration, from the same "
+        f"adapter (r {RANK}, alpha {ALPHA}, all seven linear layers, B zero), on the same text: "
+        f"`{prepared['dataset']}`, rendered as for training and joined, {prepared['rows']} full rows of "
+        f"{prepared['length']} tokens a step, no padding, every token but a row's first a target. Weights and products "
+        f"are {reference.dtype}, the adapter and AdamW's states float32: learning rate {training['learning_rate']:g} "
+        f"after {training['warmup_steps']} steps that rise from 0, betas {training['beta1']:g} and "
+        f"{training['beta2']:g}, epsilon {training['epsilon']:g}, no decay, gradients clipped to norm "
+        f"{training['max_grad_norm']:g}. transformers + PEFT runs as TRL runs it, under autocast; each program "
+        f"recomputes layers for the backward pass. Measured on {', '.join(cards)} with "
+        + ", ".join(f"{package} {number}" for package, number in sorted(versions.items()))
+        + "."
+    )
+    seeded = (
+        f"Differences are those to {reference.name} with seed 0. Another seed takes the rows of each batch in another "
+        "order and lets every row begin at another position, of which RoPE knows differences alone: exact arithmetic "
+        f"would not notice, rounding does. How far such runs of {reference.name} lie apart is the noise that the "
+        "others are held against."
+    )
+    measured = "The peak is the allocator's in the whole process, loading included. Written by"
+    lines = [
+        "# The same losses as transformers + PEFT and Unsloth",
+        "",
+        *textwrap.wrap(words, 120, break_long_words=False, break_on_hyphens=False),
+        "",
+        *(f"- {'**holds**' if holds else '**FAILS**'}: {text}" for holds, text in verdict),
+        "",
+        f"![Losses, and differences to transformers + PEFT]({picture})",
+        "",
+        f"| who | {' | '.join(f'loss at {step}' for step in shown)} | mean \\|difference\\| | largest | "
+        + "to float32, mean | " * (exact is not None)
+        + "peak GiB |",
+        "|---" * (len(shown) + 4 + (exact is not None)) + "|",
+    ]
+    for one in results:
+        apart = Apart(one, reference)
+        losses = " | ".join(f"{one.losses[step - 1]:.4f}" for step in shown)
+        far = " | " if one is reference else f"{apart.mean:.1e} | {apart.distances.max():.1e}"
+        peak = "" if one.peak_bytes is None else f"{one.peak_bytes / GIB:.2f}"
+        rounded = "" if exact is None else f"{Apart(one, exact).mean:.1e} | "
+        lines.append(f"| {one.name} | {losses} | {far} | {rounded}{peak} |")
+    lines += [
+        "",
+        *textwrap.wrap(seeded, 120),
+        "",
+        *textwrap.wrap(measured, 120),
+        "",
+        "```console",
+        *commands(results, exact),
+        "```",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def commands(results: list[Result], exact: Result | None) -> list[str]:
+    """What was typed, with short paths."""
+    prepared, files = results[0].prepared, [f"{one.program}-{one.seed}.json" for one in results]
+    shape = " ".join(f"--{name} {prepared[name]}" for name in SIZES)
+    dtype = "" if results[0].dtype == "bfloat16" else f" --dtype {results[0].dtype}"
+    report = f"$ python scripts/parity.py report {' '.join(files)}"
+    more = [report]
+    if exact is not None:
+        file = f"{exact.program}-float32.json"
+        run = f"$ python scripts/parity.py run {exact.program} parity {file} --dtype float32"
+        more = [run, f"{report} --exact {file}"]
+    return [
+        f"$ python scripts/parity.py prepare parity --config {prepared['config']} \\",
+        f"      --dataset {prepared['dataset']} --tokenizer {prepared['tokenizer']} \\",
+        f"      {shape}",
+        *(
+            f"$ python scripts/parity.py run {one.program} parity {file}{f' --seed {one.seed}' * bool(one.seed)}{dtype}"
+            for one, file in zip(results, files, strict=True)
+        ),
+        *more,
+    ]
+
+
+def programs(results: list[Result]) -> list[Apart]:
+    """The pairs of two programs, each with seed 0."""
+    return [Apart(b, a) for a, b in itertools.combinations([one for one in results if one.seed == 0], 2)]
+
+
+def seeds(results: list[Result]) -> list[Apart]:
+    """The pairs of two seeds of one program."""
+    return [Apart(b, a) for a, b in itertools.combinations(results, 2) if a.program == b.program]
+
+
+def draw(path: Path, results: list[Result], exact: Result | None) -> None:
+    """The curves, and below them what they differ from the reference by; runs of another seed are thin, float32's is
+    dashed."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    colours = {"hf": "#444444", "jaxft": "#2563eb", "unsloth": "#d97706"}
+    figure = Figure(figsize=(8, 6), layout="constrained")
+    FigureCanvasAgg(figure)
+    above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
+    steps = np.arange(1, len(results[0].losses) + 1)
+    for one in results:
+        look = dict(color=colours[one.program], linewidth=0.6 if one.seed else 1.4, alpha=0.7 if one.seed else 1.0)
+        above.plot(steps, one.losses, label=one.name, **look)
+        below.plot(steps, np.subtract(one.losses, results[0].losses), **look)
+    if exact is not None:
+        below.plot(
+            steps, np.subtract(exact.losses, results[0].losses), color="#16a34a", linestyle="--", label="float32"
+        )
+        below.legend(frameon=False)
+    every = np.concatenate([Apart(one, results[0]).distances for one in [*results, *([exact] if exact else [])]])
+    limit = 1.1 * every[np.isfinite(every)].max() or 1e-6
+    below.set_ylim(-limit, limit)
+    above.set_ylabel("loss")
+    below.set_ylabel(f"loss − {results[0].name}'s")
+    below.set_xlabel("step")
+    above.legend(frameon=False)
+    for axes in (above, below):
+        axes.grid(color="#dddddd", linewidth=0.5)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=90)
