@@ -4,6 +4,7 @@ import gzip
 import json
 import re
 from collections import Counter
+from typing import Any
 
 import pytest
 
@@ -21,9 +22,9 @@ def compiled(monkeypatch):
     pytest.importorskip("jax_plugins.xla_cuda13", reason="needs the compiler for CUDA: jax-cuda13-pjrt")
     pytest.importorskip("jax_triton", reason="needs the kernels that the card would run")
     monkeypatch.setitem(bench.CONFIGS, "tiny", TINY)
-    monkeypatch.setitem(bench.WORKLOADS, "A1", bench.Workload("tiny", 2, 256))
 
-    def text(policy: str) -> str:
+    def text(policy: str, **workload: Any) -> str:
+        monkeypatch.setitem(bench.WORKLOADS, "A1", bench.Workload("tiny", 2, 256, **workload))
         argv = ["A1", "--gradient_checkpointing", policy, "--dry_run", "--device", "h200"]
         return bench.planned("A1", bench.read_options(argv)).compiled.as_text()
 
@@ -56,6 +57,16 @@ def test_a_product_that_is_kept_is_computed_once(compiled):
 
     assert products("products") == {"forward": 2, "backward": 1}  # gate, up; dh
     assert products("full") == {"forward": 2, "backward": 3}  # gate and up once more
+
+
+@pytest.mark.parametrize("policy", ["full", "offload_attention"])
+def test_the_gradients_of_a_trained_mlp_are_computed_before_attentions_backward_pass(compiled, policy):
+    text = compiled(policy, full_finetuning=True)  # its instructions stand in the order in which they run
+    (body,) = [part for part in text.split("\n\n") if "dot_product_attention_bwd" in part]
+    lines = body.splitlines()
+    (attention,) = [at for at, line in enumerate(lines) if re.search(r"%dot_product_attention_bwd.* custom-call", line)]
+    weights = [at for at, line in enumerate(lines) if re.search(r"= \(bf16\[(512,256|256,512)\].*cublas", line)]
+    assert len(weights) == 3 and max(weights) < attention
 
 
 def test_a_profile_says_what_the_device_waited_for(tmp_path):

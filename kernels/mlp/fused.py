@@ -9,7 +9,7 @@ low-rank inputs; h is computed again, in the same pass over e, v and dh that giv
 rematerialisation policy: "mlp_gate", "mlp_up" and "mlp_low_rank", the input of down's B, which costs R columns and
 spares the backward pass the whole of h. `tiled_mlp` keeps only x and mlp_low_rank; a tile's e and v are computed again
 in backward, and as nothing else reads them, the kernels write over them: three of the widest arrays instead of five or
-six. Gradients of parameters are added up over the tiles in float32.
+six. Gradients of parameters are added up over the tiles in float32; those of weights are there before dx goes on.
 """
 
 import functools
@@ -124,6 +124,9 @@ def _gradients(
     down_wanted = Wanted(False, wanted.layers[2:])
     _, down_grads = linear.gradients(h, lows[2:], (dy,), layers[2:], down_wanted, rate, keys[2:], weight_dtype, g=[g])
     dx, inner_grads = linear.gradients(x, lows[:2], (de, dv), layers[:2], inner_wanted, rate, keys[:2], weight_dtype)
+    if any(want.weight for want in wanted.layers):
+        # else XLA puts them off to the end of the layer, and h, de and dv are there during attention's backward pass
+        return jax.lax.optimization_barrier((dx, inner_grads + down_grads))
     return dx, inner_grads + down_grads
 
 
