@@ -41,9 +41,11 @@ def loss(run, x, trained, layers, shared):
     return jnp.sum(jnp.sin(run(x, {**layers, **trained}, shared)))
 
 
+@pytest.mark.parametrize("count", [1, 2, L])
 @pytest.mark.parametrize("names", [(), ("hidden",), ("small",), ("hidden", "small")], ids=str)
-def test_offloaded_scan_equals_a_scan_that_keeps_everything(inputs, names):
+def test_offloaded_scan_equals_a_scan_that_keeps_everything(inputs, names, count):
     x, layers, shared = inputs
+    layers = jax.tree.map(lambda leaf: leaf[:count], layers)
 
     def plain(x, layers, shared):
         return jax.lax.scan(lambda x, layer: (body(None)(x, layer, shared), None), x, layers)[0]
@@ -58,7 +60,8 @@ def test_offloaded_scan_equals_a_scan_that_keeps_everything(inputs, names):
         for run in (plain, offloaded)
     ]
     for want, got in zip(jax.tree.leaves(grads[0]), jax.tree.leaves(grads[1]), strict=True):
-        assert jnp.max(jnp.abs(want - got)) <= 1e-5 * jnp.max(jnp.abs(want))
+        # the last layer is a program of its own, which rounds otherwise; a wrong residual gives a difference of about 1
+        assert jnp.max(jnp.abs(want - got)) <= 1e-4 * jnp.max(jnp.abs(want))
 
 
 @pytest.mark.parametrize(("names", "far"), [((), 1), (("hidden",), 2), (("small",), 1), (("hidden", "small"), 2)])
@@ -72,8 +75,8 @@ def test_only_the_input_and_what_is_named_and_large_goes_to_the_host(inputs, nam
         if equation.primitive.name == "while"
     ]
     stacks = [variable.aval for variable in loops[0].outvars if variable.aval.memory_space == jax.memory.Space.Host]
-    # no two of one shape: XLA would make them one array and copy it whole
-    assert [stack.shape for stack in stacks] == [(L + 1 + number, B, D) for number in range(far)]
+    # all layers' but the last, and an empty slot; no two of one shape: XLA would make them one array and copy it whole
+    assert [stack.shape for stack in stacks] == [(L + number, B, D) for number in range(far)]
 
 
 def test_a_derivative_of_what_all_layers_share_is_refused(inputs):

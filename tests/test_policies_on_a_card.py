@@ -45,8 +45,11 @@ def test_what_is_fetched_from_the_host_is_named_to_the_scheduler_and_no_stack_is
 
 @pytest.mark.parametrize("policy", ["offload", "offload_attention", "offload_middle"])
 def test_nothing_but_residuals_stands_on_the_streams_of_the_copies(compiled, policy):
-    starts = re.findall(r"%[-\w]*-start[.\d]* = .*", compiled(policy))
+    text = compiled(policy)
+    starts = re.findall(r"%[-\w]*-start[.\d]* = .*", text)
     assert starts and all("S(5)" in start for start in starts)  # from or to the host
+    (entry,) = re.findall(r"^ENTRY .*?^}", text, re.MULTILINE | re.DOTALL)
+    assert "-start" not in entry  # outside of the loops a fetch is a kernel, which waits for the bus
 
 
 def test_a_product_that_is_kept_is_computed_once(compiled):

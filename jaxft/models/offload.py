@@ -3,7 +3,8 @@
 `jax.checkpoint`'s own offloading fetches a layer's residuals when its backward pass begins, which then waits for the
 copy. Here the backward loop carries the residuals of the layer at hand, and its body fetches those of the layer below
 while it computes. What is kept is what the policy of `jax.checkpoint` names, and each layer's input; small residuals
-stay on the device. Beside those, two layers' residuals stand there at most.
+stay on the device, and so do the last layer's, with which backward begins. Beside those, two layers' residuals stand
+there at most.
 """
 
 import functools
@@ -69,19 +70,22 @@ def _forward(body, x, layers, shared):
         x, far, near = one(x, index)
         # the backward loop counts up where this one counts down: XLA leaves a copy to the copy engines only where its
         # offset is the loop's own counter, or known from it outside of the copy
-        host = _put(host, jax.device_put(far, jax.memory.Space.Host), count - 1 - index)
+        host = _put(host, jax.device_put(far, jax.memory.Space.Host), count - 2 - index)
         return index + 1, x, host, _put(device, near, index)
 
     _, far, near = jax.eval_shape(one, x, jnp.int32(0))
     # no two stacks of one shape: XLA would allocate them as one array, and part them again by a copy of the whole
-    slots = [count + 1 + number for number in range(len(far))]
+    slots = [count + number for number in range(len(far))]
     host = [
         jax.device_put(jnp.zeros((n, *leaf.shape), leaf.dtype), jax.memory.Space.Host)
         for n, leaf in zip(slots, far, strict=True)
     ]
     device = [jnp.zeros((count, *leaf.shape), leaf.dtype) for leaf in near]
-    _, x, host, device = jax.lax.while_loop(lambda carry: carry[0] < count, step, (jnp.int32(0), x, host, device))
-    return x, (host, device, layers, shared, pulls[-1])
+    start = (jnp.int32(0), x, host, device)
+    _, x, host, device = jax.lax.while_loop(lambda carry: carry[0] < count - 1, step, start)
+    # outside of a loop a fetch would be a kernel, which waits for the bus in place of the cross entropy's
+    x, last, near = one(x, jnp.int32(count - 1))
+    return x, (host, last, _put(device, near, count - 1), layers, shared, pulls[-1])
 
 
 def _put(stacks: list[jax.Array], rows: list[jax.Array], index: jax.Array) -> list[jax.Array]:
@@ -108,16 +112,16 @@ def _pull_back(body, x, layer, shared, wanted):
 
 
 def _backward(body, residuals, dy):
-    host, device, layers, shared, pull = residuals
+    host, last, device, layers, shared, pull = residuals
     treedef, count = jax.tree.structure(layers), jax.tree.leaves(layers)[0].shape[0]
 
     def fetch(slot):
-        """What waits in `slot`, the residuals of layer count − 1 − slot; slot `count` is empty."""
+        """What waits in `slot`, the residuals of layer count − 2 − slot; slot count − 1 is empty."""
         return jax.device_put(_at(host, slot), jax.memory.Space.Device)
 
     def step(carry):
         slot, dx, here, grads = carry
-        index = count - slot
+        index = count - 1 - slot
         below = fetch(slot)
         layer, near = _at(layers, index), _at(device, index)
         found = {"far": here, "near": near, "layer": jax.tree.leaves(layer), "shared": jax.tree.leaves(shared)}
@@ -127,8 +131,8 @@ def _backward(body, residuals, dy):
 
     leaves = zip(jax.tree.leaves(layers), pull.wanted, strict=True)
     grads = [jnp.zeros_like(leaf) for leaf, want in leaves if want]
-    start = (jnp.int32(1), dy, fetch(jnp.int32(0)), grads)
-    _, dx, _, grads = jax.lax.while_loop(lambda carry: carry[0] <= count, step, start)
+    start = (jnp.int32(0), dy, last, grads)
+    _, dx, _, grads = jax.lax.while_loop(lambda carry: carry[0] < count, step, start)
     rest = iter(grads)
     return dx, jax.tree.unflatten(treedef, [next(rest) if want else None for want in pull.wanted]), None
 
