@@ -145,21 +145,27 @@ def test_the_product_compiles_for_every_card_and_works_in_registers_alone(capabi
     shared, ptx = product_of(1, jnp.bfloat16, capability)
     assert shared <= 1024  # of the last sums
     registers, spilled = assemble(ptx, capability, tmp_path)
-    assert registers <= 64 and spilled == 0  # so that a multiprocessor has 32 warps, whose loads hide memory's latency
+    # so that a multiprocessor has 24 warps or more, whose loads hide memory's latency; Triton 3.6 takes 56, 3.9 80
+    assert registers <= 80 and spilled == 0
 
 
 @needs_triton
 @pytest.mark.parametrize("rows", [1, 8, pytest.param(16, marks=pytest.mark.long)])
 def test_a_value_of_the_product_costs_a_shift_a_shuffle_and_a_multiply_add_a_row(rows, tmp_path):
     _, ptx = product_of(rows, jnp.bfloat16, 90)
+    tile = triton.tile_of(rows)
+    sizes, _ = triton.product_constants(rows, (4096, 2560), 64, True, True, tile)
     loop = re.search(r"^(\$L__BB\w+):.*?bra\s+\1;", ptx, re.DOTALL | re.MULTILINE)
-    assert loop is not None
-    values, held = 64, min(rows, 8)  # a thread's a step
-    count = {name: len(re.findall(rf"\b{name}", loop[0])) for name in ("shfl.sync.idx", "fma.rn.f32", "bar.sync")}
+    assert bool(loop) == (sizes["STEPS"] > 1)
+    step = loop[0] if loop else ptx
+    values, held = tile.rows * 8 * tile.words * tile.groups // (32 * tile.warps), min(rows, 8)  # a thread's a step
+    names = ("shfl.sync.idx", "fma.rn.f32", "bar.sync", "ld.shared")
+    count = {name: len(re.findall(rf"\b{name}", step)) for name in names}
     # one more for each group's scale
-    assert count["shfl.sync.idx"] == values and count["bar.sync"] == 0
+    assert count["shfl.sync.idx"] == values
+    assert not loop or count["bar.sync"] == count["ld.shared"] == 0  # else the last sums have theirs
     assert values * held < count["fma.rn.f32"] <= (values + 4) * held
-    assert re.search(r"ld\.global\.v[24]\.b32", loop[0]) and "ld.shared" not in loop[0]
+    assert re.search(r"ld\.global\.v[24]\.b32", step)
     registers, spilled = assemble(ptx, 90, tmp_path)
     assert registers <= 168 and spilled == 0  # three programs or more share a multiprocessor
 
