@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import re
 import shutil
 import subprocess
@@ -323,7 +322,6 @@ def test_a_full_disk_at_the_end_costs_nothing_but_the_time_to_resume(place, tmp_
     done = subprocess.run(
         [sys.executable, "-c", FULL_DISK, *RUN, *named],
         cwd=ROOT,
-        env=os.environ,
         capture_output=True,
         text=True,
     )

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import jax
@@ -145,8 +146,8 @@ def test_the_product_compiles_for_every_card_and_works_in_registers_alone(capabi
     shared, ptx = product_of(1, jnp.bfloat16, capability)
     assert shared <= 1024  # of the last sums
     registers, spilled = assemble(ptx, capability, tmp_path)
-    # so that a multiprocessor has 24 warps or more, whose loads hide memory's latency; Triton 3.6 takes 56, 3.9 80
-    assert registers <= 80 and spilled == 0
+    # so that a multiprocessor has 32 warps, whose loads hide memory's latency; Triton 3.9 leaves 24
+    assert registers <= (64 if version("triton").startswith("3.6") else 80) and spilled == 0
 
 
 @needs_triton

@@ -41,7 +41,7 @@ def loss(run, x, trained, layers, shared):
     return jnp.sum(jnp.sin(run(x, {**layers, **trained}, shared)))
 
 
-@pytest.mark.parametrize("count", [1, 2, L])
+@pytest.mark.parametrize("count", [1, 3, L])
 @pytest.mark.parametrize("names", [(), ("hidden",), ("small",), ("hidden", "small")], ids=str)
 def test_offloaded_scan_equals_a_scan_that_keeps_everything(inputs, names, count):
     x, layers, shared = inputs
@@ -60,8 +60,7 @@ def test_offloaded_scan_equals_a_scan_that_keeps_everything(inputs, names, count
         for run in (plain, offloaded)
     ]
     for want, got in zip(jax.tree.leaves(grads[0]), jax.tree.leaves(grads[1]), strict=True):
-        # the last layer is a program of its own, which rounds otherwise; a wrong residual gives a difference of about 1
-        assert jnp.max(jnp.abs(want - got)) <= 1e-4 * jnp.max(jnp.abs(want))
+        assert jnp.max(jnp.abs(want - got)) <= 1e-5 * jnp.max(jnp.abs(want))
 
 
 @pytest.mark.parametrize(("names", "far"), [((), 1), (("hidden",), 2), (("small",), 1), (("hidden", "small"), 2)])

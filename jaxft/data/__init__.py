@@ -15,7 +15,7 @@ from jaxft.cache import fetch, key_of, name_too, rows_digest, store, writes_date
 from jaxft.chat import check_train_on
 from jaxft.columns import Columns
 from jaxft.errors import InputError, RunError
-from jaxft.files import find_files, load_rows
+from jaxft.files import find_files, load_rows, open_rows
 from jaxft.formats import FORMATS, ROLES, Format, Reader, detect_format, format_of
 from jaxft.packing import Batches, make_plan, permutation
 from jaxft.rows import Rows
@@ -271,7 +271,7 @@ def load_batches(
     data.
     """
     samples, _ = tokenize_dataset(
-        load_rows(name), tokenizer, max_length=max_length, vocab_size=len(tokenizer), train_on=train_on,
+        open_rows(name), tokenizer, max_length=max_length, vocab_size=len(tokenizer), train_on=train_on,
         template_kwargs=template_kwargs, cache=cache,
     )  # fmt: skip
     plan = make_plan(lengths_of(samples), max_length, packing=True, shuffle=True, seed=seed)
