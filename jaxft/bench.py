@@ -1,6 +1,7 @@
 """`python -m jaxft.bench A1 …`: speed and memory of a train step on random weights, one JSON line a workload."""
 
 import argparse
+import itertools
 import json
 import math
 import statistics
@@ -196,20 +197,29 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
     opt_state = jax.device_put(opt_state, on_host(opt_state))
     batches = batches_of(workload, model)
     key = jax.random.key(2)
-    seconds, losses = [], []
+    losses: list[float] = []
+    read = [time.perf_counter()]  # when each step's loss was, behind the time of the beginning
+
+    def wait(sent: jax.Array) -> None:
+        losses.append(float(sent))
+        read.append(time.perf_counter())
+
+    sent: list[jax.Array] = []
     for number in range(options.warmup + options.steps):
-        batch = jax.device_put(batches[number % len(batches)])
-        jax.block_until_ready(batch)
-        began = time.perf_counter()
-        trainable, opt_state, metrics = found.compiled(trainable, opt_state, frozen, batch, key)
-        losses.append(float(metrics["loss"]))  # waits for the step
-        seconds.append(time.perf_counter() - began)
-        if options.profile and number == options.warmup - 1:
+        if options.profile and number == options.warmup:
+            while sent:
+                wait(sent.pop())
             jax.profiler.start_trace(options.profile)
+        batch = jax.device_put(batches[number % len(batches)])
+        trainable, opt_state, metrics = found.compiled(trainable, opt_state, frozen, batch, key)
+        sent.append(metrics["loss"])
+        if len(sent) == 2:  # a step is sent before the loss of the last is read, as the training loop does
+            wait(sent.pop(0))
+    wait(sent.pop())
     if options.profile:
         jax.profiler.stop_trace()
         print(table(Path(options.profile), options.steps), file=sys.stderr)
-    median = statistics.median(seconds[options.warmup :])
+    median = statistics.median(after - before for before, after in itertools.pairwise(read[options.warmup :]))
     tokens = workload.batch * workload.length
     flops = model_flops(model, batches[0], workload.full_finetuning)
     device = jax.devices()[0]

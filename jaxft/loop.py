@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -76,6 +76,14 @@ class Outcome:
     samples: list[Line]
 
 
+class Sent(NamedTuple):
+    """A step that was given to the device and whose results have not been read."""
+
+    step: int
+    batch: dict[str, np.ndarray]
+    found: dict[str, jax.Array]
+
+
 @dataclass
 class Window:
     """Sums since the last line of metrics."""
@@ -124,6 +132,7 @@ def run_training(run: Run, prepared: Prepared) -> Outcome:
     trainable, opt_state = prepared.trainable, initial_optimizer_state(run, prepared)
     key = jax.device_put(jax.random.key(settings.seed), jax.tree.leaves(opt_state)[0].sharding)
     first, step, window = 0, 0, Window()
+    sent: Sent | None = None
     source = resumed_from(run, checkpoints)
     if source is not None:
         saved, first = source
@@ -154,7 +163,26 @@ def run_training(run: Run, prepared: Prepared) -> Outcome:
     schedule = jax.jit(run.schedule)  # one program, where each of its operations would be one
     eval_function = jax.jit(make_eval_step(prepared.model, dtype=prepared.compute_dtype))
 
+    def settle() -> None:
+        """Waits for the step that was sent last, and adds up what it found."""
+        nonlocal sent
+        if sent is None:
+            return
+        (number, batch, found), sent = sent, None
+        loss, weight = float(found["loss"]), float(found["weight"])
+        if not found["finite"] and not (isinstance(opt_state, LossScale) and found["loss_scale"] > 1):
+            raise RunError(_non_finite(run.directory, number, batch, found, checkpoints))
+        if math.isfinite(loss):  # float16 leaves out a step whose gradients overflow; its loss is one all the same
+            window.loss += loss * weight
+            window.weight += weight
+        window.targets += int(found["target_tokens"])
+        window.tokens += int(np.count_nonzero(batch["segment_ids"]))
+        window.flops += model_flops(prepared.model, batch, prepared.lora is None) if peak else 0.0
+        window.steps += 1
+        display.advance(number)
+
     def save(step: int) -> None:
+        settle()
         epoch, row = run.batches.position(step)
         state = {"trainable": trainable, "opt_state": opt_state, "key": key}
         sums = {"loss": window.loss, "weight": window.weight, "targets": window.targets}
@@ -224,30 +252,26 @@ def run_training(run: Run, prepared: Prepared) -> Outcome:
                 if step - 1 > first and checkpoints.latest() != step - 1:
                     save(step - 1)
                 raise
-            learning_rate = float(schedule(_updates_done(opt_state, step - 1)))
+            told = step % settings.logging_steps == 0 or step == run.total_steps
+            if told:  # asks the device, which is busy with the step before
+                learning_rate = float(schedule(_updates_done(opt_state, step - 1)))
             trainable, opt_state, found = run.step(
                 trainable, opt_state, prepared.frozen, put_batch(batch, prepared.mesh),
                 jax.random.fold_in(key, step),
             )  # fmt: skip
-            loss, weight = float(found["loss"]), float(found["weight"])
-            if not found["finite"] and not (isinstance(opt_state, LossScale) and found["loss_scale"] > 1):
-                raise RunError(_non_finite(run.directory, step, batch, found, checkpoints))
-            if math.isfinite(loss):  # float16 leaves out a step whose gradients overflow; its loss is one all the same
-                window.loss += loss * weight
-                window.weight += weight
-            window.targets += int(found["target_tokens"])
-            window.tokens += int(np.count_nonzero(batch["segment_ids"]))
-            window.flops += model_flops(prepared.model, batch, prepared.lora is None) if peak else 0.0
-            window.steps += 1
-            display.advance(step)
-            if step % settings.logging_steps == 0 or step == run.total_steps:
+            settle()  # of the step before: the device has work while the host reads and prepares
+            sent = Sent(step, batch, found)
+            evaluating = step != run.total_steps and run.evaluates_after(step)
+            saving = settings.save_steps and step % settings.save_steps == 0 and step != run.total_steps
+            if told or evaluating or saving:
+                settle()
+            if told:
                 epoch, norm = step / run.batches.steps_per_epoch, float(found["grad_norm"])
                 tell(window.line(step, epoch, norm, learning_rate, peak), display)
                 window = Window()
             pause = time.perf_counter()
-            if step != run.total_steps and run.evaluates_after(step):
+            if evaluating:
                 evaluate_now(step, display)
-            saving = settings.save_steps and step % settings.save_steps == 0 and step != run.total_steps
             if saving and checkpoints.latest() != step:  # the best one so far is saved already
                 save(step)
             window.began += time.perf_counter() - pause  # evaluations and checkpoints are not the step's time

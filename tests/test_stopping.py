@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 
-from jaxft import evaluate, train
+from jaxft import evaluate, loop, train, view
 from jaxft.config import parse
 from jaxft.errors import InputError, RunError
 from jaxft.samples import Sample
@@ -221,6 +221,21 @@ def test_max_time_ends_with_a_whole_result_and_a_longer_one_goes_on_bit_for_bit(
     assert [line["step"] for line in samples] == [0, 1, 4]
     assert samples[-1] == json.loads((whole / "samples.jsonl").read_text().splitlines()[-1])
     assert samples[0]["samples"][0].keys() == {"prompt", "reference", "answer"}
+
+
+def test_a_step_is_sent_before_the_last_ones_loss_is_read_but_where_a_line_or_checkpoint_is_due(place, monkeypatch):
+    order: list[str] = []
+    put, advance = loop.put_batch, view._Lines.advance
+    monkeypatch.setattr(loop, "put_batch", lambda *given: order.append("send") or put(*given))
+    monkeypatch.setattr(view._Lines, "advance", lambda self, step: order.append(f"read {step}") or advance(self, step))
+    named = {"max_steps": 7, "logging_steps": 3, "save_steps": 5}
+    lines = lines_of(run(place, "ahead", **named))
+    assert " ".join(order) == (
+        "send send read 1 send read 2 read 3 send send read 4 read 5 send read 6 send read 7"  # lines at 3, 6 and 7
+    )
+    assert [line["step"] for line in lines] == [3, 6, 7]
+    each = {line["step"]: line["loss"] for line in lines_of(run(place, "each", max_steps=7, logging_steps=1))}
+    assert lines[0]["loss"] == pytest.approx(sum(each[step] for step in (1, 2, 3)) / 3, rel=0.05)
 
 
 @pytest.mark.long
