@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxft.kernels.linear import Weights, linears
+from jaxft.kernels.linear import Weights, linears, times_scale
 from jaxft.kernels.linear_cross_entropy import linear_cross_entropy, reference, tile_rows, tiled
 from jaxft.kernels.mlp import mlp
 from jaxft.quant import dense, quantize
@@ -53,6 +53,28 @@ def with_gradients(function, *arguments):
 def raised(tree):
     """bfloat16 leaves as float32, the same numbers."""
     return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), tree)
+
+
+@pytest.mark.parametrize("kind", ["linears", "mlp"])
+def test_factors_rounded_beforehand_change_no_bit_and_the_gradients_are_those_of_the_factors(kind):
+    random = np.random.default_rng(3)
+    sizes = [(16, 12), (16, 12), (12, 16)]
+    layers = tuple(layer(random, *size, jnp.bfloat16) for size in sizes)
+    x = jnp.asarray(random.normal(0, 1, (2, 5, 12)), jnp.bfloat16)
+
+    def outputs(ready: bool):
+        def of(x, loras):
+            own = tuple(one._replace(lora=lora) for one, lora in zip(layers, loras, strict=True))
+            if ready:
+                a_and_b = [(a.astype(x.dtype), times_scale(b, scale).astype(x.dtype)) for a, b, scale in loras]
+                own = tuple(
+                    one._replace(rounded=jax.lax.stop_gradient(both)) for one, both in zip(own, a_and_b, strict=True)
+                )
+            return linears(x, own[:2]) if kind == "linears" else mlp(x, *own, activation="silu", tiles=1)
+
+        return with_gradients(of, x, tuple(one.lora for one in layers))
+
+    assert distance(outputs(True), outputs(False)) == 0
 
 
 # three layers as q, k, v; LoRA on all, on some, on none; with and without bias; ranks that differ

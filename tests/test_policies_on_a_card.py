@@ -52,6 +52,26 @@ def test_nothing_but_residuals_stands_on_the_streams_of_the_copies(compiled, pol
     assert "-start" not in entry  # outside of the loops a fetch is a kernel, which waits for the bus
 
 
+def test_attentions_output_leaves_as_soon_as_it_is_there(compiled):
+    text = compiled("offload_middle")  # its instructions stand in the order in which they run
+    (body,) = [part for part in text.split("\n\n") if "dynamic-update-slice-start" in part]
+    order = re.findall(
+        r"%(dot_product_attention_fwd|dynamic-update-slice-start|cublas)[^=]* = .*(?:custom-call|start)\(", body
+    )
+    attention = order.index("dot_product_attention_fwd")
+    assert order[attention + 1] == "dynamic-update-slice-start"  # and not behind the next product
+
+
+def test_what_every_layer_has_is_rounded_and_its_gradients_are_put_away_by_few_kernels(compiled):
+    text = compiled("offload_attention")
+    bodies = [part for part in text.split("\n\n") if re.search(r"dynamic-(update-)?slice-start", part)]
+    assert len(bodies) == 2
+    for body in bodies:  # of A and B, bfloat16 copies alone are read; one stack takes all gradients
+        stacks = set(re.findall(r"f32\[3,16,(?:256|512)\]|f32\[3,(?:256|512|128),16\]", body))
+        assert not stacks, stacks
+        assert len(re.findall(r"= f32\[3,\d+\]\S* (?:fusion|dynamic-update-slice)\(", body)) <= 1
+
+
 def test_a_product_that_is_kept_is_computed_once(compiled):
     def products(policy: str) -> Counter[str]:
         """Products of (tokens, 512), the MLP's width, by where they stand."""

@@ -48,6 +48,10 @@ class Seen(nnx.Variable):
     """What a linear layer read in a call: x (..., I)."""
 
 
+class Rounded(nnx.Variable):
+    """A and s B in the compute dtype."""
+
+
 class Lora(nnx.Module):
     """A (R, I), B (O, R) and scale of one linear layer, or of a stack of them; with DoRA a magnitude (O,)
     too, with AdaLoRA E (R, 1), which A's rows are multiplied by.
@@ -65,7 +69,20 @@ class Lora(nnx.Module):
         self.magnitude = nnx.data(describe((out_features,), axes[:1], LoRAParam) if dora else None)
         self.e = nnx.data(describe((max(ranks), 1), ("rank", None), LoRAParam) if adalora else None)
         self.scale = describe((), (), LoRAScale)
+        self.rounded: Rounded | None = nnx.data(None)
         self.ranks, self.scales, self.dropout = ranks, scales, dropout
+
+    def factors(self) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """A, with AdaLoRA E A, B and the scale."""
+        a = self.a[...] if self.e is None else self.a[...] * self.e[...]
+        return a, self.b[...], self.scale[...]
+
+    def round(self, dtype: jnp.dtype) -> None:
+        """Has A and s B of the whole stack in `dtype`, where they are of another: layer by layer they would be four
+        small kernels each time one is read, which few tokens feel."""
+        a, b, scale = jax.lax.stop_gradient(self.factors())
+        if a.dtype != dtype:
+            self.rounded = Rounded((a.astype(dtype), linear_op.times_scale(b, scale).astype(dtype)))
 
 
 class Linear(nnx.Module):
@@ -87,9 +104,8 @@ class Linear(nnx.Module):
         if self.lora is None:
             return linear_op.Weights(self.weight[...], bias)
         magnitude = None if self.lora.magnitude is None else self.lora.magnitude[...]
-        a = self.lora.a[...] if self.lora.e is None else self.lora.a[...] * self.lora.e[...]
-        lora = (a, self.lora.b[...], self.lora.scale[...])
-        return linear_op.Weights(self.weight[...], bias, lora, magnitude)
+        rounded = None if self.lora.rounded is None else self.lora.rounded.get_value()
+        return linear_op.Weights(self.weight[...], bias, self.lora.factors(), magnitude, rounded)
 
 
 def linears(
@@ -258,7 +274,7 @@ REMAT: dict[str, Callable[..., bool] | None] = {
     "offload": kept(*LOW_RANK),
     "offload_attention": kept(*LOW_RANK, *ATTENTION),
     # and what stands between attention and MLP, so that attention's last product is not computed again
-    "offload_middle": kept(*LOW_RANK, *ATTENTION, "layer_middle"),
+    "offload_middle": kept(*LOW_RANK, *ATTENTION, "layer_middle", "lora_low_rank"),
 }
 FETCHED_EARLY = ("offload_attention", "offload_middle")  # rather than late, which needs less of the device
 OFFLOADED = ("offload", *FETCHED_EARLY)
@@ -272,6 +288,9 @@ def scan_layers(block: nnx.Module, x: jax.Array, layers: LayerData, context: Con
     """
     if remat not in REMAT:
         raise ValueError(f"gradient_checkpointing {remat!r}: must be one of {', '.join(REMAT)}")
+    for _, module in nnx.iter_graph(block):
+        if isinstance(module, Lora):
+            module.round(x.dtype)
     graphdef, parameters = nnx.split(block)
     leaves, treedef = jax.tree.flatten(parameters, is_leaf=is_quantized)
     # stacks in 4 bits stay whole: a kernel reads a layer where it lies, where a scan would copy it out first

@@ -8,6 +8,8 @@ there at most.
 """
 
 import functools
+import itertools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -15,8 +17,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxft.kernels.gpu import one_device
+
 Body = Callable[[jax.Array, Any, Any], jax.Array]  # (x, what one layer has, what all layers share) -> x
 SMALL = 4  # a residual of less than a fourth of x's numbers stays on the device
+TOGETHER = 2**21  # numbers of a layer's leaf up to which its gradient shares an array with others
 
 
 @jax.tree_util.register_static
@@ -58,7 +63,9 @@ def _forward(body, x, layers, shared):
         own = {id(leaf): ("layer", i) for i, leaf in enumerate(jax.tree.leaves(layer))}
         own |= {id(leaf): ("shared", i) for i, leaf in enumerate(jax.tree.leaves(shared))}
         kept = [leaf for leaf in leaves if id(leaf) not in own]
-        far = [leaf for leaf in kept if leaf.size * SMALL >= x.size]
+        # last first: XLA's scheduler sends what stands first in a loop as late as it can, and a copy that could have
+        # begun behind attention would wait for the bus behind a later one's
+        far = [leaf for leaf in reversed(kept) if leaf.size * SMALL >= x.size]
         near = [leaf for leaf in kept if leaf.size * SMALL < x.size]
         own |= {id(leaf): ("far", i) for i, leaf in enumerate(far)}
         own |= {id(leaf): ("near", i) for i, leaf in enumerate(near)}
@@ -127,14 +134,43 @@ def _backward(body, residuals, dy):
         found = {"far": here, "near": near, "layer": jax.tree.leaves(layer), "shared": jax.tree.leaves(shared)}
         back = jax.tree.unflatten(pull.treedef, [found[source][i] for source, i in pull.sources])
         dx, new = back(dx)
-        return slot + 1, dx, below, _put(grads, new, index)
+        return slot + 1, dx, below, _put(grads, _packed(new, groups), index)
 
-    leaves = zip(jax.tree.leaves(layers), pull.wanted, strict=True)
-    grads = [jnp.zeros_like(leaf) for leaf, want in leaves if want]
+    asked = [leaf for leaf, want in zip(jax.tree.leaves(layers), pull.wanted, strict=True) if want]
+    groups = _groups(asked)
+    first = jax.eval_shape(lambda rows: _packed(rows, groups), _at(asked, 0))
+    grads = [jnp.zeros((count, *one.shape), one.dtype) for one in first]
     start = (jnp.int32(0), dy, last, grads)
     _, dx, _, grads = jax.lax.while_loop(lambda carry: carry[0] < count, step, start)
-    rest = iter(grads)
+    rest = iter(_unpacked(grads, asked, groups))
     return dx, jax.tree.unflatten(treedef, [next(rest) if want else None for want in pull.wanted]), None
+
+
+def _groups(stacks: list[jax.Array]) -> tuple[tuple[int, ...], ...]:
+    """Which gradients lie in one array: the small ones of a dtype, whose own kernels would be shorter than their
+    launches. On a mesh none, as they are split over it each in its own way."""
+    together: dict[Any, list[int]] = {}
+    for number, leaf in enumerate(stacks):
+        small = math.prod(leaf.shape[1:]) <= TOGETHER and one_device()
+        together.setdefault(leaf.dtype if small else number, []).append(number)
+    return tuple(map(tuple, together.values()))
+
+
+def _packed(rows: list[jax.Array], groups: tuple[tuple[int, ...], ...]) -> list[jax.Array]:
+    """One layer's gradients as one array a group, flat where they are several."""
+    return [
+        rows[group[0]] if len(group) == 1 else jnp.concatenate([rows[n].ravel() for n in group]) for group in groups
+    ]
+
+
+def _unpacked(packed: list[jax.Array], like: list[jax.Array], groups: tuple[tuple[int, ...], ...]) -> list[jax.Array]:
+    """All layers' gradients, of the shapes of `like`, from the stacks of what `_packed` gives."""
+    found: dict[int, jax.Array] = {}
+    for array, group in zip(packed, groups, strict=True):
+        ends = list(itertools.accumulate(math.prod(like[n].shape[1:]) for n in group))
+        parts = [array] if len(group) == 1 else jnp.split(array, ends[:-1], axis=1)
+        found |= {n: part.reshape(like[n].shape) for n, part in zip(group, parts, strict=True)}
+    return [found[n] for n in range(len(like))]
 
 
 offloaded_scan.defvjp(_forward, _backward, symbolic_zeros=True)

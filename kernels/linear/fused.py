@@ -68,11 +68,24 @@ def over_tokens(left: jax.Array, right: jax.Array, dtype: jnp.dtype) -> jax.Arra
     )
 
 
+def rounded_a(layer: Weights, dtype: jnp.dtype) -> jax.Array:
+    """A (R, I) of a layer with LoRA, in `dtype`."""
+    assert layer.lora is not None
+    return (layer.lora[0] if layer.rounded is None else layer.rounded[0]).astype(dtype)
+
+
 def scaled_b(layer: Weights, dtype: jnp.dtype) -> jax.Array:
     """s B (O, R) of a layer with LoRA, in `dtype`: multiplied in float32, so that it is rounded once."""
     assert layer.lora is not None
+    if layer.rounded is not None:
+        return layer.rounded[1].astype(dtype)
     _, b, scale = layer.lora
-    return (b.astype(jnp.float32) * scale.astype(jnp.float32)).astype(dtype)
+    return times_scale(b, scale).astype(dtype)
+
+
+def times_scale(b: jax.Array, scale: jax.Array) -> jax.Array:
+    """s B in float32; b (..., O, R), scale (...)."""
+    return b.astype(jnp.float32) * jnp.expand_dims(scale.astype(jnp.float32), (-2, -1))
 
 
 def _dropped(keys: Keys, rate: float) -> bool:
@@ -84,7 +97,7 @@ def _dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
 
 
 def _concatenated_a(layers: tuple[Weights, ...], dtype: jnp.dtype) -> jax.Array:
-    return jnp.concatenate([layer.lora[0].astype(dtype) for layer in layers if layer.lora is not None])
+    return jnp.concatenate([rounded_a(layer, dtype) for layer in layers if layer.lora is not None])
 
 
 def _split_ranks(array: jax.Array, layers: tuple[Weights, ...], axis: int) -> list[jax.Array | None]:
@@ -106,7 +119,7 @@ def low_rank_inputs(x: jax.Array, layers: tuple[Weights, ...], rate: float, keys
         return [
             None
             if layer.lora is None
-            else kept_product(reference.matmul(_dropout(x, rate, key), layer.lora[0]), "lora_low_rank")
+            else kept_product(reference.matmul(_dropout(x, rate, key), rounded_a(layer, x.dtype)), "lora_low_rank")
             for layer, key in zip(layers, keys, strict=True)
         ]
     u = kept_product(reference.matmul(x, _concatenated_a(layers, x.dtype)), "lora_low_rank")
@@ -172,7 +185,7 @@ def input_gradient(
         dx = times(jnp.concatenate(present, axis=-1), _concatenated_a(layers, dys[0].dtype))
     for layer, part, dy, key in zip(layers, g, dys, keys, strict=True):
         if part is not None and dropped and layer.lora is not None:
-            low_rank = _dropout(times(part, layer.lora[0]), rate, key)
+            low_rank = _dropout(times(part, rounded_a(layer, part.dtype)), rate, key)
             dx = low_rank if dx is None else low_rank + dx
         # the large product stands on the left, so that it takes the sum so far as its own start (beta = 1); weights
         # that are dequantised wait for it, so that their dense arrays are never there together
@@ -274,7 +287,7 @@ def in_dtypes(grads: tuple[PerLeaf, ...], layers: tuple[Weights, ...]) -> Any:
     def one(grad: PerLeaf, layer: Any) -> Any:
         bias = None if layer.bias is None else cast(grad.bias, layer.bias)
         lora = None if layer.lora is None else tuple(map(cast, grad.lora, layer.lora))
-        return layer._replace(weight=cast(grad.weight, layer.weight), bias=bias, lora=lora)
+        return layer._replace(weight=cast(grad.weight, layer.weight), bias=bias, lora=lora, rounded=None)
 
     return tuple(map(one, grads, layers))
 

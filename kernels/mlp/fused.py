@@ -83,8 +83,7 @@ def _scaled(layers: Layers, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
 
 def _a(layers: Layers, dtype: jnp.dtype) -> jax.Array:
     """A of down."""
-    assert layers[2].lora is not None
-    return layers[2].lora[0].astype(dtype)
+    return linear.rounded_a(layers[2], dtype)
 
 
 def _gradients(

@@ -3,7 +3,6 @@
 from functools import partial
 
 import jax
-import jax.numpy as jnp
 
 from jaxft.kernels.gpu import serving
 from jaxft.kernels.norm_rope import reference, triton
@@ -32,6 +31,5 @@ def norm_rope(
     if implementation != "reference":
         capability = serving("norm_rope", partial(triton.check, x), implementation)
         if capability is not None:
-            # float32 for the reason that `kernels.rms_norm` gives
-            return triton.norm_rope(x, weight.astype(jnp.float32), cos, sin, eps, capability)
+            return triton.norm_rope(x, weight, cos, sin, eps, capability)
     return reference.norm_rope(x, weight, cos, sin, eps)

@@ -3,7 +3,6 @@
 from functools import partial
 
 import jax
-import jax.numpy as jnp
 
 from jaxft.kernels.gpu import serving
 from jaxft.kernels.rms_norm import reference, triton
@@ -34,7 +33,5 @@ def residual_rms_norm(
     if implementation != "reference" and weight.shape == x.shape[-1:]:
         capability = serving("residual_rms_norm", partial(triton.check, x), implementation)
         if capability is not None:
-            # float32, so that a layer's slice of a stack is made by a kernel: XLA makes slices alone by copies on a
-            # stream of their own, where they wait behind residuals on their way to the host
-            return triton.residual_rms_norm(x, weight.astype(jnp.float32), eps, capability)
+            return triton.residual_rms_norm(x, weight, eps, capability)
     return x, rms_norm(x, weight, eps=eps)
