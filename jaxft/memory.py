@@ -15,6 +15,7 @@ from jaxft.cards import COMPILER_OPTIONS, MEMORY, PREALLOCATED, is_absent, step_
 from jaxft.errors import InputError, RunError
 from jaxft.estimate import estimate
 from jaxft.kernels.gpu import compiling_for
+from jaxft.kernels.launch import compile_ahead
 from jaxft.kernels.linear_cross_entropy import tile_rows
 from jaxft.loop import Run
 from jaxft.models import Model
@@ -124,7 +125,9 @@ def plan(
         donate_argnums=(0, 1), out_shardings=(*places, None), compiler_options=compiler_options,
     )  # fmt: skip
     with compiling_for(device) if absent else nullcontext(), jax.set_mesh(mesh):
-        lowered = step.lower(trainable, opt_state, frozen, batch, key)
+        traced = step.trace(trainable, opt_state, frozen, batch, key)
+        compile_ahead(traced.jaxpr.jaxpr)
+        lowered = traced.lower()
     compiled = lowered.compile()
     found = compiled.memory_analysis()
     assert found is not None  # every backend that this runs on has one

@@ -25,16 +25,23 @@ def kept(kernel: Any, decides: Any, make: Callable[[], bytes]) -> bytes:
     kernel: a `triton.jit` function, whose source and all that it calls decide what is made, beside `decides`, by its
     repr. Nothing is kept where jax keeps no programs (`jax_compilation_cache_dir`, `jax_enable_compilation_cache`).
     """
-    directory = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
-    if not directory or not jax.config.jax_enable_compilation_cache:  # type: ignore[attr-defined]
+    path = place(kernel, decides)
+    if path is None:
         return make()
-    about = repr((kernel.cache_key, decides, _versions()))
-    path = Path(directory) / "triton" / hashlib.sha256(about.encode()).hexdigest()
     found = _read(path)
     if found is None:
         found = make()
         _write(path, found)
     return found
+
+
+def place(kernel: Any, decides: Any) -> Path | None:
+    """The file that `kept` reads or writes; None where nothing is kept."""
+    directory = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
+    if not directory or not jax.config.jax_enable_compilation_cache:  # type: ignore[attr-defined]
+        return None
+    about = repr((kernel.cache_key, decides, _versions()))
+    return Path(directory) / "triton" / hashlib.sha256(about.encode()).hexdigest()
 
 
 @functools.cache

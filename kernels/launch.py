@@ -7,17 +7,22 @@ with that form. Where a step is bound by launches, as four bits at 2,048 tokens 
 (docs/log.md). jax-triton is imported when a kernel is lowered and not before: it clears TRITON_CACHE_DIR.
 """
 
+import contextlib
 import functools
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 import jax
-from jax.extend.core import Primitive
+from jax.extend.core import ClosedJaxpr, Jaxpr, Primitive
 from jax.interpreters import mlir, xla
 from jaxlib.mlir import ir
 
-from jaxft.kernels.compiled import kept
+from jaxft.kernels.compiled import kept, place
 
+THREADS = 8  # that compile kernels
 LEGACY, TYPED = "triton_kernel_call", "triton_kernel_call_ffi"
 
 
@@ -63,7 +68,7 @@ def _lower(ctx: Any, *operands: Any, launch: _Launch) -> Any:
         result.owner.erase()  # the module must not tell which kernels were known: it is what XLA knows a program by
         return opaque
 
-    opaque = kept(launch.kernel, (ctx.avals_in, launch.out, launch.options), compiled)
+    opaque = kept(launch.kernel, _decides(ctx.avals_in, launch), compiled)
     form: dict[str, Any] = dict(call_target_name=LEGACY, api_version=2, backend_config=opaque)
     if typed_calls():
         form = dict(call_target_name=TYPED, api_version=4, backend_config={"opaque": ir.StringAttr.get(opaque)})
@@ -71,6 +76,42 @@ def _lower(ctx: Any, *operands: Any, launch: _Launch) -> Any:
 
 
 mlir.register_lowering(_launch_p, _lower, platform="cuda")
+
+
+def _decides(avals: Sequence[Any], launch: _Launch) -> Any:
+    """What decides a compiled call beside its kernel."""
+    return [(aval.shape, aval.dtype.name) for aval in avals], launch.out, launch.options
+
+
+def compile_ahead(jaxpr: Jaxpr) -> None:
+    """Compiles the kernels of a traced program side by side that are not on disk yet (`kept`). Lowering the program
+    would compile them one after the other; it finds them there. What fails here fails there with its reason."""
+    unknown = {}
+    for eqn in _launches(jaxpr):
+        launch, avals = eqn.params["launch"], [variable.aval for variable in eqn.invars]
+        path = place(launch.kernel, _decides(avals, launch))
+        if path is not None and not path.exists():
+            unknown[path] = launch, avals
+
+    def lower(found: tuple[_Launch, list[Any]]) -> None:
+        launch, avals = found
+        like = [jax.ShapeDtypeStruct(aval.shape, aval.dtype) for aval in avals]
+        with contextlib.suppress(Exception):
+            traced = jax.jit(functools.partial(_launch_p.bind, launch=launch)).trace(*like)
+            traced.lower(lowering_platforms=("cuda",))
+
+    with ThreadPoolExecutor(min(THREADS, os.cpu_count() or 1)) as pool:
+        list(pool.map(lower, unknown.values()))
+
+
+def _launches(jaxpr: Jaxpr) -> Iterator[Any]:
+    """The launches of a program and of the programs in it."""
+    for eqn in jaxpr.eqns:
+        if eqn.primitive is _launch_p:
+            yield eqn
+        for leaf in jax.tree.leaves(eqn.params, is_leaf=lambda leaf: isinstance(leaf, Jaxpr | ClosedJaxpr)):
+            if isinstance(leaf, Jaxpr | ClosedJaxpr):
+                yield from _launches(leaf.jaxpr if isinstance(leaf, ClosedJaxpr) else leaf)
 
 
 @functools.cache

@@ -100,3 +100,31 @@ def test_a_kernel_that_is_kept_gives_the_same_module_without_a_compiler(director
 
     monkeypatch.setattr(jax_triton, "triton_call", refused)
     assert lowered() == cold
+
+
+@pytest.mark.skipif(bool(MISSING), reason=NEEDED)
+def test_the_kernels_of_a_program_are_compiled_before_it_is_lowered(directory, monkeypatch):
+    import jax_triton
+
+    from jaxft.kernels.launch import compile_ahead
+    from jaxft.kernels.mlp import triton as mlp
+
+    def program(e, v):
+        def layer(e, v):
+            h = mlp.product(e, v, "silu", 90)
+            return jax.lax.cond(h[0, 0] > 0, lambda: mlp.product(h, v, "gelu_pytorch_tanh", 90), lambda: h), None
+
+        e, _ = jax.lax.scan(layer, e, v)
+        return mlp.product(e, v[0], "silu", 90)
+
+    e, v = jax.ShapeDtypeStruct((256, 512), jnp.bfloat16), jax.ShapeDtypeStruct((3, 256, 512), jnp.bfloat16)
+    traced = jax.jit(program).trace(e, v)
+    compile_ahead(traced.jaxpr.jaxpr)
+    assert len(list((directory / "triton").iterdir())) == 2  # one of an activation, wherever it is launched
+
+    def refused(*_, **__):
+        raise AssertionError("compiled again")
+
+    monkeypatch.setattr(jax_triton, "triton_call", refused)
+    traced.lower(lowering_platforms=("cuda",))
+    compile_ahead(traced.jaxpr.jaxpr)  # known: no compiler is asked
