@@ -273,11 +273,13 @@ REMAT: dict[str, Callable[..., bool] | None] = {
     # full and attention with what is kept on the host (`offload.py`)
     "offload": kept(*LOW_RANK),
     "offload_attention": kept(*LOW_RANK, *ATTENTION),
-    # and what stands between attention and MLP, so that attention's last product is not computed again
+    # and what stands between attention and MLP, so that attention's last product is not computed again, and LoRA's few
+    # columns
     "offload_middle": kept(*LOW_RANK, *ATTENTION, "layer_middle", "lora_low_rank"),
 }
 FETCHED_EARLY = ("offload_attention", "offload_middle")  # rather than late, which needs less of the device
-OFFLOADED = ("offload", *FETCHED_EARLY)
+LEANEST = "offload"  # which is not given a second copy of LoRA's factors
+OFFLOADED = (LEANEST, *FETCHED_EARLY)
 KEPT_MLP = ("none", "products")  # policies that keep what stands between an MLP's products
 
 
@@ -288,9 +290,10 @@ def scan_layers(block: nnx.Module, x: jax.Array, layers: LayerData, context: Con
     """
     if remat not in REMAT:
         raise ValueError(f"gradient_checkpointing {remat!r}: must be one of {', '.join(REMAT)}")
-    for _, module in nnx.iter_graph(block):
-        if isinstance(module, Lora):
-            module.round(x.dtype)
+    if remat != LEANEST:
+        for _, module in nnx.iter_graph(block):
+            if isinstance(module, Lora):
+                module.round(x.dtype)
     graphdef, parameters = nnx.split(block)
     leaves, treedef = jax.tree.flatten(parameters, is_leaf=is_quantized)
     # stacks in 4 bits stay whole: a kernel reads a layer where it lies, where a scan would copy it out first
