@@ -223,6 +223,15 @@ def test_max_time_ends_with_a_whole_result_and_a_longer_one_goes_on_bit_for_bit(
     assert samples[0]["samples"][0].keys() == {"prompt", "reference", "answer"}
 
 
+@pytest.mark.parametrize("policy", ["full", "offload_middle"])
+def test_an_adapter_over_bfloat16_is_trained_evaluated_and_asked(place, policy):
+    names = {"eval_dataset": place / "held.jsonl", "eval_metric": "gsm8k", "eval_max_new_tokens": 2, "max_steps": 2}
+    names |= {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "dtype": "bfloat16"}
+    out = run(place, f"bfloat16-{policy}", **names, gradient_checkpointing=policy)
+    losses = {line["step"]: line["eval_loss"] for line in lines_of(out) if "eval_gsm8k" in line}
+    assert losses.keys() == {0, 2} and losses[2] < losses[0]
+
+
 def test_a_step_is_sent_before_the_last_ones_loss_is_read_but_where_a_line_or_checkpoint_is_due(place, monkeypatch):
     order: list[str] = []
     put, advance = loop.put_batch, view._Lines.advance

@@ -290,7 +290,8 @@ def scan_layers(block: nnx.Module, x: jax.Array, layers: LayerData, context: Con
     """
     if remat not in REMAT:
         raise ValueError(f"gradient_checkpointing {remat!r}: must be one of {', '.join(REMAT)}")
-    if remat != LEANEST:
+    if cache is None and remat != LEANEST:
+        block = nnx.merge(*nnx.split(block))  # a copy of this trace: an outer one's may not be changed
         for _, module in nnx.iter_graph(block):
             if isinstance(module, Lora):
                 module.round(x.dtype)
