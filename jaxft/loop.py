@@ -394,7 +394,7 @@ class _Stop:
 
 @contextmanager
 def _signals() -> Iterator[_Stop]:
-    """Notes SIGTERM and Ctrl-C: the step in flight ends and a checkpoint is saved. A second one acts at once."""
+    """Notes SIGTERM and Ctrl-C: steps that were sent end and a checkpoint is saved. A second one acts at once."""
     stop = _Stop()
     if threading.current_thread() is not threading.main_thread():
         yield stop  # only the main thread may handle signals

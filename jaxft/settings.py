@@ -329,7 +329,7 @@ class WatchArguments:
                                            const=True)  # fmt: skip
     early_stopping_patience: int | None = _flag(None, "end after N evaluations in a row that are no better")
     early_stopping_threshold: float = _flag(0.0, "better is what is better by more than this")
-    max_time: str | None = _flag(None, "no step begins after this many seconds (or 90m, 1h30m); the result is written")
+    max_time: str | None = _flag(None, "no step is sent after this many seconds (or 90m, 1h30m); the result is written")
     report_to: str = _flag("none", "beside metrics.jsonl: tensorboard, wandb, both, or none", nargs="+")
 
     @property
