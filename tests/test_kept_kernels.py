@@ -31,6 +31,15 @@ def versions(monkeypatch):
     return found
 
 
+def refuse_to_compile(monkeypatch):
+    import jax_triton
+
+    def refused(*_, **__):
+        raise AssertionError("compiled again")
+
+    monkeypatch.setattr(jax_triton, "triton_call", refused)
+
+
 class Counted:
     """A kernel, and how often it was compiled."""
 
@@ -78,8 +87,6 @@ def test_what_cannot_be_kept_is_compiled_all_the_same(directory, versions):
 
 @pytest.mark.skipif(bool(MISSING), reason=NEEDED)
 def test_a_kernel_that_is_kept_gives_the_same_module_without_a_compiler(directory, monkeypatch):
-    import jax_triton
-
     from jaxft.kernels.mlp import triton as mlp
 
     e = jax.ShapeDtypeStruct((256, 512), jnp.bfloat16)
@@ -95,17 +102,12 @@ def test_a_kernel_that_is_kept_gives_the_same_module_without_a_compiler(director
     assert cold.count("custom_call @triton_kernel_call") == 2  # what was compiled just now is called once
     jax.clear_caches()
 
-    def refused(*_, **__):
-        raise AssertionError("compiled again")
-
-    monkeypatch.setattr(jax_triton, "triton_call", refused)
+    refuse_to_compile(monkeypatch)
     assert lowered() == cold
 
 
 @pytest.mark.skipif(bool(MISSING), reason=NEEDED)
 def test_the_kernels_of_a_program_are_compiled_before_it_is_lowered(directory, monkeypatch):
-    import jax_triton
-
     from jaxft.kernels.launch import compile_ahead
     from jaxft.kernels.mlp import triton as mlp
 
@@ -122,9 +124,6 @@ def test_the_kernels_of_a_program_are_compiled_before_it_is_lowered(directory, m
     compile_ahead(traced.jaxpr.jaxpr)
     assert len(list((directory / "triton").iterdir())) == 2  # one of an activation, wherever it is launched
 
-    def refused(*_, **__):
-        raise AssertionError("compiled again")
-
-    monkeypatch.setattr(jax_triton, "triton_call", refused)
+    refuse_to_compile(monkeypatch)
     traced.lower(lowering_platforms=("cuda",))
     compile_ahead(traced.jaxpr.jaxpr)  # known: no compiler is asked

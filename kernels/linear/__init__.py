@@ -3,7 +3,7 @@
 import jax
 
 from jaxft.kernels.linear import dora, fused, reference
-from jaxft.kernels.linear.fused import times_scale
+from jaxft.kernels.linear.reference import times_scale
 from jaxft.kernels.linear.weights import Weights
 
 __all__ = ["Weights", "check_add", "check_fit", "layer_keys", "linears", "times_scale"]

@@ -80,12 +80,7 @@ def scaled_b(layer: Weights, dtype: jnp.dtype) -> jax.Array:
     if layer.rounded is not None:
         return layer.rounded[1].astype(dtype)
     _, b, scale = layer.lora
-    return times_scale(b, scale).astype(dtype)
-
-
-def times_scale(b: jax.Array, scale: jax.Array) -> jax.Array:
-    """s B in float32; b (..., O, R), scale (...)."""
-    return b.astype(jnp.float32) * jnp.expand_dims(scale.astype(jnp.float32), (-2, -1))
+    return reference.times_scale(b, scale).astype(dtype)
 
 
 def _dropped(keys: Keys, rate: float) -> bool:

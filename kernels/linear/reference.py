@@ -41,10 +41,15 @@ def dropout(x: jax.Array, rate: float, key: jax.Array) -> jax.Array:
     return jnp.where(kept, x / (1 - rate), jnp.zeros_like(x))
 
 
+def times_scale(b: jax.Array, scale: jax.Array) -> jax.Array:
+    """s B in float32; b (..., O, R), scale (...)."""
+    return b.astype(jnp.float32) * jnp.expand_dims(scale.astype(jnp.float32), (-2, -1))
+
+
 def row_norms(weight: Weight, lora: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
     """‖W_o + s (B A)_o‖ of every row o, (O,) float32, computed in float32; a constant to the gradient."""
     weight, (a, b, scale) = jax.lax.stop_gradient((weight, lora))
-    low_rank = matmul(b.astype(jnp.float32) * scale.astype(jnp.float32), a.T)
+    low_rank = matmul(times_scale(b, scale), a.T)
     return jnp.linalg.norm(dense(weight, jnp.float32) + low_rank, axis=1)
 
 
