@@ -19,6 +19,7 @@ from jaxft.kernels.launch import compile_ahead
 from jaxft.kernels.linear_cross_entropy import tile_rows
 from jaxft.loop import Run
 from jaxft.models import Model
+from jaxft.models.decoder import ModelConfig
 from jaxft.models.layers import OFFLOADED
 from jaxft.offload_check import check_offload
 from jaxft.optim import state_shapes
@@ -35,12 +36,15 @@ MARGIN = 0.95  # of what XLA may use of a device: its allocator leaves gaps, and
 
 # (gradient_checkpointing, mlp_tiles), fastest first as measured (docs/log.md), each smaller on a card than the one
 # before. Of all policies (`models.layers.REMAT`) these are not in it: "none", neither faster nor smaller than
-# "products"; "offload" without tiles, neither beside "offload_attention". "full" stands before those that put residuals
-# on the host: it needs no bus and, with few tokens, is faster
+# "products"; "offload_attention", neither beside "offload_middle", which only sends more to the host. "full" stands
+# before those that put residuals there: it needs no bus and, with few tokens, is faster
 LADDER = (
     *(("products", 1), ("attention", 1), ("full", 1)),
-    *(("offload_middle", 1), ("offload_attention", 1), ("offload_attention", 4), ("offload", 8)),
+    *(("offload_qkv", 1), ("offload_middle", 1), ("offload_middle", 4), ("offload", 8)),
 )
+# FLOPs of a layer's products for each byte that "offload_qkv" sends to the host, below which it waits for the bus: an
+# H200 behind 16 lanes of PCIe 5 gained 3.4 % with 11,800 (Llama-3-8B) and lost 10 % with 6,600 (Qwen3-4B)
+WORK_A_BYTE = 10_000
 # where the host is the device, nothing is gained by moving arrays there
 CPU_LADDER = (("products", 1), ("attention", 1), ("full", 1), ("full", 2), ("full", 8))
 
@@ -215,7 +219,9 @@ def plan_run(run: Run, prepared: Prepared, say: Callable[[str], None]) -> Plan:
     if settings.memory_budget and not given:
         assert isinstance(limit, int)
         try:
-            planned = choose(limit, make, say=say, advice=advice, ladder=ladder_of(prepared.mesh))
+            planned = choose(
+                limit, make, say=say, advice=advice, ladder=ladder_of(prepared.mesh, prepared.model.config)
+            )
         except InputError as failure:
             if settings.dry_run:  # which was asked whether it fits: the answer is no
                 raise RunError(str(failure)) from failure
@@ -296,9 +302,14 @@ def device_limit(device: jax.Device) -> int | None:
     return None if limit is None else int(limit * MARGIN)
 
 
-def ladder_of(mesh: Mesh) -> Sequence[tuple[str, int]]:
-    """The ladder for the devices of a mesh."""
-    return CPU_LADDER if mesh.devices.flat[0].platform == "cpu" else LADDER
+def ladder_of(mesh: Mesh, config: ModelConfig) -> Sequence[tuple[str, int]]:
+    """The ladder for a model on the devices of a mesh."""
+    if mesh.devices.flat[0].platform == "cpu":
+        return CPU_LADDER
+    D, heads, kv_heads = config.hidden_size, config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    work = 2 * D * (2 * heads + 2 * kv_heads + 3 * config.intermediate_size)
+    sent = 2 * (2 * D + 2 * heads + 2 * kv_heads)  # bytes: its input and middle, q, k, v and what attention gives
+    return [step for step in LADDER if step[0] != "offload_qkv" or work >= WORK_A_BYTE * sent]
 
 
 def batch_shapes(mesh: Mesh, accumulation: int, batch_size: int, length: int) -> dict[str, jax.ShapeDtypeStruct]:

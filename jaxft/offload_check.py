@@ -36,7 +36,7 @@ def difference() -> float:
         return jax.lax.scan(lambda x, weight: (layer(x, weight, shared), None), x, weights)[0]
 
     def on_host(x: jax.Array, weights: jax.Array) -> jax.Array:
-        return offloaded_scan(body, x, weights, shared)
+        return offloaded_scan(body, 1, x, weights, shared)
 
     def gradients(run) -> tuple[jax.Array, jax.Array]:
         options = step_options(jax.default_backend(), "offload_attention")

@@ -252,15 +252,16 @@ class TrainArguments:
     per_device_train_batch_size: int = _flag(8, "rows a device and micro-batch")
     gradient_accumulation_steps: int = _flag(1, "micro-batches an optimizer step")
     gradient_checkpointing: Literal[
-        "full", "none", "offload", "offload_attention", "offload_middle", "attention", "products", "true", "false"
+        "full", "none", "offload", "offload_attention", "offload_middle", "offload_qkv", "attention", "products",
+        "true", "false",
     ] = _flag(
         "full",
         "full (or true) recomputes each layer in the backward pass, offload with its input on the host; "
-        "attention and products keep more and recompute less, offload_attention and offload_middle on the host; none "
-        "(or false) keeps all",
+        "attention and products keep more and recompute less, offload_attention, offload_middle and offload_qkv on the "
+        "host; none (or false) keeps all",
         nargs="?",
         const="full",
-    )
+    )  # fmt: skip
     mlp_tiles: int = _flag(1, "in how many parts the MLPs take a micro-batch's tokens; more need less memory")
     memory_budget: str | None = _flag(
         None, "most bytes of a device, such as 11GiB, or auto: take the fastest gradient_checkpointing that fits"

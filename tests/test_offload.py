@@ -42,8 +42,12 @@ def loss(run, x, trained, layers, shared):
 
 
 @pytest.mark.parametrize("count", [1, 3, L])
-@pytest.mark.parametrize("names", [(), ("hidden",), ("small",), ("hidden", "small")], ids=str)
-def test_offloaded_scan_equals_a_scan_that_keeps_everything(inputs, names, count):
+@pytest.mark.parametrize(
+    ("names", "ahead"),
+    [((), None), (("hidden",), None), (("hidden",), 1), (("hidden",), 0), (("small",), None), (("hidden", "small"), 1)],
+    ids=str,
+)
+def test_offloaded_scan_equals_a_scan_that_keeps_everything(inputs, names, ahead, count):
     x, layers, shared = inputs
     layers = jax.tree.map(lambda leaf: leaf[:count], layers)
 
@@ -51,7 +55,7 @@ def test_offloaded_scan_equals_a_scan_that_keeps_everything(inputs, names, count
         return jax.lax.scan(lambda x, layer: (body(None)(x, layer, shared), None), x, layers)[0]
 
     def offloaded(x, layers, shared):
-        return offloaded_scan(body(kept(*names)), x, layers, shared)
+        return offloaded_scan(body(kept(*names)), ahead, x, layers, shared)
 
     grads = [
         jax.jit(jax.value_and_grad(lambda x, trained, run=run: loss(run, x, trained, layers, shared), (0, 1)))(
@@ -66,7 +70,7 @@ def test_offloaded_scan_equals_a_scan_that_keeps_everything(inputs, names, count
 @pytest.mark.parametrize(("names", "far"), [((), 1), (("hidden",), 2), (("small",), 1), (("hidden", "small"), 2)])
 def test_only_the_input_and_what_is_named_and_large_goes_to_the_host(inputs, names, far):
     x, layers, shared = inputs
-    run = lambda *inputs: offloaded_scan(body(kept(*names)), *inputs)  # noqa: E731
+    run = lambda *inputs: offloaded_scan(body(kept(*names)), None, *inputs)  # noqa: E731
     grad = jax.grad(lambda x, trained: loss(run, x, trained, layers, shared), (0, 1))
     loops = [
         equation
@@ -74,22 +78,22 @@ def test_only_the_input_and_what_is_named_and_large_goes_to_the_host(inputs, nam
         if equation.primitive.name == "while"
     ]
     stacks = [variable.aval for variable in loops[0].outvars if variable.aval.memory_space == jax.memory.Space.Host]
-    # all layers' but the last, and an empty slot; no two of one shape: XLA would make them one array and copy it whole
+    # no two of one shape: XLA would make them one array and copy it whole
     assert [stack.shape for stack in stacks] == [(L + number, B, D) for number in range(far)]
 
 
 def test_a_derivative_of_what_all_layers_share_is_refused(inputs):
     x, layers, shared = inputs
     with pytest.raises(TypeError, match="share"):
-        jax.grad(lambda shared: jnp.sum(offloaded_scan(body(kept()), x, layers, shared)))(shared)
+        jax.grad(lambda shared: jnp.sum(offloaded_scan(body(kept()), None, x, layers, shared)))(shared)
 
 
 def test_the_check_before_a_run_finds_equal_gradients_here_and_wrong_ones_where_a_residual_is_swapped(monkeypatch):
     assert offload_check.difference() <= 1e-5 < offload_check.TOLERANCE
     assert doctor.offload_finding().status == doctor.OK
 
-    def swapped(body, x, layers, shared):  # what a wrong slot gives: the layers' residuals in another order
-        return offloaded_scan(body, x, layers[::-1], shared)
+    def swapped(body, ahead, x, layers, shared):  # what a wrong slot gives: the layers' residuals in another order
+        return offloaded_scan(body, ahead, x, layers[::-1], shared)
 
     monkeypatch.setattr(offload_check, "offloaded_scan", swapped)
     with pytest.raises(RunError, match=r"other gradients with jax .*; take --gradient_checkpointing full"):

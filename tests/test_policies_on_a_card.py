@@ -31,10 +31,12 @@ def compiled(monkeypatch):
     return text
 
 
-@pytest.mark.parametrize("policy", ["offload_attention", "offload_middle"])
+@pytest.mark.parametrize("policy", ["offload_attention", "offload_middle", "offload_qkv"])
 def test_what_is_fetched_from_the_host_is_named_to_the_scheduler_and_no_stack_is_copied_whole(compiled, policy):
     text = compiled(policy)
-    assert text.count("AllocateBuffer") == (2 if policy == "offload_attention" else 3)  # one a stack
+    assert (
+        text.count("AllocateBuffer") == {"offload_attention": 2, "offload_middle": 3, "offload_qkv": 6}[policy]
+    )  # one a stack
     assert not re.search(r"S\(5\)\} copy\(", text)
     fetches = set(re.findall(r"%(dynamic-slice-start[.\d]*) = ", text))
     options = cards.step_options("gpu", policy)
@@ -50,6 +52,14 @@ def test_nothing_but_residuals_stands_on_the_streams_of_the_copies(compiled, pol
     assert starts and all("S(5)" in start for start in starts)  # from or to the host
     (entry,) = re.findall(r"^ENTRY .*?^}", text, re.MULTILINE | re.DOTALL)
     assert "-start" not in entry  # outside of the loops a fetch is a kernel, which waits for the bus
+
+
+def test_of_what_is_fetched_only_what_is_fetched_a_layer_ahead_is_copied(compiled):
+    def copies(policy: str) -> list[str]:
+        (body,) = [part for part in compiled(policy).split("\n\n") if "dynamic-slice-start" in part]
+        return re.findall(r"= bf16\[2,256,\S+ copy\(", body)
+
+    assert [len(copies(policy)) for policy in ("offload_attention", "offload_middle", "offload_qkv")] == [2, 1, 1]
 
 
 def test_attentions_output_leaves_as_soon_as_it_is_there(compiled):
@@ -79,6 +89,7 @@ def test_a_product_that_is_kept_is_computed_once(compiled):
         return Counter("backward" if "transpose" in call else "forward" for call in calls)
 
     assert products("products") == {"forward": 2, "backward": 1}  # gate, up; dh
+    assert not re.findall(r"= \(bf16\[512,(?:256|128)\].*cublas.*rematted.*OI->", compiled("products"))  # nor q, k, v
     assert products("full") == {"forward": 2, "backward": 3}  # gate and up once more
 
 

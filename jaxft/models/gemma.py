@@ -78,7 +78,7 @@ class Attention(nnx.Module):
     ) -> tuple[jax.Array, Cache | None]:
         B, T, _ = x.shape
         qkv_key, o_key, _, _ = layer.keys(4)
-        q, k, v = linears(x, self.q_proj, self.k_proj, self.v_proj, key=qkv_key)
+        q, k, v = kept_product(linears(x, self.q_proj, self.k_proj, self.v_proj, key=qkv_key), "attention_qkv")
         q = q.reshape(B, T, self.heads, self.head_dim)
         k = k.reshape(B, T, self.kv_heads, self.head_dim)
         v = v.reshape(B, T, self.kv_heads, self.head_dim)

@@ -16,7 +16,6 @@ from flax import nnx
 from jaxft.kernels import attention as attention_op
 from jaxft.kernels import linear as linear_op
 from jaxft.kernels import mlp as mlp_op
-from jaxft.kernels.kept import kept_product
 from jaxft.kernels.rms_norm import residual_rms_norm, rms_norm
 from jaxft.models.offload import offloaded_scan
 from jaxft.quant import NF4, is_quantized
@@ -230,7 +229,6 @@ def attend(
     softcap: float | None = None,
 ) -> tuple[jax.Array, Cache | None]:
     """Attention of q (B, T, N, H) over k, v (B, T, K, H), written into the cache first where there is one."""
-    q, k, v = kept_product((q, k, v), "attention_qkv")
     if cache is not None:
         assert context.cache_index is not None
         start = (0, context.cache_index, 0, 0)
@@ -276,8 +274,16 @@ REMAT: dict[str, Callable[..., bool] | None] = {
     # and what stands between attention and MLP, so that attention's last product is not computed again, and LoRA's few
     # columns
     "offload_middle": kept(*LOW_RANK, *ATTENTION, "layer_middle", "lora_low_rank"),
+    # and the products that attention reads
+    "offload_qkv": kept(*LOW_RANK, *ATTENTION, "layer_middle", "lora_low_rank", "attention_qkv"),
 }
-FETCHED_EARLY = ("offload_attention", "offload_middle")  # rather than late, which needs less of the device
+FETCHED_EARLY = (
+    "offload_attention",
+    "offload_middle",
+    "offload_qkv",
+)  # rather than late, which needs less of the device
+# of what is fetched, how much a layer's backward pass begins with: the MLP's reads nothing but what stands before it
+AHEAD = {"offload_middle": 1, "offload_qkv": 1}
 LEANEST = "offload"  # which is not given a second copy of LoRA's factors
 OFFLOADED = (LEANEST, *FETCHED_EARLY)
 KEPT_MLP = ("none", "products")  # policies that keep what stands between an MLP's products
@@ -316,7 +322,7 @@ def scan_layers(block: nnx.Module, x: jax.Array, layers: LayerData, context: Con
             return run(x, layer, shared, None)[0]
 
         body = jax.checkpoint(body, prevent_cse=False, policy=REMAT[remat])
-        return offloaded_scan(body, x, (sliced, layers, index), (stacks, context)), None
+        return offloaded_scan(body, AHEAD.get(remat), x, (sliced, layers, index), (stacks, context)), None
 
     def step(x, inputs):
         layer, cache = inputs

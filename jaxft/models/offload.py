@@ -1,10 +1,9 @@
 """A scan over layers whose residuals wait on the host: copied out behind the forward pass, fetched one layer ahead.
 
 `jax.checkpoint`'s own offloading fetches a layer's residuals when its backward pass begins, which then waits for the
-copy. Here the backward loop carries the residuals of the layer at hand, and its body fetches those of the layer below
-while it computes. What is kept is what the policy of `jax.checkpoint` names, and each layer's input; small residuals
-stay on the device, and so do the last layer's, with which backward begins. Beside those, two layers' residuals stand
-there at most.
+copy. Here the backward loop carries those that a layer's backward pass begins with, and its body fetches them for the
+layer below while it computes; the others it fetches for itself, as they are read later. What is kept is what the policy
+of `jax.checkpoint` names, and each layer's input; small residuals stay on the device.
 """
 
 import functools
@@ -38,17 +37,19 @@ class _Pull:
     wanted: tuple[bool, ...]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def offloaded_scan(body: Body, x: jax.Array, layers: Any, shared: Any) -> jax.Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def offloaded_scan(body: Body, ahead: int | None, x: jax.Array, layers: Any, shared: Any) -> jax.Array:
     """x after body(x, layer, shared) for each layer; the leaves of `layers` have a leading L.
 
-    body is `jax.checkpoint`ed, so that its residuals are few. Differentiated with respect to x and whatever leaves of
-    layers are differentiated; `shared` has no derivative: TypeError where one is asked for.
+    body is `jax.checkpoint`ed, so that its residuals are few. ahead: how many of those that leave the device, from the
+    last that a layer's forward pass makes, its backward pass begins with; None: all. They are fetched a layer ahead,
+    into a second array each. Differentiated with respect to x and whatever leaves of layers are differentiated;
+    `shared` has no derivative: TypeError where one is asked for.
     """
     return jax.lax.scan(lambda x, layer: (body(x, layer, shared), None), x, layers)[0]
 
 
-def _forward(body, x, layers, shared):
+def _forward(body, ahead, x, layers, shared):
     if any(leaf.perturbed for leaf in jax.tree.leaves(shared)):
         raise TypeError("what all layers share is differentiated; offloaded_scan has no derivative for it")
     wanted = tuple(leaf.perturbed for leaf in jax.tree.leaves(layers))
@@ -73,12 +74,12 @@ def _forward(body, x, layers, shared):
         return y, far, near
 
     def step(carry):
-        index, x, host, device = carry
+        index, x, host, device, _ = carry
         x, far, near = one(x, index)
         # the backward loop counts up where this one counts down: XLA leaves a copy to the copy engines only where its
         # offset is the loop's own counter, or known from it outside of the copy
-        host = _put(host, jax.device_put(far, jax.memory.Space.Host), count - 2 - index)
-        return index + 1, x, host, _put(device, near, index)
+        host = _put(host, jax.device_put(far, jax.memory.Space.Host), count - 1 - index)
+        return index + 1, x, host, _put(device, near, index), far[:ahead]
 
     _, far, near = jax.eval_shape(one, x, jnp.int32(0))
     # no two stacks of one shape: XLA would allocate them as one array, and part them again by a copy of the whole
@@ -88,11 +89,10 @@ def _forward(body, x, layers, shared):
         for n, leaf in zip(slots, far, strict=True)
     ]
     device = [jnp.zeros((count, *leaf.shape), leaf.dtype) for leaf in near]
-    start = (jnp.int32(0), x, host, device)
-    _, x, host, device = jax.lax.while_loop(lambda carry: carry[0] < count - 1, step, start)
-    # outside of a loop a fetch would be a kernel, which waits for the bus in place of the cross entropy's
-    x, last, near = one(x, jnp.int32(count - 1))
-    return x, (host, last, _put(device, near, count - 1), layers, shared, pulls[-1])
+    last = [jnp.zeros(leaf.shape, leaf.dtype) for leaf in far[:ahead]]
+    start = (jnp.int32(0), x, host, device, last)
+    _, x, host, device, last = jax.lax.while_loop(lambda carry: carry[0] < count, step, start)
+    return x, (host, last, device, layers, shared, pulls[-1])
 
 
 def _put(stacks: list[jax.Array], rows: list[jax.Array], index: jax.Array) -> list[jax.Array]:
@@ -118,30 +118,31 @@ def _pull_back(body, x, layer, shared, wanted):
     return jax.vjp(of_wanted, x, asked)
 
 
-def _backward(body, residuals, dy):
+def _backward(body, ahead, residuals, dy):
     host, last, device, layers, shared, pull = residuals
     treedef, count = jax.tree.structure(layers), jax.tree.leaves(layers)[0].shape[0]
 
-    def fetch(slot):
-        """What waits in `slot`, the residuals of layer count − 2 − slot; slot count − 1 is empty."""
-        return jax.device_put(_at(host, slot), jax.memory.Space.Device)
+    def fetch(stacks, slot):
+        """What waits in `slot`: the residuals of layer count − 1 − slot."""
+        return jax.device_put(_at(stacks, slot), jax.memory.Space.Device)
 
     def step(carry):
-        slot, dx, here, grads = carry
-        index = count - 1 - slot
-        below = fetch(slot)
+        below, dx, here, grads = carry  # below: the slot of the layer below this one
+        index = count - below
+        later = fetch(host[len(here) :], below - 1)
+        ahead = fetch(host[: len(here)], below)
         layer, near = _at(layers, index), _at(device, index)
-        found = {"far": here, "near": near, "layer": jax.tree.leaves(layer), "shared": jax.tree.leaves(shared)}
+        found = {"far": here + later, "near": near, "layer": jax.tree.leaves(layer), "shared": jax.tree.leaves(shared)}
         back = jax.tree.unflatten(pull.treedef, [found[source][i] for source, i in pull.sources])
         dx, new = back(dx)
-        return slot + 1, dx, below, _put(grads, _packed(new, groups), index)
+        return below + 1, dx, ahead, _put(grads, _packed(new, groups), index)
 
     asked = [leaf for leaf, want in zip(jax.tree.leaves(layers), pull.wanted, strict=True) if want]
     groups = _groups(asked)
     first = jax.eval_shape(lambda rows: _packed(rows, groups), _at(asked, 0))
     grads = [jnp.zeros((count, *one.shape), one.dtype) for one in first]
-    start = (jnp.int32(0), dy, last, grads)
-    _, dx, _, grads = jax.lax.while_loop(lambda carry: carry[0] < count, step, start)
+    start = (jnp.int32(1), dy, last, grads)
+    _, dx, _, grads = jax.lax.while_loop(lambda carry: carry[0] <= count, step, start)
     rest = iter(_unpacked(grads, asked, groups))
     return dx, jax.tree.unflatten(treedef, [next(rest) if want else None for want in pull.wanted]), None
 

@@ -55,7 +55,7 @@ class Attention(nnx.Module):
     ) -> tuple[jax.Array, Cache | None]:
         B, T, _ = x.shape
         qkv_key, o_key, _, _ = layer.keys(4)
-        q, k, v = linears(x, self.q_proj, self.k_proj, self.v_proj, key=qkv_key)
+        q, k, v = kept_product(linears(x, self.q_proj, self.k_proj, self.v_proj, key=qkv_key), "attention_qkv")
         q, k, v = (part.reshape(B, T, -1, self.head_dim) for part in (q, k, v))
         cos, sin = layer.tables(context)
         q = norm_rope(q, self.q_norm.factor(), cos, sin, eps=self.q_norm.eps)
