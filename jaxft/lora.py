@@ -5,6 +5,7 @@ y = x Wᵀ + s · dropout(x) Aᵀ Bᵀ with A (R, I), B (O, R), s = alpha / r, o
 """
 
 import math
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -169,29 +170,14 @@ def add_lora(
     base = whole_params(model, params)
     ranks = {f"{path}/lora/a": m.lora.ranks for path, m in linear_modules(model.bind(model.shapes)).items() if m.lora}
     low_rank = [path for path in leaves if path.endswith(("/lora/a", "/lora/b"))]
-    keys = dict(zip(low_rank, jax.random.split(key, len(low_rank)), strict=True))
-
-    def start(path: str, shape: tuple[int, ...]) -> jax.Array:
+    how = config.init_lora_weights if config.adalora is None else "adalora"
+    made = _drawn(key, tuple((path, leaves[path].shape, ranks[f"{path[:-2]}/a"]) for path in low_rank), how)
+    for path, leaf in leaves.items():
         if path.endswith("/lora/e"):
-            return jnp.zeros(shape, jnp.float32)
-        if path not in keys:
-            return jnp.array(base[path], jnp.float32, copy=True)  # its own: the step donates it
-        if config.adalora is None and path.endswith("/b"):
-            return jnp.zeros(shape, jnp.float32)
-        own = np.array(ranks[f"{path[:-2]}/a"])[:, None]
-        rows = -2 if path.endswith("/a") else -1
-        inside = np.arange(shape[rows])[None] < own  # (L, R)
-        inside = inside.reshape(*shape[:-2], *((-1, 1) if path.endswith("/a") else (1, -1)))
-        if config.adalora is not None:
-            return jnp.where(inside, jax.random.normal(keys[path], shape, jnp.float32) * ADALORA_DEVIATION, 0.0)
-        if config.init_lora_weights == "gaussian":
-            deviation = (1 / np.maximum(own, 1)).astype(np.float32).reshape(*shape[:-2], 1, 1)
-            return jnp.where(inside, jax.random.normal(keys[path], shape, jnp.float32) * deviation, 0.0)
-        bound = 1 / math.sqrt(shape[-1])
-        return jnp.where(inside, jax.random.uniform(keys[path], shape, jnp.float32, -bound, bound), 0.0)
-
+            made[path] = jnp.zeros(leaf.shape, jnp.float32)
+        elif "/lora/" not in path:
+            made[path] = jnp.array(base[path], jnp.float32, copy=True)  # its own: the step donates it
     lengths = [path for path in leaves if path.endswith("/lora/magnitude")]
-    made = {path: start(path, leaf.shape) for path, leaf in leaves.items() if path not in lengths}
     made |= _filled(model, made, first or {})
     weights, scales = dict(flatten(params)), dict(flatten(frozen))
     for path in lengths:
@@ -199,6 +185,32 @@ def add_lora(
         lora = made[f"{place}/a"], made[f"{place}/b"], scales[f"{place}/scale"]
         made[path] = first_magnitudes(weights[f"{place.removesuffix('/lora')}/weight"], lora, ranks[f"{place}/a"])
     return model, unflatten({path: made[path] for path in leaves}), frozen
+
+
+@partial(jax.jit, static_argnums=(1, 2))  # one program, where each operation on each leaf would be one
+def _drawn(
+    key: jax.Array, leaves: tuple[tuple[str, tuple[int, ...], tuple[int, ...]], ...], how: str
+) -> dict[str, jax.Array]:
+    """The first A and B of these paths, shapes and ranks of the layers; how: `init_lora_weights`, or "adalora"."""
+
+    def start(path: str, shape: tuple[int, ...], ranks: tuple[int, ...], key: jax.Array) -> jax.Array:
+        if how != "adalora" and path.endswith("/b"):
+            return jnp.zeros(shape, jnp.float32)
+        own = np.array(ranks)[:, None]
+        rows = -2 if path.endswith("/a") else -1
+        inside = np.arange(shape[rows])[None] < own  # (L, R)
+        inside = inside.reshape(*shape[:-2], *((-1, 1) if path.endswith("/a") else (1, -1)))
+        if how in ("adalora", "gaussian"):
+            deviation = (1 / np.maximum(own, 1)).astype(np.float32).reshape(*shape[:-2], 1, 1)
+            normal = jax.random.normal(key, shape, jnp.float32)
+            # without a barrier XLA may multiply the deviation into a constant of the distribution, and round otherwise
+            normal = jax.lax.optimization_barrier(normal)
+            return jnp.where(inside, normal * (ADALORA_DEVIATION if how == "adalora" else deviation), 0.0)
+        bound = 1 / math.sqrt(shape[-1])
+        return jnp.where(inside, jax.random.uniform(key, shape, jnp.float32, -bound, bound), 0.0)
+
+    keys = jax.random.split(key, len(leaves))
+    return {leaf[0]: start(*leaf, own) for leaf, own in zip(leaves, keys, strict=True)}
 
 
 def _filled(model: Model, leaves: dict[str, jax.Array], first: dict[str, Factors]) -> dict[str, jax.Array]:
@@ -238,7 +250,7 @@ def frozen_params(model: Model, params: Tree) -> Tree:
     def scale(path: str, shape: tuple[int, ...]) -> jax.Array:
         lora = linears[path.removesuffix("/lora/scale")].lora
         assert lora is not None
-        return jnp.array(lora.scales, jnp.float32).reshape(shape)
+        return jnp.asarray(np.array(lora.scales, np.float32).reshape(shape))
 
     own = unflatten({path: scale(path, leaf.shape) for path, leaf in flatten(scales)})
     return join(kept_params(model, params), own)

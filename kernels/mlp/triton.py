@@ -29,14 +29,14 @@ class Tile:
 # cards, A10, L4 and L40S, 163 KB on an A100, 227 KB on Hopper and data-centre Blackwell) and spills no more than a few
 # registers. Hopper's of rank 16 are the fastest of a sweep on a card; the others are so far only compiled.
 TILES = {
-    ("large", 16): (Tile(64, 128, 4, 3), Tile(64, 64, 4, 1)),
-    ("large", 32): (Tile(64, 64, 4, 3), Tile(64, 64, 4, 1)),
-    ("large", 64): (Tile(64, 64, 4, 2), Tile(32, 64, 4, 1)),
-    ("large", 128): (Tile(64, 32, 8, 2), Tile(32, 64, 8, 1)),
-    ("small", 16): (Tile(64, 128, 4, 3), Tile(64, 64, 4, 1)),
-    ("small", 32): (Tile(64, 64, 4, 2), Tile(32, 64, 4, 1)),
-    ("small", 64): (Tile(64, 32, 4, 2), Tile(32, 64, 4, 1)),
-    ("small", 128): (Tile(64, 32, 8, 2), Tile(32, 64, 8, 1)),
+    ("large", 16): (Tile(64, 128, 4, 3), Tile(64, 64, 4, 3)),
+    ("large", 32): (Tile(64, 64, 4, 3), Tile(64, 32, 4, 3)),
+    ("large", 64): (Tile(64, 64, 4, 2), Tile(64, 32, 4, 2)),
+    ("large", 128): (Tile(64, 32, 8, 2), Tile(32, 64, 8, 2)),
+    ("small", 16): (Tile(64, 64, 4, 2), Tile(64, 64, 4, 2)),
+    ("small", 32): (Tile(64, 64, 4, 2), Tile(64, 32, 4, 2)),
+    ("small", 64): (Tile(64, 32, 4, 2), Tile(64, 32, 4, 2)),
+    ("small", 128): (Tile(64, 32, 8, 2), Tile(64, 32, 8, 2)),
 }
 PROGRAMS = 1024  # of the forward kernel: enough to fill a card and to even out its last wave
 ENOUGH = 256  # tiles of tokens fill it without cutting the features
@@ -87,7 +87,7 @@ def constants(e: jax.Array, ranks: tuple[int, int, int], activation: str, tile: 
     T, F = e.shape
     return dict(
         zip(("T", "F", "RE", "RV", "RD", "REP", "RVP", "RDP"), (T, F, *ranks, *map(_padded, ranks)), strict=True),
-        KIND=activation, BT=tile.tokens, BF=tile.features,
+        KIND=activation, BT=tile.tokens, BF=tile.features, STAGES=tile.stages,
     )  # fmt: skip
 
 
@@ -140,7 +140,7 @@ def backward(
     chunks = chunks or CHUNKS[T >= MANY]
     chunk = -(-T // (chunks * tile.tokens)) * tile.tokens
     count = -(-T // chunk)
-    full, sums = jax.ShapeDtypeStruct(e.shape, e.dtype), [(F, rank) for rank in ranks]
+    full, sums = jax.ShapeDtypeStruct(e.shape, e.dtype), [(F, ranks[0]), (F, ranks[1]), (ranks[2], F)]
     de, dv, *parts = _launch(
         triton_kernels.backward, (e, v, dh, ue, uv, gd, *scaled, a),
         (full, full, *(jax.ShapeDtypeStruct((count, *one), jnp.float32) for one in sums)),
@@ -148,7 +148,7 @@ def backward(
         constants(e, ranks, activation, tile) | {"CHUNK": chunk}, 2 * in_place,
     )  # fmt: skip
     d_be, d_bv, d_a = (jnp.sum(part, axis=0) for part in parts)
-    return de.reshape(shape), dv.reshape(shape), d_be, d_bv, d_a.T
+    return de.reshape(shape), dv.reshape(shape), d_be, d_bv, d_a
 
 
 def product(e: jax.Array, v: jax.Array, activation: str, capability: int, in_place: bool = False) -> jax.Array:

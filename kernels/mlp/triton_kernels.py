@@ -12,7 +12,8 @@ Tiles. A program of `forward` holds BT tokens and walks over one chunk of F in t
 registers; each chunk writes its own, added up outside. (One program for all of F is too few where tokens are few: 2,048
 of them filled 32 of 132 multiprocessors.) A program of `backward` holds BF features and walks over one chunk of the
 tokens in tiles of BT, so that the gradients of the low-rank matrices are sums in registers; each chunk writes its own,
-added up outside. Sums and everything elementwise are float32; e, v, h and dh are never rounded before they are used.
+added up outside. The loops say how many tiles are on their way (STAGES): Triton fetches ahead of itself what a product
+reads, and what is only added to one where the loop asks for it. Sums and everything elementwise are float32; e, v, h and dh are never rounded before they are used.
 Traffic: 3 and 5 arrays of (T, F), where separate passes take 8 and 18 (each low-rank product is written and read again,
 and each thin product reads all of h, de or dv). Nothing is kept for the backward beyond E, V and u.
 `product` and `product_backward` are the same without the low-rank parts, number by number.
@@ -20,20 +21,38 @@ In place: an output may lie where an input of its shape does, as every number is
 Measured: docs/log.md.
 """
 
+import os
+
 import triton
 import triton.language as tl
+
+INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+
+
+@triton.jit
+def _sigmoid(x):
+    """1 / (1 + exp(−x)) within 2⁻²¹ of itself, by two instructions that take no care of subnormal numbers: beside 1 they
+    are nothing. Triton's own exp and division do, at twice the registers."""
+    if INTERPRETED:
+        return 1.0 / (1.0 + tl.exp(-x))
+    else:
+        z = x * -1.4426950408889634
+        z = tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [z], dtype=tl.float32, is_pure=True, pack=1)
+        return tl.inline_asm_elementwise(
+            "rcp.approx.ftz.f32 $0, $1;", "=f,f", [1.0 + z], dtype=tl.float32, is_pure=True, pack=1
+        )
 
 
 @triton.jit
 def _activation(x, KIND: tl.constexpr):
     """act(x) and act′(x), float32."""
     if KIND == "silu":
-        s = 1.0 / (1.0 + tl.exp(-x))
+        s = _sigmoid(x)
         y = x * s
         return y, s + y * (1.0 - s)
     else:  # gelu_pytorch_tanh: x σ(2z) with z = √(2/π) (x + 0.044715 x³)
         z2 = 1.5957691216057308 * (x + 0.044715 * x * x * x)
-        s = 1.0 / (1.0 + tl.exp(-z2))
+        s = _sigmoid(z2)
         dz2 = 1.5957691216057308 * (1.0 + 0.134145 * x * x)
         return x * s, s + x * s * (1.0 - s) * dz2
 
@@ -64,7 +83,8 @@ def _tile(at, inside, EDGE: tl.constexpr):
 def forward(
     e_ptr, v_ptr, ue_ptr, uv_ptr, be_ptr, bv_ptr, ad_ptr, h_ptr, ud_ptr,
     T: tl.constexpr, F: tl.constexpr, RE: tl.constexpr, RV: tl.constexpr, RD: tl.constexpr, REP: tl.constexpr,
-    RVP: tl.constexpr, RDP: tl.constexpr, KIND: tl.constexpr, BT: tl.constexpr, BF: tl.constexpr, CHUNK: tl.constexpr,
+    RVP: tl.constexpr, RDP: tl.constexpr, KIND: tl.constexpr, BT: tl.constexpr, BF: tl.constexpr, STAGES: tl.constexpr,
+    CHUNK: tl.constexpr,
 ):  # fmt: skip
     """h (T, F) and float32 sums of each chunk of CHUNK features: u_d (chunks, T, RD). Grid (token tiles, chunks).
 
@@ -78,7 +98,7 @@ def forward(
     ue = _matrix(ue_ptr, t, re, T, RE, TE, RE < REP)
     uv = _matrix(uv_ptr, t, rv, T, RV, TE, RV < RVP)
     ud = tl.zeros((BT, RDP), tl.float32)
-    for f0 in range(chunk * CHUNK, tl.minimum(chunk * CHUNK + CHUNK, F), BF):
+    for f0 in tl.range(chunk * CHUNK, tl.minimum(chunk * CHUNK + CHUNK, F), BF, num_stages=STAGES):
         f = f0 + tl.arange(0, BF)
         be = _matrix(be_ptr, f, re, F, RE, FE, RE < REP)
         bv = _matrix(bv_ptr, f, rv, F, RV, FE, RV < RVP)
@@ -98,9 +118,10 @@ def backward(
     e_ptr, v_ptr, dh_ptr, ue_ptr, uv_ptr, gd_ptr, be_ptr, bv_ptr, ad_ptr,
     de_ptr, dv_ptr, dbe_ptr, dbv_ptr, dad_ptr,
     T: tl.constexpr, F: tl.constexpr, RE: tl.constexpr, RV: tl.constexpr, RD: tl.constexpr, REP: tl.constexpr,
-    RVP: tl.constexpr, RDP: tl.constexpr, KIND: tl.constexpr, BT: tl.constexpr, BF: tl.constexpr, CHUNK: tl.constexpr,
+    RVP: tl.constexpr, RDP: tl.constexpr, KIND: tl.constexpr, BT: tl.constexpr, BF: tl.constexpr, STAGES: tl.constexpr,
+    CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """de, dv (T, F) and float32 sums of each chunk: dB_e (chunks, F, RE), dB_v (chunks, F, RV), dA_dᵀ (chunks, F, RD).
+    """de, dv (T, F) and float32 sums of each chunk: dB_e (chunks, F, RE), dB_v (chunks, F, RV), dA_d (chunks, RD, F).
 
     Grid (feature tiles, chunks); CHUNK, the tokens of a chunk, is a multiple of BT.
     """
@@ -109,36 +130,36 @@ def backward(
     TE: tl.constexpr = T % BT != 0
     FE: tl.constexpr = F % BF != 0
     re, rv, rd = tl.arange(0, REP), tl.arange(0, RVP), tl.arange(0, RDP)
-    be = _matrix(be_ptr, f, re, F, RE, FE, RE < REP)
-    bv = _matrix(bv_ptr, f, rv, F, RV, FE, RV < RVP)
-    ad = tl.trans(_matrix(ad_ptr, rd, f, RD, F, RD < RDP, FE))
-    dbe = tl.zeros((BF, REP), tl.float32)
-    dbv = tl.zeros((BF, RVP), tl.float32)
-    dad = tl.zeros((BF, RDP), tl.float32)
-    for t0 in range(chunk * CHUNK, tl.minimum(chunk * CHUNK + CHUNK, T), BT):
+    be = tl.trans(_matrix(be_ptr, f, re, F, RE, FE, RE < REP))
+    bv = tl.trans(_matrix(bv_ptr, f, rv, F, RV, FE, RV < RVP))
+    ad = _matrix(ad_ptr, rd, f, RD, F, RD < RDP, FE)
+    dbe = tl.zeros((REP, BF), tl.float32)
+    dbv = tl.zeros((RVP, BF), tl.float32)
+    dad = tl.zeros((RDP, BF), tl.float32)
+    for t0 in tl.range(chunk * CHUNK, tl.minimum(chunk * CHUNK + CHUNK, T), BT, num_stages=STAGES):
         t = t0 + tl.arange(0, BT)
         ue = _matrix(ue_ptr, t, re, T, RE, TE, RE < REP)
         uv = _matrix(uv_ptr, t, rv, T, RV, TE, RV < RVP)
         gd = _matrix(gd_ptr, t, rd, T, RD, TE, RD < RDP)
-        # tiles stand features by tokens: what comes out of one product is then the next one's left operand in registers
-        at = t.to(tl.int64)[None, :] * F + f[:, None]
-        inside = (t < T)[None, :] & (f < F)[:, None]
-        e = _tile(e_ptr + at, inside, TE or FE).to(tl.float32) + tl.dot(be, tl.trans(ue))
-        v = _tile(v_ptr + at, inside, TE or FE).to(tl.float32) + tl.dot(bv, tl.trans(uv))
-        dh = _tile(dh_ptr + at, inside, TE or FE).to(tl.float32) + tl.dot(ad, tl.trans(gd))
+        e = _matrix(e_ptr, t, f, T, F, TE, FE).to(tl.float32) + tl.dot(ue, be)
+        v = _matrix(v_ptr, t, f, T, F, TE, FE).to(tl.float32) + tl.dot(uv, bv)
+        dh = _matrix(dh_ptr, t, f, T, F, TE, FE).to(tl.float32) + tl.dot(gd, ad)
         activated, slope = _activation(e, KIND)
-        h = (activated * v).to(be.dtype)
-        de = (dh * v * slope).to(be.dtype)
-        dv = (dh * activated).to(be.dtype)
-        dbe = tl.dot(de, ue, dbe)
-        dbv = tl.dot(dv, uv, dbv)
-        dad = tl.dot(h, gd, dad)
+        h = (activated * v).to(ue.dtype)
+        de = (dh * v * slope).to(ue.dtype)
+        dv = (dh * activated).to(ue.dtype)
+        dbe = tl.dot(tl.trans(ue), de, dbe)
+        dbv = tl.dot(tl.trans(uv), dv, dbv)
+        dad = tl.dot(tl.trans(gd), h, dad)
+        at = t.to(tl.int64)[:, None] * F + f[None, :]
+        inside = (t < T)[:, None] & (f < F)[None, :]
         tl.store(de_ptr + at, de, mask=inside)
         tl.store(dv_ptr + at, dv, mask=inside)
     row = (chunk.to(tl.int64) * F + f)[:, None]
-    tl.store(dbe_ptr + row * RE + re[None, :], dbe, mask=(f < F)[:, None] & (re < RE)[None, :])
-    tl.store(dbv_ptr + row * RV + rv[None, :], dbv, mask=(f < F)[:, None] & (rv < RV)[None, :])
-    tl.store(dad_ptr + row * RD + rd[None, :], dad, mask=(f < F)[:, None] & (rd < RD)[None, :])
+    tl.store(dbe_ptr + row * RE + re[None, :], tl.trans(dbe), mask=(f < F)[:, None] & (re < RE)[None, :])
+    tl.store(dbv_ptr + row * RV + rv[None, :], tl.trans(dbv), mask=(f < F)[:, None] & (rv < RV)[None, :])
+    at = dad_ptr + (chunk.to(tl.int64) * RD + rd)[:, None] * F + f[None, :]
+    tl.store(at, dad, mask=(rd < RD)[:, None] & (f < F)[None, :])
 
 
 @triton.jit
