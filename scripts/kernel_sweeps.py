@@ -23,7 +23,7 @@ Try = tuple[str, tuple, Callable, tuple]  # kernel, tile, function, arrays
 ATTENTION = {
     "forward": [
         Tile(q, k, w, s)
-        for q, k, w in ((128, 128, 8), (128, 64, 8), (128, 64, 4), (64, 128, 4), (64, 64, 4), (128, 32, 4))
+        for q, k, w in ((128, 128, 8), (128, 64, 8), (128, 64, 4), (64, 128, 4), (64, 64, 4), (128, 32, 4), (64, 32, 4))
         for s in (2, 3, 4)
     ],
     "queries_backward": [
@@ -45,8 +45,8 @@ MLP = {
     ],
     "backward": [
         mlp_triton.Tile(t, f, w, s)
-        for t, f, w in ((64, 64, 4), (64, 64, 8), (32, 64, 4), (32, 64, 8), (64, 128, 8), (32, 128, 8))
-        for s in (1, 2)
+        for t, f, w in ((64, 64, 4), (64, 64, 8), (64, 32, 4), (64, 32, 8), (32, 64, 4), (32, 64, 8))
+        for s in (2, 3)
     ],
 }
 

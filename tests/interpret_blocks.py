@@ -1,4 +1,4 @@
-"""Runs the Triton kernels of the MLP and of both norms by Triton's interpreter and compares them with the references.
+"""Runs the Triton kernels of MLP, norms and cross entropy by Triton's interpreter and compares them with references.
 
 Its own process, because of `tests/interpreted.py`: `python tests/interpret_blocks.py` prints one line a case and fails
 on the first one that is off. float32 shows the formulas exactly; float16 what is rounded before a product (bfloat16 is
@@ -15,6 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxft.kernels.linear import Weights
+from jaxft.kernels.linear_cross_entropy import reference as cross_entropy_reference
+from jaxft.kernels.linear_cross_entropy import tiled
+from jaxft.kernels.linear_cross_entropy import triton as cross_entropy_triton
 from jaxft.kernels.mlp import fused, reference
 from jaxft.kernels.mlp.triton import Kernels
 from jaxft.kernels.norm_rope import reference as norm_rope_reference
@@ -112,6 +115,48 @@ def rms_norm(name, *, shape, dtype=jnp.float32, of=(0, 1), tolerance=EXACT):
     interpreted.compare(name, got, with_gradients(both, raised((x, w)), of=of), tolerance)
 
 
+def cross_entropy(name, *, M, V, softcap=None, block=512, dtype=jnp.float32, tolerance=EXACT):
+    """Losses and the gradient of scores, some of whose rows have weight 0 and are not finite."""
+    random = np.random.default_rng(V)
+    scores = jnp.asarray(20 * random.standard_normal((M, V)), jnp.float32)
+    scores = scores.at[1].set(jnp.nan).at[2, 3].set(-1e30).at[3].set(0.0)
+    targets = jnp.asarray(random.integers(0, V, M), jnp.int32)
+    weights = jnp.asarray(random.uniform(0.5, 2, M), jnp.float32).at[jnp.array([1, M - 1])].set(0.0)
+    cross_entropy_triton.BLOCK = block
+    run = lambda scores, gradient: cross_entropy_triton.losses(  # noqa: E731
+        scores, targets, weights, softcap, dtype, gradient, CARD
+    )
+    got = (*run(scores, True), run(scores, False)[0])
+
+    def total(scores):
+        capped = scores if softcap is None else softcap * jnp.tanh(scores / softcap)
+        rows = jax.vmap(cross_entropy_reference.cross_entropy)(capped[:, None], targets[:, None], weights[:, None])
+        return jnp.sum(rows), rows
+
+    finite = jnp.where(weights[:, None] != 0, scores, 0.0)
+    gradient, rows = jax.grad(total, has_aux=True)(finite)
+    interpreted.compare(name, got, (rows, gradient, rows), tolerance)
+    if softcap is not None:  # which makes an infinite score finite
+        return
+    bad = run(jnp.zeros((3, V)).at[0, 1].set(jnp.inf).at[2, V - 1].set(jnp.nan), False)[0]
+    assert jnp.isfinite(bad).tolist()[::2] == [False, False], bad
+
+
+def tiled_cross_entropy(name):
+    """The op as a GPU runs it: tiles, rows of weight 0 and both gradients around the kernel."""
+    random = np.random.default_rng(0)
+    hidden, head = (jnp.asarray(random.standard_normal(shape), jnp.float32) for shape in ((37, 8), (301, 8)))
+    targets = jnp.asarray(random.integers(0, 301, 37), jnp.int32)
+    weights = jnp.asarray(random.uniform(0.5, 2, 37), jnp.float32).at[::3].set(0.0)
+    tiled.serving = lambda *_: CARD
+
+    def by(op):
+        return jax.value_and_grad(lambda hidden, head: op(hidden, head, targets, weights, 9.0), (0, 1))(hidden, head)
+
+    got = by(lambda *inputs: tiled.linear_cross_entropy(*inputs, 8, 1))
+    interpreted.compare(name, got, by(cross_entropy_reference.linear_cross_entropy), EXACT)
+
+
 if __name__ == "__main__":
     mlp("mlp, odd T and F, rank 16", T=75, F=137, ranks=(16, 16, 16))
     mlp("mlp, ranks 8, 40, 16, gelu", T=64, F=192, ranks=(8, 40, 16), activation="gelu_pytorch_tanh")
@@ -130,3 +175,7 @@ if __name__ == "__main__":
     rms_norm("rms_norm", shape=(3, 7, 200))
     rms_norm("rms_norm, weight frozen", shape=(1, 5, 129), of=(0,))
     rms_norm("rms_norm, one program, float16", shape=(1, 8, 256), dtype=jnp.float16, tolerance=HALF)
+    cross_entropy("cross entropy, one part", M=6, V=300)
+    cross_entropy("cross entropy, three parts, capped", M=7, V=1100, softcap=15.0)
+    cross_entropy("cross entropy, float16", M=5, V=1024, dtype=jnp.float16, tolerance=HALF)
+    tiled_cross_entropy("cross entropy, tiles of rows")

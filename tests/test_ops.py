@@ -8,7 +8,7 @@ import pytest
 from jaxft.kernels import linear_cross_entropy as lce
 from jaxft.kernels.attention import attention, key_range
 from jaxft.kernels.linear import Weights, linears
-from jaxft.kernels.linear_cross_entropy import linear_cross_entropy, logits, tiled
+from jaxft.kernels.linear_cross_entropy import linear_cross_entropy, logits
 from jaxft.kernels.rms_norm import rms_norm
 from jaxft.kernels.rope import apply_rope
 
@@ -71,20 +71,6 @@ def test_tiled_cross_entropy_equals_its_definition(size, dtype, monkeypatch):
     assert [gradient.dtype for gradient in tiled[1]] == [dtype, dtype]
     assert_close(tiled[1][0], exact[1][0], dtype, V)
     assert_close(tiled[1][1], exact[1][1], dtype, M)
-
-
-def test_one_pass_over_a_tiles_logits_gives_what_two_give():
-    z = 30 * jax.random.normal(jax.random.key(0), (2, 5, 301))
-    z = z.at[0, 0, 7].set(-jnp.inf).at[0, 1].set(0.0).at[1, 2].set(-1e30).at[1, 3, 300].set(1e30)
-    at_target = jax.lax.broadcasted_iota(jnp.int32, z.shape, 2) == jnp.arange(10).reshape(2, 5, 1)
-    for one, two in zip(tiled.one_pass(z, at_target), tiled.two_passes(z, at_target), strict=True):
-        np.testing.assert_allclose(one, two, rtol=2e-6, atol=2e-6)
-
-
-def test_one_pass_says_what_is_not_finite():
-    z = jnp.zeros((3, 4)).at[0, 1].set(jnp.inf).at[1, 2].set(jnp.nan)
-    top, log_sum, z_target = tiled.one_pass(z, jnp.arange(4) == 0)
-    assert jnp.isfinite(log_sum + top - z_target).ravel().tolist() == [False, False, True]
 
 
 def test_cross_entropy_is_the_formula():

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import pytest
 
 from jaxft.kernels.attention import triton
+from jaxft.kernels.linear_cross_entropy import triton as cross_entropy
 from jaxft.kernels.mlp import triton as mlp
 from jaxft.kernels.norm_rope import triton as norm_rope
 from jaxft.kernels.rms_norm import triton as rms_norm
@@ -134,6 +135,16 @@ def check_norms(capability, folder, *, H=128, D=2560, dtype=jnp.bfloat16, spill=
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("softcap, dtype", [(None, jnp.bfloat16), (30.0, jnp.float32)])
+def test_cross_entropy_compiles_for_every_card_and_fits_it(capability, softcap, dtype, tmp_path):
+    def run(scores, targets, weights):
+        return cross_entropy.losses(scores, targets, weights, softcap, dtype, True, capability)
+
+    rows = S((384, 151936), jnp.float32), S((384,), jnp.int32), S((384,), jnp.float32)
+    fits(compiled(run, *rows), ["rows"], capability, tmp_path, spill=64)  # 1,024 threads: 64 registers each
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
 def test_the_norms_compile_for_every_card_and_fit_it(capability, tmp_path):
     check_norms(capability, tmp_path)
 
@@ -171,7 +182,7 @@ def test_named_residuals_keep_the_backward_from_running_the_forward_kernel_again
     assert kernels(jax.checkpoint_policies.nothing_saveable) == ["forward", *KERNELS]
 
 
-@pytest.mark.parametrize("script, cases", [("interpret_attention.py", 8), ("interpret_blocks.py", 15)])
+@pytest.mark.parametrize("script, cases", [("interpret_attention.py", 8), ("interpret_blocks.py", 19)])
 def test_interpreted_kernels_equal_the_reference_with_gradients(script, cases):
     path = Path(__file__).with_name(script)
     root = path.parents[1]

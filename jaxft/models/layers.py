@@ -277,11 +277,8 @@ REMAT: dict[str, Callable[..., bool] | None] = {
     # and the products that attention reads
     "offload_qkv": kept(*LOW_RANK, *ATTENTION, "layer_middle", "lora_low_rank", "attention_qkv"),
 }
-FETCHED_EARLY = (
-    "offload_attention",
-    "offload_middle",
-    "offload_qkv",
-)  # rather than late, which needs less of the device
+# rather than late, which needs less of the device
+FETCHED_EARLY = ("offload_attention", "offload_middle", "offload_qkv")
 # of what is fetched, how much a layer's backward pass begins with: the MLP's reads nothing but what stands before it
 AHEAD = {"offload_middle": 1, "offload_qkv": 1}
 LEANEST = "offload"  # which is not given a second copy of LoRA's factors

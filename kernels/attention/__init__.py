@@ -20,7 +20,7 @@ from jaxft.kernels.gpu import device_capability
 __all__ = ["CUDNN_DOCUMENTS", "Documents", "attention", "documents", "key_range"]
 
 ORDER = ("cudnn", "triton", "reference", "chunked")  # which way is tried first
-CUDNN_DOCUMENTS = 10  # measured on an H200: 5 documents a row cuDNN 2.03 ms, Triton 2.82; 19: 2.02 and 1.62
+CUDNN_DOCUMENTS = 5  # measured on an H200: 5 documents a row cuDNN 1.55 ms, Triton 1.70; 7: 1.39 and 1.23
 REFERENCE_SCORES = 2**20  # T · S up to which the whole score matrix is small enough to be the fastest plain way
 
 

@@ -9,9 +9,9 @@ One document a row uses plain causal attention; more use the packed layout of
 `jax._src.cudnn.fused_attention_stablehlo` (private; read for jax 0.11.1 … 0.12): lengths (B, M) and offsets (B, M + 1),
 offsets within the row, −1 where a row has fewer documents. Before jax 0.11.1 packed grouped-query attention is wrong.
 Kept for the backward: out and cuDNN's softmax statistics (B · M, N, T) float32, so a large M costs memory.
-Measured on an H200, jax 0.11.2, 8×2048 tokens, 32/8 heads of 128, milliseconds forward and forward + backward:
-0.59, 2.66 with one document a row; 0.49, 2.03 with at most 5; 0.34, 2.02 with 19. Triton on the same rows: 0.88, 3.37;
-0.76, 2.82; 0.47, 1.62.
+Measured on an H200, jax 0.11.2, 8×2048 tokens, 32/8 heads of 128, milliseconds forward and backward together for 1, 2,
+3, 5, 7 and 10 documents a row: 2.42, 1.85, 1.58, 1.55, 1.39, 1.52; Triton on the same rows: 3.20, 2.43, 1.97, 1.70,
+1.23, 1.11.
 """
 
 import functools

@@ -39,7 +39,7 @@ class Tiles:
 # has besides only 512 columns of tensor memory for the accumulators.
 TILES = {
     ("hopper", 64): Tiles(Tile(128, 128, 8, 3), Tile(128, 64, 8, 2), Tile(64, 128, 8, 2)),
-    ("hopper", 128): Tiles(Tile(128, 128, 8, 2), Tile(128, 64, 8, 2), Tile(64, 128, 8, 2)),
+    ("hopper", 128): Tiles(Tile(64, 32, 4, 2), Tile(64, 64, 4, 2), Tile(32, 64, 4, 2)),
     ("hopper", 256): Tiles(Tile(128, 64, 8, 2), Tile(64, 64, 8, 2), Tile(32, 64, 8, 2)),
     ("blackwell", 64): Tiles(Tile(128, 128, 8, 3), Tile(128, 64, 8, 2), Tile(64, 64, 8, 2)),
     ("blackwell", 128): Tiles(Tile(128, 128, 8, 2), Tile(128, 64, 8, 2), Tile(64, 64, 8, 2)),

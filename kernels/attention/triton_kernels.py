@@ -23,7 +23,9 @@ import triton
 import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
-HIDDEN = tl.constexpr(-1.0e30)  # the raw score of a hidden key; finite, so that a row of a tile may be hidden wholly
+# the raw score of a hidden key: finite, so that a row of a tile may be hidden wholly, and a power of two, so that its
+# product with the factor is exact, the exponent there 0, and what it adds goes away with the first key that is seen
+HIDDEN = tl.constexpr(-(2.0**99))
 
 
 @triton.jit
@@ -61,6 +63,12 @@ def _raw(products, scale: tl.constexpr, softcap: tl.constexpr):
 
 
 @triton.jit
+def _seen(key, first, last):
+    """first <= key <= last, by one comparison: below first the difference wraps around."""
+    return (key - first).to(tl.uint32, bitcast=True) <= (last - first).to(tl.uint32, bitcast=True)
+
+
+@triton.jit
 def _query_walk(first, q0, T, BQ: tl.constexpr, BK: tl.constexpr):
     """The ends of the three loops over keys: masked [a, b), full [b, c), masked [c, d)."""
     a = tl.min(first) // BK * BK
@@ -82,13 +90,9 @@ def _forward_tiles(
         raw = _raw(tl.dot(q, tl.trans(k), input_precision=PRECISION), scale, softcap)
         if MASKED:
             key = k0 + tl.arange(0, BK)
-            seen = (key[None, :] <= t[:, None]) & (key[None, :] >= first[:, None])
-            raw = tl.where(seen, raw, HIDDEN)
+            raw = tl.where(_seen(key[None, :], first[:, None], t[:, None]), raw, HIDDEN)
         higher = tl.maximum(top, tl.max(raw, 1) * factor)
         p = tl.exp2(raw * factor - higher[:, None])
-        if MASKED:
-            # in a row hidden wholly the exponent is the rounding error of HIDDEN · factor, which is huge, not 0
-            p = tl.where(seen, p, 0.0)
         shrink = tl.exp2(top - higher)
         total = total * shrink + tl.sum(p, 1)
         v = _rows(v_base, k0, T, KV_STRIDE, BK, H, HP, EDGE and MASKED)
@@ -147,7 +151,7 @@ def _dq_tiles(
         p = tl.exp2(raw * factor - lse[:, None])
         if MASKED:
             key = k0 + tl.arange(0, BK)
-            p = tl.where((key[None, :] <= t[:, None]) & (key[None, :] >= first[:, None]), p, 0.0)
+            p = tl.where(_seen(key[None, :], first[:, None], t[:, None]), p, 0.0)
         ds = p * (tl.dot(dout, tl.trans(v), input_precision=PRECISION) - delta[:, None])
         if softcap is not None:
             ds = ds * (1.0 - raw * raw)
@@ -210,7 +214,7 @@ def _dkv_tiles(
         p = tl.exp2(raw * factor - lse[None, :])
         if MASKED:
             first = tl.load(first_base + at)
-            seen = (key[:, None] <= t[None, :]) & (key[:, None] >= first[None, :])
+            seen = (key[:, None] <= t[None, :]) & (key[:, None] >= first[None, :])  # `_seen` would take more registers
             if EDGE:
                 seen = seen & (t < T)[None, :]
             p = tl.where(seen, p, 0.0)

@@ -7,10 +7,10 @@ The gradient is computed in the forward pass, because the tile's logits are at h
 kept (dhidden, dhead; each only where it is asked for) by the upstream scalar. Each product is over the whole
 vocabulary. Rows of weight 0 are sorted behind the others, and tiles that hold nothing else are never computed, so that
 masked prompts and padding cost nothing. A tile's float32 logits are written once, by their product, and read three
-times (maximum; sum and target; dz), on a GPU twice (all that a row's loss needs; dz); dz is written once, in the
-compute dtype, for the products that read it. Where the head is trained, `SHARED` tiles' dz wait for one product: dhead
-is a float32 sum over the tiles, read and written whole each time something is added, and for few rows that costs more
-than their product.
+times (maximum; sum and target; dz), by a GPU's Triton kernel twice, the second time partly from its cache; dz is
+written once, in the compute dtype, for the products that read it. Where the head is trained, `SHARED` tiles' dz wait
+for one product: dhead is a float32 sum over the tiles, read and written whole each time something is added, and for few
+rows that costs more than their product.
 On a mesh the rows come in `groups` (one a data-parallel device), and every tile takes rows of all groups.
 """
 
@@ -20,39 +20,14 @@ import jax
 import jax.numpy as jnp
 
 from jaxft.kernels.gpu import serving
-from jaxft.kernels.linear_cross_entropy import reference
+from jaxft.kernels.linear_cross_entropy import reference, triton
 
 SHARED = 4
 
 
-def two_passes(z: jax.Array, at_target: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Of each row of z (..., V): the maximum, the logarithm of Σ exp(z − maximum), and z at the target; (..., 1)."""
-    top = jnp.max(z, axis=-1, keepdims=True)
-    log_sum = jnp.log(jnp.sum(jnp.exp(z - top), axis=-1, keepdims=True))
-    return top, log_sum, jnp.sum(jnp.where(at_target, z, 0.0), axis=-1, keepdims=True)
-
-
-def one_pass(z: jax.Array, at_target: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """As `two_passes`, reading z once: each part of a row has a sum below a maximum of its own (Milakov and Gimelshein
-    2018, https://arxiv.org/abs/1805.02867, eq. 4)."""
-
-    def joined(one, other):
-        (top, total, target), (top2, total2, target2) = one, other
-        shrunk = jnp.where(top == top2, 1.0, jnp.exp(-jnp.abs(top - top2)))  # ∞ − ∞ is none
-        total = jnp.where(top >= top2, total + total2 * shrunk, total2 + total * shrunk)
-        return jnp.maximum(top, top2), total, target + target2
-
-    lowest = jnp.finfo(z.dtype).min  # −∞ would be subtracted from itself
-    each = (z, jnp.ones_like(z), jnp.where(at_target, z, 0.0))
-    start = tuple(jnp.asarray(first, z.dtype) for first in (lowest, 0, 0))
-    top, total, z_target = (jnp.expand_dims(a, -1) for a in jax.lax.reduce(each, start, joined, (z.ndim - 1,)))
-    return top, jnp.log(total), z_target
-
-
 def _forward(hidden, head, targets, weights, softcap, tile, groups, with_hidden, with_head):
     precision = jax.lax.Precision.HIGHEST if hidden.dtype == jnp.float32 else None
-    # a CPU computes the second's exponentials faster; on a mesh XLA could not split a reduction of three
-    statistics = two_passes if serving("one_pass", lambda capability: None, None) is None else one_pass
+    capability = serving("cross entropy", triton.check, None)
     (M, D), rows, V = hidden.shape, hidden.shape[0] // groups, head.shape[0]
     tile = min(tile, rows)
     block = tile * min(SHARED if with_head else 1, -(-rows // tile))  # rows whose dz are there together
@@ -79,9 +54,18 @@ def _forward(hidden, head, targets, weights, softcap, tile, groups, with_hidden,
     def one_tile(start):
         """The tile's part of the sum, and dz where it is asked for."""
         h, target, weight = rows_of(start, tile)
+        if capability is not None:  # one device, so one group
+            scores = reference.logits(h[0], head, None)
+            wanted = with_hidden or with_head
+            parts, dz = triton.losses(
+                scores, target[0, :, 0], weight[0, :, 0], softcap, hidden.dtype, wanted, capability
+            )
+            return jnp.sum(parts), dz[None] if wanted else None
         z = reference.logits(h, head, softcap)  # (groups, tile, V) float32
         at_target = jax.lax.broadcasted_iota(target.dtype, z.shape, 2) == target
-        top, log_sum, z_target = statistics(z, at_target)
+        top = jnp.max(z, axis=-1, keepdims=True)
+        log_sum = jnp.log(jnp.sum(jnp.exp(z - top), axis=-1, keepdims=True))
+        z_target = jnp.sum(jnp.where(at_target, z, 0.0), axis=-1, keepdims=True)
         part = jnp.sum(jnp.where(weight != 0, weight * (log_sum + top - z_target), 0.0))
         if not (with_hidden or with_head):
             return part, None

@@ -13,7 +13,8 @@ registers; each chunk writes its own, added up outside. (One program for all of 
 of them filled 32 of 132 multiprocessors.) A program of `backward` holds BF features and walks over one chunk of the
 tokens in tiles of BT, so that the gradients of the low-rank matrices are sums in registers; each chunk writes its own,
 added up outside. The loops say how many tiles are on their way (STAGES): Triton fetches ahead of itself what a product
-reads, and what is only added to one where the loop asks for it. Sums and everything elementwise are float32; e, v, h and dh are never rounded before they are used.
+reads, and what is only added to one where the loop asks for it. Sums and everything elementwise are float32; e, v, h
+and dh are never rounded before they are used.
 Traffic: 3 and 5 arrays of (T, F), where separate passes take 8 and 18 (each low-rank product is written and read again,
 and each thin product reads all of h, de or dv). Nothing is kept for the backward beyond E, V and u.
 `product` and `product_backward` are the same without the low-rank parts, number by number.
@@ -31,8 +32,8 @@ INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
 @triton.jit
 def _sigmoid(x):
-    """1 / (1 + exp(−x)) within 2⁻²¹ of itself, by two instructions that take no care of subnormal numbers: beside 1 they
-    are nothing. Triton's own exp and division do, at twice the registers."""
+    """1 / (1 + exp(−x)) within 2⁻²¹ of itself, by two instructions that take no care of subnormal numbers, which are
+    nothing beside 1. Triton's own exp and division do, at the price of registers."""
     if INTERPRETED:
         return 1.0 / (1.0 + tl.exp(-x))
     else:
