@@ -74,14 +74,14 @@ def attention(shape: Shape, dtype: jnp.dtype, rank: int) -> Iterator[Try]:
 def mlp(shape: Shape, dtype: jnp.dtype, rank: int) -> Iterator[Try]:
     capability = device_capability()
     T, F = shape.B * shape.T, shape.F
-    sizes = (T, F), (T, F), (T, F), (T, rank), (T, rank), (T, rank), (F, rank), (F, rank), (rank, F)
+    sizes = (T, F), (T, F), (T, F), (T, 2 * rank), (T, rank), (F, rank), (F, rank), (rank, F)
     arrays = normal(jax.random.key(0), sizes, dtype)
 
-    def forward(e, v, dh, ue, uv, gd, be, bv, a, tile, parts):
-        return mlp_triton.forward(e, v, (ue, uv), (be, bv), a, "silu", capability, tile, parts)
+    def forward(e, v, dh, u, g, be, bv, a, tile, parts):
+        return mlp_triton.forward(e, v, u, (be, bv), a, "silu", capability, tile, parts)
 
-    def backward(e, v, dh, ue, uv, gd, be, bv, a, tile, parts):
-        return mlp_triton.backward(e, v, dh, (ue, uv, gd), (be, bv), a, "silu", capability, tile, parts)
+    def backward(e, v, dh, u, g, be, bv, a, tile, parts):
+        return mlp_triton.backward(e, v, dh, u, g, (be, bv), a, "silu", capability, tile, parts)
 
     for kernel, launch, parts in (("forward", forward, (256, 1024, 4096)), ("backward", backward, (8, 16))):
         for tile, count in itertools.product(MLP[kernel], parts):

@@ -93,9 +93,10 @@ def check_mlp(capability, rank, folder, *, T=4096, F=9728, dtype=jnp.bfloat16, a
     e, u, b, a = S((T, F), dtype), S((T, rank), dtype), S((F, rank), dtype), S((rank, F), dtype)
 
     def both(e, u, b, a):
-        forward = mlp.forward(e, e, (u, u), (b, b), a, activation, capability)
+        joint = jnp.concatenate([u, u], axis=1)
+        forward = mlp.forward(e, e, joint, (b, b), a, activation, capability)
         plain = mlp.product(e, e, activation, capability), mlp.product_backward(e, e, e, activation, capability)
-        return plain, forward, mlp.backward(e, e, e, (u, u, u), (b, b), a, activation, capability)
+        return plain, forward, mlp.backward(e, e, e, joint, u, (b, b), a, activation, capability)
 
     names = ["product", "product_backward", "forward", "backward"]
     fits(compiled(both, e, u, b, a), names, capability, folder, spill=128)

@@ -95,7 +95,7 @@ def _concatenated_a(layers: tuple[Weights, ...], dtype: jnp.dtype) -> jax.Array:
     return jnp.concatenate([rounded_a(layer, dtype) for layer in layers if layer.lora is not None])
 
 
-def _split_ranks(array: jax.Array, layers: tuple[Weights, ...], axis: int) -> list[jax.Array | None]:
+def split_ranks(array: jax.Array, layers: tuple[Weights, ...], axis: int) -> list[jax.Array | None]:
     """Cuts `array` along `axis` into one part a layer, R wide; None for a layer without LoRA."""
     parts: list[jax.Array | None] = []
     start = 0
@@ -117,8 +117,12 @@ def low_rank_inputs(x: jax.Array, layers: tuple[Weights, ...], rate: float, keys
             else kept_product(reference.matmul(_dropout(x, rate, key), rounded_a(layer, x.dtype)), "lora_low_rank")
             for layer, key in zip(layers, keys, strict=True)
         ]
-    u = kept_product(reference.matmul(x, _concatenated_a(layers, x.dtype)), "lora_low_rank")
-    return _split_ranks(u, layers, axis=u.ndim - 1)
+    return split_ranks(joint_low_rank_input(x, layers), layers, axis=x.ndim - 1)
+
+
+def joint_low_rank_input(x: jax.Array, layers: tuple[Weights, ...]) -> jax.Array:
+    """The u_i of layers that all read x as it is, (..., Σ R), side by side."""
+    return kept_product(reference.matmul(x, _concatenated_a(layers, x.dtype)), "lora_low_rank")
 
 
 def outputs(
@@ -202,7 +206,7 @@ def _a_gradients(x, g, layers, wanted, rate, keys):
         ]
     else:
         joined = jnp.concatenate([part for part in g if part is not None], axis=-1)
-        together = _split_ranks(over_tokens(joined, x, jnp.float32), layers, axis=0)
+        together = split_ranks(over_tokens(joined, x, jnp.float32), layers, axis=0)
     return tuple(d_a if want else None for d_a, want in zip(together, asked, strict=True))
 
 

@@ -46,11 +46,14 @@ def hidden(x: jax.Array, layers: tuple[Weights, Weights], activation: str) -> ja
 
 
 def _inner(x, layers: Layers, rate: float, keys: Keys, kernels: Kernels | None):
-    """e, v (without their low-rank parts where kernels add them) and the low-rank inputs of gate and up."""
-    lows = linear.low_rank_inputs(x, layers[:2], rate, keys[:2])
+    """e, v and the low-rank inputs of gate and up; e and v without their low-rank parts and the inputs side by side
+    where kernels add them."""
+    lows: list[jax.Array | None]
     if kernels and kernels.low_rank:
+        lows = [linear.joint_low_rank_input(x, layers[:2])]
         e, v = (multiply(x, layer.weight) for layer in layers[:2])
     else:
+        lows = linear.low_rank_inputs(x, layers[:2], rate, keys[:2])
         e, v = linear.outputs(x, lows, layers[:2])
     return kept_product(e, "mlp_gate"), kept_product(v, "mlp_up"), lows
 
@@ -62,8 +65,9 @@ def _outer(
     low: list[jax.Array | None]
     if kernels and kernels.low_rank:
         h, u = triton.forward(
-            e, v, lows, _scaled(layers, e.dtype), _a(layers, e.dtype), activation, kernels.capability, in_place=in_place
-        )
+            e, v, lows[0], _scaled(layers, e.dtype), _a(layers, e.dtype), activation, kernels.capability,
+            in_place=in_place,
+        )  # fmt: skip
         low = [u]
     else:
         h = triton.product(e, v, activation, kernels.capability, in_place) if kernels else _product(e, v, activation)
@@ -96,17 +100,18 @@ def _gradients(
     g = linear.low_rank_gradient(dy, layers[2])
     if kernels and kernels.low_rank and not any(want.weight for want in wanted.layers):
         de, dv, *unscaled, d_a = triton.backward(
-            e, v, linear.times(dy, layers[2].weight), (*lows[:2], g), _scaled(layers, e.dtype), _a(layers, e.dtype),
+            e, v, linear.times(dy, layers[2].weight), lows[0], g, _scaled(layers, e.dtype), _a(layers, e.dtype),
             activation, kernels.capability, in_place=in_place,
         )  # fmt: skip
         down_grads = linear.parameter_gradients(
-            dy, lows[2:], (d_a,), (dy,), layers[2:], Wanted(True, wanted.layers[2:])
+            dy, lows[1:], (d_a,), (dy,), layers[2:], Wanted(True, wanted.layers[2:])
         )
         dx, inner_grads = linear.gradients(
-            x, lows[:2], (de, dv), layers[:2], inner_wanted, rate, keys[:2], unscaled=tuple(unscaled)
+            x, [None, None], (de, dv), layers[:2], inner_wanted, rate, keys[:2], unscaled=tuple(unscaled)
         )
         return dx, inner_grads + down_grads
     if kernels and kernels.low_rank:
+        lows = linear.split_ranks(lows[0], layers[:2], axis=x.ndim - 1) + lows[1:]
         e, v = (
             product + reference.matmul(low, linear.scaled_b(layer, product.dtype))
             for product, low, layer in zip((e, v), lows[:2], layers[:2], strict=True)

@@ -92,20 +92,20 @@ def constants(e: jax.Array, ranks: tuple[int, int, int], activation: str, tile: 
 
 
 def forward(
-    e: jax.Array, v: jax.Array, lows: tuple[jax.Array, jax.Array], scaled: tuple[jax.Array, jax.Array], a: jax.Array,
+    e: jax.Array, v: jax.Array, u: jax.Array, scaled: tuple[jax.Array, jax.Array], a: jax.Array,
     activation: str, capability: int, tile: Tile | None = None, programs: int | None = None, in_place: bool = False,
 ) -> tuple[jax.Array, jax.Array]:  # fmt: skip
     """h (..., F) and down's low-rank input (..., R) in e's dtype.
 
-    e, v: (..., F), the large products of gate and up; lows: their low-rank inputs (..., R); scaled: their s B (F, R);
-    a: down's A (R, F). All of one 16-bit dtype. programs: about how many the kernel is cut into; None goes by T.
-    in_place: h takes the place of e, which XLA copies first where it is still read.
+    e, v: (..., F), the large products of gate and up; u: their low-rank inputs (..., R + R), side by side; scaled:
+    their s B (F, R); a: down's A (R, F). All of one 16-bit dtype. programs: about how many the kernel is cut into; None
+    goes by T. in_place: h takes the place of e, which XLA copies first where it is still read.
     """
     from jaxft.kernels.mlp import triton_kernels
 
     lead = e.shape[:-1]
-    e, v, ue, uv = (x.reshape(-1, x.shape[-1]) for x in (e, v, *lows))
-    ranks = (ue.shape[1], uv.shape[1], a.shape[0])
+    e, v, u = (x.reshape(-1, x.shape[-1]) for x in (e, v, u))
+    ranks = (scaled[0].shape[1], scaled[1].shape[1], a.shape[0])
     tile = tile or tiles(capability, ranks)[0]
     T, F = e.shape
     rows = -(-T // tile.tokens)
@@ -113,7 +113,7 @@ def forward(
     chunk = -(-F * rows // (programs * tile.features)) * tile.features
     count = -(-F // chunk)
     h, parts = _launch(
-        triton_kernels.forward, (e, v, ue, uv, *scaled, a),
+        triton_kernels.forward, (e, v, u, *scaled, a),
         (jax.ShapeDtypeStruct(e.shape, e.dtype), jax.ShapeDtypeStruct((count, T, ranks[2]), jnp.float32)),
         (rows, count), tile, capability, constants(e, ranks, activation, tile) | {"CHUNK": chunk}, 1 * in_place,
     )  # fmt: skip
@@ -121,28 +121,28 @@ def forward(
 
 
 def backward(
-    e: jax.Array, v: jax.Array, dh: jax.Array, lows: tuple[jax.Array, jax.Array, jax.Array],
-    scaled: tuple[jax.Array, jax.Array], a: jax.Array, activation: str, capability: int, tile: Tile | None = None,
-    chunks: int | None = None, in_place: bool = False,
+    e: jax.Array, v: jax.Array, dh: jax.Array, u: jax.Array, g: jax.Array, scaled: tuple[jax.Array, jax.Array],
+    a: jax.Array, activation: str, capability: int, tile: Tile | None = None, chunks: int | None = None,
+    in_place: bool = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]:  # fmt: skip
     """de, dv (..., F) in e's dtype, and in float32 deᵀ u_e, dvᵀ u_v (F, R) and g_dᵀ h (R, F).
 
-    As `forward`, with dh (..., F), the large product of down's backward, and lows: the low-rank inputs of gate and up
-    and the low-rank gradient of down. in_place: de and dv take the places of e and v.
+    As `forward`, with dh (..., F), the large product of down's backward, and g (..., R), its low-rank one. in_place: de
+    and dv take the places of e and v.
     """
     from jaxft.kernels.mlp import triton_kernels
 
     shape = e.shape
-    e, v, dh, ue, uv, gd = (x.reshape(-1, x.shape[-1]) for x in (e, v, dh, *lows))
+    e, v, dh, u, g = (x.reshape(-1, x.shape[-1]) for x in (e, v, dh, u, g))
     T, F = e.shape
-    ranks = (ue.shape[1], uv.shape[1], gd.shape[1])
+    ranks = (scaled[0].shape[1], scaled[1].shape[1], a.shape[0])
     tile = tile or tiles(capability, ranks)[1]
     chunks = chunks or CHUNKS[T >= MANY]
     chunk = -(-T // (chunks * tile.tokens)) * tile.tokens
     count = -(-T // chunk)
     full, sums = jax.ShapeDtypeStruct(e.shape, e.dtype), [(F, ranks[0]), (F, ranks[1]), (ranks[2], F)]
     de, dv, *parts = _launch(
-        triton_kernels.backward, (e, v, dh, ue, uv, gd, *scaled, a),
+        triton_kernels.backward, (e, v, dh, u, g, *scaled, a),
         (full, full, *(jax.ShapeDtypeStruct((count, *one), jnp.float32) for one in sums)),
         (-(-F // tile.features), count), tile, capability,
         constants(e, ranks, activation, tile) | {"CHUNK": chunk}, 2 * in_place,

@@ -6,7 +6,8 @@
     de = dh · v · act′(e),  dv = dh · act(e)
     dB_e = deᵀ u_e,  dB_v = dvᵀ u_v,  dA_d = g_dᵀ h
 
-u, g (T, R) are the low-rank inputs and their gradients, b (F, R) the scaled B of gate and up, A_d (R, F) that of down.
+u, g (T, R) are the low-rank inputs and their gradients, u_e and u_v columns of one array, as one product makes them;
+b (F, R) is the scaled B of gate and up, A_d (R, F) that of down.
 
 Tiles. A program of `forward` holds BT tokens and walks over one chunk of F in tiles of BF, so that u_d is a sum in
 registers; each chunk writes its own, added up outside. (One program for all of F is too few where tokens are few: 2,048
@@ -59,9 +60,14 @@ def _activation(x, KIND: tl.constexpr):
 
 
 @triton.jit
-def _matrix(base, row, column, rows, columns: tl.constexpr, EDGE: tl.constexpr, WIDE: tl.constexpr):
-    """base[row, column] of a (rows, columns) array; zeros past its rows (where EDGE) and columns (where WIDE)."""
-    at = base + row.to(tl.int64)[:, None] * columns + column[None, :]
+def _matrix(
+    base, row, column, rows, columns: tl.constexpr, EDGE: tl.constexpr, WIDE: tl.constexpr, STRIDE: tl.constexpr = 0
+):
+    """base[row, column] of a (rows, columns) array; zeros past its rows (where EDGE) and columns (where WIDE).
+
+    STRIDE: how far apart its rows are, where that is not `columns`.
+    """
+    at = base + row.to(tl.int64)[:, None] * (STRIDE or columns) + column[None, :]
     if EDGE and WIDE:
         return tl.load(at, mask=(row < rows)[:, None] & (column < columns)[None, :], other=0.0)
     elif EDGE:
@@ -82,7 +88,7 @@ def _tile(at, inside, EDGE: tl.constexpr):
 
 @triton.jit
 def forward(
-    e_ptr, v_ptr, ue_ptr, uv_ptr, be_ptr, bv_ptr, ad_ptr, h_ptr, ud_ptr,
+    e_ptr, v_ptr, u_ptr, be_ptr, bv_ptr, ad_ptr, h_ptr, ud_ptr,
     T: tl.constexpr, F: tl.constexpr, RE: tl.constexpr, RV: tl.constexpr, RD: tl.constexpr, REP: tl.constexpr,
     RVP: tl.constexpr, RDP: tl.constexpr, KIND: tl.constexpr, BT: tl.constexpr, BF: tl.constexpr, STAGES: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -96,8 +102,8 @@ def forward(
     TE: tl.constexpr = T % BT != 0
     FE: tl.constexpr = F % BF != 0
     re, rv, rd = tl.arange(0, REP), tl.arange(0, RVP), tl.arange(0, RDP)
-    ue = _matrix(ue_ptr, t, re, T, RE, TE, RE < REP)
-    uv = _matrix(uv_ptr, t, rv, T, RV, TE, RV < RVP)
+    ue = _matrix(u_ptr, t, re, T, RE, TE, RE < REP, RE + RV)
+    uv = _matrix(u_ptr + RE, t, rv, T, RV, TE, RV < RVP, RE + RV)
     ud = tl.zeros((BT, RDP), tl.float32)
     for f0 in tl.range(chunk * CHUNK, tl.minimum(chunk * CHUNK + CHUNK, F), BF, num_stages=STAGES):
         f = f0 + tl.arange(0, BF)
@@ -116,7 +122,7 @@ def forward(
 
 @triton.jit
 def backward(
-    e_ptr, v_ptr, dh_ptr, ue_ptr, uv_ptr, gd_ptr, be_ptr, bv_ptr, ad_ptr,
+    e_ptr, v_ptr, dh_ptr, u_ptr, gd_ptr, be_ptr, bv_ptr, ad_ptr,
     de_ptr, dv_ptr, dbe_ptr, dbv_ptr, dad_ptr,
     T: tl.constexpr, F: tl.constexpr, RE: tl.constexpr, RV: tl.constexpr, RD: tl.constexpr, REP: tl.constexpr,
     RVP: tl.constexpr, RDP: tl.constexpr, KIND: tl.constexpr, BT: tl.constexpr, BF: tl.constexpr, STAGES: tl.constexpr,
@@ -139,8 +145,8 @@ def backward(
     dad = tl.zeros((RDP, BF), tl.float32)
     for t0 in tl.range(chunk * CHUNK, tl.minimum(chunk * CHUNK + CHUNK, T), BT, num_stages=STAGES):
         t = t0 + tl.arange(0, BT)
-        ue = _matrix(ue_ptr, t, re, T, RE, TE, RE < REP)
-        uv = _matrix(uv_ptr, t, rv, T, RV, TE, RV < RVP)
+        ue = _matrix(u_ptr, t, re, T, RE, TE, RE < REP, RE + RV)
+        uv = _matrix(u_ptr + RE, t, rv, T, RV, TE, RV < RVP, RE + RV)
         gd = _matrix(gd_ptr, t, rd, T, RD, TE, RD < RDP)
         e = _matrix(e_ptr, t, f, T, F, TE, FE).to(tl.float32) + tl.dot(ue, be)
         v = _matrix(v_ptr, t, f, T, F, TE, FE).to(tl.float32) + tl.dot(uv, bv)
