@@ -91,10 +91,10 @@ WORKLOADS = {
     "A2": Workload("qwen3-4b", 8, 2048, gradient_checkpointing="products"),
     "A3": Workload("qwen3-4b", 1, 2048, load_in_4bit=True, gradient_checkpointing="offload_middle"),
     "A4": Workload("qwen3-4b", 8, 2048, load_in_4bit=True, gradient_checkpointing="offload_middle"),
-    "A5": Workload("llama-3-8b", 2, 2048, load_in_4bit=True, gradient_checkpointing="offload_middle"),
-    "A6": Workload("llama-3-8b", 4, 4096, gradient_checkpointing="offload_middle"),
-    "A7": Workload("llama-3-8b", 1, 32768, load_in_4bit=True, gradient_checkpointing="offload_middle"),
-    "A8": Workload("llama-3.2-1b", 8, 2048, full_finetuning=True, gradient_checkpointing="offload_attention"),
+    "A5": Workload("llama-3-8b", 2, 2048, load_in_4bit=True, gradient_checkpointing="offload_qkv"),
+    "A6": Workload("llama-3-8b", 4, 4096, gradient_checkpointing="offload_qkv"),
+    "A7": Workload("llama-3-8b", 1, 32768, load_in_4bit=True, gradient_checkpointing="offload_qkv"),
+    "A8": Workload("llama-3.2-1b", 8, 2048, full_finetuning=True, gradient_checkpointing="offload_middle"),
     "A9": Workload("qwen3-4b", 8, 2048, mean_document=200, gradient_checkpointing="offload_middle"),
 }
 
@@ -158,7 +158,7 @@ def planned(name: str, options: argparse.Namespace) -> Plan:
     if limit is None:
         raise InputError(f"--memory_budget auto: {device.device_kind} has no memory of its own; name a number")
     try:
-        return choose(limit, make, say=lambda line: print(line, file=sys.stderr), ladder=ladder_of(mesh))
+        return choose(limit, make, say=lambda line: print(line, file=sys.stderr), ladder=ladder_of(mesh, model.config))
     except InputError as failure:
         if options.dry_run:  # which was asked whether it fits: the answer is no
             raise RunError(str(failure)) from failure

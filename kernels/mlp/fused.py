@@ -99,6 +99,7 @@ def _gradients(
     inner_wanted = Wanted(wanted.x, wanted.layers[:2])
     g = linear.low_rank_gradient(dy, layers[2])
     if kernels and kernels.low_rank and not any(want.weight for want in wanted.layers):
+        assert lows[0] is not None and g is not None
         de, dv, *unscaled, d_a = triton.backward(
             e, v, linear.times(dy, layers[2].weight), lows[0], g, _scaled(layers, e.dtype), _a(layers, e.dtype),
             activation, kernels.capability, in_place=in_place,
