@@ -7,7 +7,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from jaxft import doctor, offload_check
 from jaxft.errors import RunError
-from jaxft.models.offload import offloaded_scan
+from jaxft.models.offload import checkpointed_scan
 
 L, B, D = 5, 4, 8
 kept = jax.checkpoint_policies.save_only_these_names
@@ -43,11 +43,14 @@ def loss(run, x, trained, layers, shared):
 
 @pytest.mark.parametrize("count", [1, 3, L])
 @pytest.mark.parametrize(
-    ("names", "ahead"),
-    [((), None), (("hidden",), None), (("hidden",), 1), (("hidden",), 0), (("small",), None), (("hidden", "small"), 1)],
+    ("names", "host", "ahead"),
+    [
+        *(((), True, None), (("hidden",), True, None), (("hidden",), True, 1), (("hidden",), True, 0)),
+        *((("small",), True, None), (("hidden", "small"), True, 1), (("hidden", "small"), False, None)),
+    ],
     ids=str,
 )
-def test_offloaded_scan_equals_a_scan_that_keeps_everything(inputs, names, ahead, count):
+def test_it_equals_a_scan_that_keeps_everything(inputs, names, host, ahead, count):
     x, layers, shared = inputs
     layers = jax.tree.map(lambda leaf: leaf[:count], layers)
 
@@ -55,7 +58,7 @@ def test_offloaded_scan_equals_a_scan_that_keeps_everything(inputs, names, ahead
         return jax.lax.scan(lambda x, layer: (body(None)(x, layer, shared), None), x, layers)[0]
 
     def offloaded(x, layers, shared):
-        return offloaded_scan(body(kept(*names)), ahead, x, layers, shared)
+        return checkpointed_scan(body(kept(*names)), host, ahead, x, layers, shared)
 
     grads = [
         jax.jit(jax.value_and_grad(lambda x, trained, run=run: loss(run, x, trained, layers, shared), (0, 1)))(
@@ -70,7 +73,7 @@ def test_offloaded_scan_equals_a_scan_that_keeps_everything(inputs, names, ahead
 @pytest.mark.parametrize(("names", "far"), [((), 1), (("hidden",), 2), (("small",), 1), (("hidden", "small"), 2)])
 def test_only_the_input_and_what_is_named_and_large_goes_to_the_host(inputs, names, far):
     x, layers, shared = inputs
-    run = lambda *inputs: offloaded_scan(body(kept(*names)), None, *inputs)  # noqa: E731
+    run = lambda *inputs: checkpointed_scan(body(kept(*names)), True, None, *inputs)  # noqa: E731
     grad = jax.grad(lambda x, trained: loss(run, x, trained, layers, shared), (0, 1))
     loops = [
         equation
@@ -85,17 +88,19 @@ def test_only_the_input_and_what_is_named_and_large_goes_to_the_host(inputs, nam
 def test_a_derivative_of_what_all_layers_share_is_refused(inputs):
     x, layers, shared = inputs
     with pytest.raises(TypeError, match="share"):
-        jax.grad(lambda shared: jnp.sum(offloaded_scan(body(kept()), None, x, layers, shared)))(shared)
+        jax.grad(lambda shared: jnp.sum(checkpointed_scan(body(kept()), True, None, x, layers, shared)))(shared)
 
 
 def test_the_check_before_a_run_finds_equal_gradients_here_and_wrong_ones_where_a_residual_is_swapped(monkeypatch):
     assert offload_check.difference() <= 1e-5 < offload_check.TOLERANCE
     assert doctor.offload_finding().status == doctor.OK
 
-    def swapped(body, ahead, x, layers, shared):  # what a wrong slot gives: the layers' residuals in another order
-        return offloaded_scan(body, ahead, x, layers[::-1], shared)
+    def swapped(
+        body, host, ahead, x, layers, shared
+    ):  # what a wrong slot gives: the layers' residuals in another order
+        return checkpointed_scan(body, host, ahead, x, layers[::-1], shared)
 
-    monkeypatch.setattr(offload_check, "offloaded_scan", swapped)
+    monkeypatch.setattr(offload_check, "checkpointed_scan", swapped)
     with pytest.raises(RunError, match=r"other gradients with jax .*; take --gradient_checkpointing full"):
         offload_check.check_offload()
     assert doctor.offload_finding().status == doctor.FAIL

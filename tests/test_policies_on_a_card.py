@@ -31,13 +31,20 @@ def compiled(monkeypatch):
     return text
 
 
+def entry_of(text: str) -> str:
+    """The computation in which the loops stand."""
+    (entry,) = re.findall(r"^ENTRY .*?^}", text, re.MULTILINE | re.DOTALL)
+    return entry
+
+
 @pytest.mark.parametrize("policy", ["offload_attention", "offload_middle", "offload_qkv"])
 def test_what_is_fetched_from_the_host_is_named_to_the_scheduler_and_no_stack_is_copied_whole(compiled, policy):
     text = compiled(policy)
-    assert (
-        text.count("AllocateBuffer") == {"offload_attention": 2, "offload_middle": 3, "offload_qkv": 6}[policy]
-    )  # one a stack
+    stacks = re.findall(r"S\(5\)\} custom-call\(\), custom_call_target=\"AllocateBuffer\"", text)
+    assert len(stacks) == {"offload_attention": 2, "offload_middle": 3, "offload_qkv": 6}[policy]
     assert not re.search(r"S\(5\)\} copy\(", text)
+    # nor are those on the device, which are not filled with zeros either
+    assert not re.search(r"\w+\[3,[\d,]+\]\S* (?:copy|broadcast)\(", entry_of(text))
     fetches = set(re.findall(r"%(dynamic-slice-start[.\d]*) = ", text))
     options = cards.step_options("gpu", policy)
     with open(options["xla_gpu_pgle_profile_file_or_directory_path"], encoding="utf-8") as file:
@@ -50,8 +57,7 @@ def test_nothing_but_residuals_stands_on_the_streams_of_the_copies(compiled, pol
     text = compiled(policy)
     starts = re.findall(r"%[-\w]*-start[.\d]* = .*", text)
     assert starts and all("S(5)" in start for start in starts)  # from or to the host
-    (entry,) = re.findall(r"^ENTRY .*?^}", text, re.MULTILINE | re.DOTALL)
-    assert "-start" not in entry  # outside of the loops a fetch is a kernel, which waits for the bus
+    assert "-start" not in entry_of(text)  # outside of the loops a fetch is a kernel, which waits for the bus
 
 
 def test_of_what_is_fetched_only_what_is_fetched_a_layer_ahead_is_copied(compiled):
@@ -80,6 +86,13 @@ def test_what_every_layer_has_is_rounded_and_its_gradients_are_put_away_by_few_k
         stacks = set(re.findall(r"f32\[3,16,(?:256|512)\]|f32\[3,(?:256|512|128),16\]", body))
         assert not stacks, stacks
         assert len(re.findall(r"= f32\[3,\d+\]\S* (?:fusion|dynamic-update-slice)\(", body)) <= 1
+
+
+@pytest.mark.parametrize("policy", ["products", "attention", "full"])
+def test_what_is_kept_on_the_device_is_not_filled_with_zeros_first(compiled, policy):
+    text = compiled(policy)
+    assert "AllocateBuffer" in text
+    assert not re.search(r"\w+\[3,[\d,]+\]\S* (?:copy|broadcast)\(", entry_of(text))
 
 
 def test_a_product_that_is_kept_is_computed_once(compiled):

@@ -16,8 +16,9 @@ from flax import nnx
 from jaxft.kernels import attention as attention_op
 from jaxft.kernels import linear as linear_op
 from jaxft.kernels import mlp as mlp_op
+from jaxft.kernels.gpu import one_device
 from jaxft.kernels.rms_norm import residual_rms_norm, rms_norm
-from jaxft.models.offload import offloaded_scan
+from jaxft.models.offload import checkpointed_scan
 from jaxft.quant import NF4, is_quantized
 from jaxft.sharding import constrain
 
@@ -313,13 +314,16 @@ def scan_layers(block: nnx.Module, x: jax.Array, layers: LayerData, context: Con
         x, cache = nnx.merge(graphdef, jax.tree.unflatten(treedef, leaves))(x, data, context, cache)
         return constrain(x, ("batch", "length", "embed_activation")), cache
 
-    if remat in OFFLOADED and cache is None:
+    host = remat in OFFLOADED
+    # elsewhere XLA would have to split what that scan makes without a word about how
+    if cache is None and (host or (REMAT[remat] is not None and one_device())):
 
         def body(x, layer, shared):
             return run(x, layer, shared, None)[0]
 
         body = jax.checkpoint(body, prevent_cse=False, policy=REMAT[remat])
-        return offloaded_scan(body, AHEAD.get(remat), x, (sliced, layers, index), (stacks, context)), None
+        shared = (stacks, context)
+        return checkpointed_scan(body, host, AHEAD.get(remat), x, (sliced, layers, index), shared), None
 
     def step(x, inputs):
         layer, cache = inputs

@@ -1,9 +1,10 @@
-"""A scan over layers whose residuals wait on the host: copied out behind the forward pass, fetched one layer ahead.
+"""A scan over layers with a backward pass of its own, whose residuals may wait on the host.
 
 `jax.checkpoint`'s own offloading fetches a layer's residuals when its backward pass begins, which then waits for the
 copy. Here the backward loop carries those that a layer's backward pass begins with, and its body fetches them for the
 layer below while it computes; the others it fetches for itself, as they are read later. What is kept is what the policy
-of `jax.checkpoint` names, and each layer's input; small residuals stay on the device.
+of `jax.checkpoint` names, and each layer's input; small residuals stay on the device. Where all of them do, what is
+gained over `jax.lax.scan` is that their stacks are not filled with zeros first.
 """
 
 import functools
@@ -37,21 +38,21 @@ class _Pull:
     wanted: tuple[bool, ...]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def offloaded_scan(body: Body, ahead: int | None, x: jax.Array, layers: Any, shared: Any) -> jax.Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def checkpointed_scan(body: Body, host: bool, ahead: int | None, x: jax.Array, layers: Any, shared: Any) -> jax.Array:
     """x after body(x, layer, shared) for each layer; the leaves of `layers` have a leading L.
 
-    body is `jax.checkpoint`ed, so that its residuals are few. ahead: how many of those that leave the device, from the
-    last that a layer's forward pass makes, its backward pass begins with; None: all. They are fetched a layer ahead,
-    into a second array each. Differentiated with respect to x and whatever leaves of layers are differentiated;
-    `shared` has no derivative: TypeError where one is asked for.
+    body is `jax.checkpoint`ed, so that its residuals are few. host: whether the larger ones wait there. ahead: how many
+    of those, from the last that a layer's forward pass makes, its backward pass begins with; None: all. They are
+    fetched a layer ahead, into a second array each. Differentiated with respect to x and whatever leaves of layers are
+    differentiated; `shared` has no derivative: TypeError where one is asked for.
     """
     return jax.lax.scan(lambda x, layer: (body(x, layer, shared), None), x, layers)[0]
 
 
-def _forward(body, ahead, x, layers, shared):
+def _forward(body, host, ahead, x, layers, shared):
     if any(leaf.perturbed for leaf in jax.tree.leaves(shared)):
-        raise TypeError("what all layers share is differentiated; offloaded_scan has no derivative for it")
+        raise TypeError("what all layers share is differentiated; checkpointed_scan has no derivative for it")
     wanted = tuple(leaf.perturbed for leaf in jax.tree.leaves(layers))
     x, layers, shared = jax.tree.map(lambda leaf: leaf.value, (x, layers, shared))
     pulls: list[_Pull] = []
@@ -66,33 +67,39 @@ def _forward(body, ahead, x, layers, shared):
         kept = [leaf for leaf in leaves if id(leaf) not in own]
         # last first: XLA's scheduler sends what stands first in a loop as late as it can, and a copy that could have
         # begun behind attention would wait for the bus behind a later one's
-        far = [leaf for leaf in reversed(kept) if leaf.size * SMALL >= x.size]
-        near = [leaf for leaf in kept if leaf.size * SMALL < x.size]
+        far = [leaf for leaf in reversed(kept) if host and leaf.size * SMALL >= x.size]
+        near = [leaf for leaf in kept if not host or leaf.size * SMALL < x.size]
         own |= {id(leaf): ("far", i) for i, leaf in enumerate(far)}
         own |= {id(leaf): ("near", i) for i, leaf in enumerate(near)}
         pulls.append(_Pull(treedef, tuple(own[id(leaf)] for leaf in leaves), wanted))
         return y, far, near
 
     def step(carry):
-        index, x, host, device, _ = carry
+        index, x, there, here, _ = carry
         x, far, near = one(x, index)
         # the backward loop counts up where this one counts down: XLA leaves a copy to the copy engines only where its
         # offset is the loop's own counter, or known from it outside of the copy
-        host = _put(host, jax.device_put(far, jax.memory.Space.Host), count - 1 - index)
-        return index + 1, x, host, _put(device, near, index), far[:ahead]
+        there = _put(there, jax.device_put(far, jax.memory.Space.Host), count - 1 - index)
+        return index + 1, x, there, _put(here, near, index), far[:ahead]
 
     _, far, near = jax.eval_shape(one, x, jnp.int32(0))
     # no two stacks of one shape: XLA would allocate them as one array, and part them again by a copy of the whole
     slots = [count + number for number in range(len(far))]
-    host = [
+    there = [
         jax.device_put(jnp.zeros((n, *leaf.shape), leaf.dtype), jax.memory.Space.Host)
         for n, leaf in zip(slots, far, strict=True)
     ]
-    device = [jnp.zeros((count, *leaf.shape), leaf.dtype) for leaf in near]
-    last = [jnp.zeros(leaf.shape, leaf.dtype) for leaf in far[:ahead]]
-    start = (jnp.int32(0), x, host, device, last)
-    _, x, host, device, last = jax.lax.while_loop(lambda carry: carry[0] < count, step, start)
-    return x, (host, last, device, layers, shared, pulls[-1])
+    here = [_empty((count, *leaf.shape), leaf.dtype) for leaf in near]
+    last = [_empty(leaf.shape, leaf.dtype) for leaf in far[:ahead]]
+    start = (jnp.int32(0), x, there, here, last)
+    _, x, there, here, last = jax.lax.while_loop(lambda carry: carry[0] < count, step, start)
+    return x, (there, last, here, layers, shared, pulls[-1])
+
+
+def _empty(shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    """What a loop writes before it is read. Zeros would be written first, and once more for each stack of one shape; on
+    a mesh XLA would not split what it does not write."""
+    return jax.lax.empty(shape, dtype) if one_device() else jnp.zeros(shape, dtype)
 
 
 def _put(stacks: list[jax.Array], rows: list[jax.Array], index: jax.Array) -> list[jax.Array]:
@@ -118,8 +125,8 @@ def _pull_back(body, x, layer, shared, wanted):
     return jax.vjp(of_wanted, x, asked)
 
 
-def _backward(body, ahead, residuals, dy):
-    host, last, device, layers, shared, pull = residuals
+def _backward(body, host, ahead, residuals, dy):
+    there, last, device, layers, shared, pull = residuals
     treedef, count = jax.tree.structure(layers), jax.tree.leaves(layers)[0].shape[0]
 
     def fetch(stacks, slot):
@@ -129,18 +136,18 @@ def _backward(body, ahead, residuals, dy):
     def step(carry):
         below, dx, here, grads = carry  # below: the slot of the layer below this one
         index = count - below
-        later = fetch(host[len(here) :], below - 1)
-        ahead = fetch(host[: len(here)], below)
+        later = fetch(there[len(here) :], below - 1)
+        next_here = fetch(there[: len(here)], below)
         layer, near = _at(layers, index), _at(device, index)
         found = {"far": here + later, "near": near, "layer": jax.tree.leaves(layer), "shared": jax.tree.leaves(shared)}
         back = jax.tree.unflatten(pull.treedef, [found[source][i] for source, i in pull.sources])
         dx, new = back(dx)
-        return below + 1, dx, ahead, _put(grads, _packed(new, groups), index)
+        return below + 1, dx, next_here, _put(grads, _packed(new, groups), index)
 
     asked = [leaf for leaf, want in zip(jax.tree.leaves(layers), pull.wanted, strict=True) if want]
     groups = _groups(asked)
     first = jax.eval_shape(lambda rows: _packed(rows, groups), _at(asked, 0))
-    grads = [jnp.zeros((count, *one.shape), one.dtype) for one in first]
+    grads = [_empty((count, *one.shape), one.dtype) for one in first]
     start = (jnp.int32(1), dy, last, grads)
     _, dx, _, grads = jax.lax.while_loop(lambda carry: carry[0] <= count, step, start)
     rest = iter(_unpacked(grads, asked, groups))
@@ -174,4 +181,4 @@ def _unpacked(packed: list[jax.Array], like: list[jax.Array], groups: tuple[tupl
     return [found[n] for n in range(len(like))]
 
 
-offloaded_scan.defvjp(_forward, _backward, symbolic_zeros=True)
+checkpointed_scan.defvjp(_forward, _backward, symbolic_zeros=True)
