@@ -156,19 +156,19 @@ def write_rows(whole: jax.Array, chunk: jax.Array, at: jax.Array) -> jax.Array:
     return jax.lax.dynamic_update_slice(whole, chunk, tuple(at))
 
 
-def _empty(shape: tuple[int, ...], dtype: Any, sharding: Any) -> jax.Array:
-    return _zeros(shape, jnp.dtype(dtype), sharding)()
+def _empty(shapes: Any, shardings: Any = None) -> Any:
+    """Zeros in place of a tree of shapes, made by one program."""
+    leaves, treedef = jax.tree.flatten(shapes)
+    places = None if shardings is None else tuple(jax.tree.leaves(shardings))
+    return jax.tree.unflatten(treedef, _zeros(tuple(leaves), places)())
 
 
-@cache  # layers of one shape are made by one program: jit compiles a function that it has not seen anew
-def _zeros(shape: tuple[int, ...], dtype: jnp.dtype, sharding: Any) -> Callable[[], jax.Array]:
-    return jax.jit(partial(jnp.zeros, shape, dtype), out_shardings=sharding)
+@cache  # jit compiles a function that it has not seen anew
+def _zeros(shapes: tuple[jax.ShapeDtypeStruct, ...], places: tuple[Any, ...] | None) -> Callable[[], Any]:
+    def zeros():
+        return tuple(jnp.zeros(one.shape, one.dtype) for one in shapes)
 
-
-def _empty_leaf(leaf: Quantized, sharding: Any) -> Quantized:
-    if sharding is None:
-        return jax.tree.map(lambda array: _empty(array.shape, array.dtype, None), leaf)
-    return jax.tree.map(lambda array, place: _empty(array.shape, array.dtype, place), leaf, sharding)
+    return jax.jit(zeros, out_shardings=places)
 
 
 @partial(jax.jit, static_argnums=1)
@@ -194,7 +194,7 @@ def read_matrix(where: dict[str, Any], name: str, dtype: Any = None) -> jax.Arra
     for start, chunk in chunks(where[name], name):
         if weight is None:
             shape = tuple(where[name].get_slice(name).get_shape())
-            weight = _empty(shape, chunk.dtype if dtype is None else dtype, None)
+            weight = _empty(jax.ShapeDtypeStruct(shape, chunk.dtype if dtype is None else dtype))
         weight = write_rows(weight, chunk, np.array([start, 0], np.int32))
         weight.block_until_ready()
     assert weight is not None  # a matrix has at least one row
@@ -276,20 +276,16 @@ def load_params(
     """
     where = open_model(directory) if where is None else where
     stored, _ = check_model(directory, where, names, shapes)
-    places_of = dict(flatten(shardings)) if shardings is not None else {}
     leaves = dict(flatten(shapes))
-    arrays: dict[str, Any] = {}
+    held = {p: leaf if is_quantized(leaf) else jax.ShapeDtypeStruct(leaf.shape, dtype) for p, leaf in leaves.items()}
+    arrays = _empty(held, None if shardings is None else dict(flatten(shardings)))
     for hf, place in places(names, shapes).items():
-        target, sharding = leaves[place.path], places_of.get(place.path)
+        target = leaves[place.path]
         if is_quantized(target):
-            if place.path not in arrays:
-                arrays[place.path] = _empty_leaf(target, sharding)
             leaf = load_leaf(where, hf, target, stored.get(hf), (changes or {}).get(hf))
             arrays[place.path] = jax.block_until_ready(_write_leaf(arrays[place.path], leaf, np.int32(place.row or 0)))
             continue
         shape = target.shape
-        if place.path not in arrays:
-            arrays[place.path] = _empty(shape, dtype, sharding)
         if changes and hf in changes:
             matrix = changes[hf](hf, read_matrix(where, hf, dtype), None)
             at = [0] * len(shape) if place.row is None else [place.row, 0, 0]

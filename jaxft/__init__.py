@@ -3,6 +3,8 @@
 The public functions of a run, in the order in which a script calls them; each lives in the module it is imported from.
 """
 
+import gc
+
 from jaxft import without_torch as without_torch  # before anything imports transformers
 
 # isort: split
@@ -19,6 +21,10 @@ from jaxft.loss import sft_loss
 from jaxft.models import Model, describe_model, init_params
 from jaxft.optim import make_optimizer, make_schedule
 from jaxft.step import make_eval_step, make_train_step
+
+if without_torch.is_command():  # it was off for the imports
+    gc.freeze()  # what is imported stays
+    gc.enable()
 
 __version__ = "0.1.0"
 

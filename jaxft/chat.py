@@ -125,7 +125,8 @@ def trained_tokens(
     )
     found = []
     for sample, ids, offsets in zip(rendered, encoded["input_ids"], encoded["offset_mapping"], strict=True):
-        begin, end = np.asarray(offsets, np.int64).reshape(-1, 2).T
+        numbers = itertools.chain.from_iterable(offsets)  # half the time of an array of pairs
+        begin, end = np.fromiter(numbers, np.int64, 2 * len(offsets)).reshape(-1, 2).T
         trained = np.zeros(len(begin), bool)
         for start, stop in sample.spans:
             trained |= (begin < stop) & (end > start)

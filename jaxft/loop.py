@@ -160,7 +160,8 @@ def run_training(run: Run, prepared: Prepared) -> Outcome:
 
     peak = peak_flops(prepared.mesh.devices.flat[0], prepared.compute_dtype)
     peak = None if peak is None else peak * prepared.mesh.devices.size
-    schedule = jax.jit(run.schedule)  # one program, where each of its operations would be one
+    # one program each, where each of their operations would be one
+    schedule, step_key = jax.jit(run.schedule), jax.jit(jax.random.fold_in)
     eval_function = jax.jit(make_eval_step(prepared.model, dtype=prepared.compute_dtype))
 
     def settle() -> None:
@@ -257,7 +258,7 @@ def run_training(run: Run, prepared: Prepared) -> Outcome:
                 learning_rate = float(schedule(_updates_done(opt_state, step - 1)))
             trainable, opt_state, found = run.step(
                 trainable, opt_state, prepared.frozen, put_batch(batch, prepared.mesh),
-                jax.random.fold_in(key, step),
+                step_key(key, step),
             )  # fmt: skip
             settle()  # of the step before: the device has work while the host reads and prepares
             sent = Sent(step, batch, found)

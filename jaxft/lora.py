@@ -192,25 +192,34 @@ def _drawn(
     key: jax.Array, leaves: tuple[tuple[str, tuple[int, ...], tuple[int, ...]], ...], how: str
 ) -> dict[str, jax.Array]:
     """The first A and B of these paths, shapes and ranks of the layers; how: `init_lora_weights`, or "adalora"."""
+    keys = jax.random.split(key, len(leaves))
+    alike: dict[tuple[int, ...], list[int]] = {}  # what draws leaves of one shape is compiled once
+    for at, (path, shape, _) in enumerate(leaves):
+        if how == "adalora" or path.endswith("/a"):
+            alike.setdefault(shape, []).append(at)
+    drawn: dict[int, jax.Array] = {}
+    for shape, numbers in alike.items():
+        bound = 1 / math.sqrt(shape[-1])
+        if how in ("adalora", "gaussian"):
+            draw = partial(jax.random.normal, shape=shape, dtype=jnp.float32)
+        else:
+            draw = partial(jax.random.uniform, shape=shape, dtype=jnp.float32, minval=-bound, maxval=bound)
+        # without a barrier XLA may multiply a deviation into a constant of the distribution, and round otherwise
+        values = jax.lax.optimization_barrier(jax.lax.map(draw, keys[np.array(numbers)]))
+        drawn |= zip(numbers, values, strict=True)
 
-    def start(path: str, shape: tuple[int, ...], ranks: tuple[int, ...], key: jax.Array) -> jax.Array:
-        if how != "adalora" and path.endswith("/b"):
+    def start(at: int, path: str, shape: tuple[int, ...], ranks: tuple[int, ...]) -> jax.Array:
+        if at not in drawn:
             return jnp.zeros(shape, jnp.float32)
-        own = np.array(ranks)[:, None]
-        rows = -2 if path.endswith("/a") else -1
+        own, rows = np.array(ranks)[:, None], -2 if path.endswith("/a") else -1
         inside = np.arange(shape[rows])[None] < own  # (L, R)
         inside = inside.reshape(*shape[:-2], *((-1, 1) if path.endswith("/a") else (1, -1)))
-        if how in ("adalora", "gaussian"):
+        if how == "gaussian":
             deviation = (1 / np.maximum(own, 1)).astype(np.float32).reshape(*shape[:-2], 1, 1)
-            normal = jax.random.normal(key, shape, jnp.float32)
-            # without a barrier XLA may multiply the deviation into a constant of the distribution, and round otherwise
-            normal = jax.lax.optimization_barrier(normal)
-            return jnp.where(inside, normal * (ADALORA_DEVIATION if how == "adalora" else deviation), 0.0)
-        bound = 1 / math.sqrt(shape[-1])
-        return jnp.where(inside, jax.random.uniform(key, shape, jnp.float32, -bound, bound), 0.0)
+            return jnp.where(inside, drawn[at] * deviation, 0.0)
+        return jnp.where(inside, drawn[at] * ADALORA_DEVIATION if how == "adalora" else drawn[at], 0.0)
 
-    keys = jax.random.split(key, len(leaves))
-    return {leaf[0]: start(*leaf, own) for leaf, own in zip(leaves, keys, strict=True)}
+    return {leaf[0]: start(at, *leaf) for at, leaf in enumerate(leaves)}
 
 
 def _filled(model: Model, leaves: dict[str, jax.Array], first: dict[str, Factors]) -> dict[str, jax.Array]:

@@ -5,6 +5,7 @@ import json
 import os
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -103,6 +104,12 @@ def use_compile_cache() -> None:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 
 
+def start_devices() -> None:
+    """Starts jax's devices and runs a first program, with which a GPU takes its memory."""
+    use_compile_cache()
+    jnp.zeros((), jnp.int32).block_until_ready()
+
+
 def prepare(settings: Settings, model_name: str) -> Prepared:
     """Loads what the settings name. Raises InputError for anything that is missing, damaged or does not fit."""
     return read_weights(prepare_shapes(settings, model_name), settings)
@@ -113,17 +120,19 @@ def prepare_shapes(settings: Settings, model_name: str, *, needed: bool = True) 
 
     Raises InputError as that, for all that headers of files tell; needed: weights must be there, to be read later.
     """
-    use_compile_cache()
+    with ThreadPoolExecutor(1) as beside:  # the interpreter is free while a GPU starts
+        started = beside.submit(start_devices)
+        directory = find_directory(model_name)
+        changes = config_changes(settings, directory)
+        described = describe_model(with_changes(read_hf_config(directory), changes))
+        tokenizer = load_tokenizer(directory)
+    started.result()
     absent = settings.device if isinstance(settings, TrainSettings) else None
     devices = [absent_card(absent)] if absent else jax.devices()
     platform_dtype = "float32" if devices[0].platform == "cpu" else "bfloat16"
     param_dtype = jnp.dtype(settings.param_dtype(platform_dtype))
     compute_dtype = jnp.dtype(settings.compute_dtype(platform_dtype))
     mesh = make_mesh(mesh_sizes(settings.mesh_axes, len(devices)), devices)
-    directory = find_directory(model_name)
-    changes = config_changes(settings, directory)
-    described = describe_model(with_changes(read_hf_config(directory), changes))
-    tokenizer = load_tokenizer(directory)
     known_template = tokenizer.chat_template
     new_tokens: tuple[str, ...] = ()
     lora: LoraConfig | None = None

@@ -97,7 +97,7 @@ def is_first() -> bool:
 
 def meet(name: str) -> None:
     """Waits until every process is here."""
-    if jax.process_count() > 1:
+    if jax.distributed.is_initialized() and jax.process_count() > 1:  # which only then asks for devices
         multihost_utils.sync_global_devices(f"jaxft.{name}")
 
 

@@ -6,6 +6,7 @@ PyTorch through transformers: where one may be asked for, all is left as it is, 
 command of ours. Whoever imports PyTorch itself gets it in any case.
 """
 
+import gc
 import itertools
 import os
 import re
@@ -63,5 +64,7 @@ def is_command() -> bool:
     return sys.argv[:1] == ["-m"] and [name.partition(".")[0] for name in named] == ["jaxft"]
 
 
-if is_command() and not may_need_torch(sys.argv[1:]):
-    import_transformers()
+if is_command():
+    gc.disable()  # until all is imported, of which nothing is garbage: to look for it takes a tenth of that time
+    if not may_need_torch(sys.argv[1:]):
+        import_transformers()

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import sys
 import threading
 from pathlib import Path
@@ -90,6 +91,16 @@ def test_the_step_is_compiled_once_and_before_a_weight_is_read(command, monkeypa
     assert told.index("model: ") < told.index(COMPILED) < told.index("weights: read in")
     assert sum(held) < 64  # no weight, state or batch was on the device
     assert len(losses_of(tmp_path / "out")) == 4 and not readers()
+
+
+def test_few_programs_are_compiled_before_the_first_step_is_done(command, tmp_path):
+    jax.clear_caches()
+    code, told = command(output_dir=tmp_path / "out", max_steps=1)
+    assert code == 0, told.lines
+    before = "\n".join(told.lines[: told.index("step 1 ")])
+    programs = re.findall(r"Finished XLA compilation of jit\((\w+)\)", before)
+    assert programs.count("zeros") == programs.count("_drawn") == 1  # all weights, all of the adapter
+    assert len([name for name in programs if name != "write_rows"]) <= 14, programs  # of weights: one a shape
 
 
 def test_a_resumed_run_compiles_its_step_once(command, tmp_path):
