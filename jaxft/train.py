@@ -343,7 +343,7 @@ def make_run(
     adalora = None if prepared.lora is None else prepared.lora.adalora
     optimizer = make_optimizer(
         schedule, adam_beta1=settings.adam_beta1, adam_beta2=settings.adam_beta2, adam_epsilon=settings.adam_epsilon,
-        weight_decay=settings.weight_decay, 
+        weight_decay=settings.weight_decay,
         max_grad_norm=0.0 if adalora else settings.max_grad_norm,
         optim=settings.optim, embedding_factor=1.0 if own_rate is None else own_rate / settings.learning_rate,
         loraplus_lr_ratio=settings.loraplus_lr_ratio,

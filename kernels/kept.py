@@ -11,7 +11,7 @@ T = TypeVar("T")
 def kept_product(x: T, name: str) -> T:
     """`checkpoint_name` of arrays that matrix products give.
 
-    Behind a barrier: XLA lets a product write straight into the stack of what is kept of all layers, and computes it
-    a second time for those who read it at once.
+    Behind a barrier, without which XLA lets a product write straight into the stack of what is kept of all layers, and
+    computes it a second time for those who read it at once.
     """
     return jax.tree.map(lambda leaf: checkpoint_name(leaf, name), jax.lax.optimization_barrier(x))

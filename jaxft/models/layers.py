@@ -288,7 +288,7 @@ KEPT_MLP = ("none", "products")  # policies that keep what stands between an MLP
 
 
 def scan_layers(block: nnx.Module, x: jax.Array, layers: LayerData, context: Context, cache, remat: str):
-    """Runs a stack of blocks by `lax.scan`: x (B, T, D) in and out; layers and cache have a leading L.
+    """Runs a stack of blocks in a loop: x (B, T, D) in and out; layers and cache have a leading L.
 
     remat: what is kept for the backward pass, a name of `REMAT`. Raises ValueError for another name.
     """
