@@ -246,7 +246,7 @@ def cases(dtype: Any) -> Iterator[Case]:
     yield Case(
         "linear_cross_entropy",
         (normal(B * T, D), normal(V, D, scale=D**-0.5), jnp.asarray(targets), jnp.asarray(share)), (0, 1),
-        {way: partial(entropy, way) for way in ("tiled", "reference")}, partial(entropy, "reference"),
+        {way: partial(entropy, way) for way in ("triton", "tiled", "reference")}, partial(entropy, "reference"),
     )  # fmt: skip
 
     def stepped(way: str, param, grad, mu, nu, scalars):

@@ -292,7 +292,10 @@ def cross_entropy_cases(shape: Shape, dtype: jnp.dtype, rank: int) -> Iterator[C
 
     product = 2.0 * M * D * V / 1e12
     of = (0, 1) if shape.full else (0,)
-    ways = {"tiled": lambda *a: linear_cross_entropy(*a, implementation="tiled")}
+    ways = {
+        "triton": lambda *a: linear_cross_entropy(*a, implementation="triton"),
+        "tiled": lambda *a: linear_cross_entropy(*a, implementation="tiled"),
+    }
     yield Case("linear_cross_entropy", arguments, ways, definition, (product, product * (1 + len(of))), of=of)
 
 

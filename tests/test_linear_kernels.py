@@ -336,7 +336,7 @@ def test_tiles_and_groups_of_rows_change_nothing(tile, groups, softcap):
     def run(function):
         return jax.jit(jax.value_and_grad(function, (0, 1)), compiler_options=QUICKLY)(hidden, head)
 
-    found = run(lambda h, w: tiled.linear_cross_entropy(h, w, targets, weights, softcap, tile, groups))
+    found = run(lambda h, w: tiled.linear_cross_entropy(h, w, targets, weights, softcap, tile, groups, None))
     wanted = run(lambda h, w: reference.linear_cross_entropy(h, w, targets, weights, softcap))
     assert distance(found, wanted) < 1e-5
 
@@ -354,7 +354,7 @@ def test_tiles_of_masked_rows_are_not_computed(masked, expected):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tiled.reference, "logits", counted)
-        loss = jax.jit(lambda h: tiled.linear_cross_entropy(h, head, targets, weights, None, 4, 1))
+        loss = jax.jit(lambda h: tiled.linear_cross_entropy(h, head, targets, weights, None, 4, 1, None))
         jax.block_until_ready(jax.grad(loss)(hidden))
         jax.effects_barrier()
     assert len(seen) == expected
@@ -393,6 +393,8 @@ def test_cross_entropy_with_logits_returns_both():
     np.testing.assert_allclose(scores, expected, rtol=1e-5, atol=1e-6)
     with pytest.raises(NotImplementedError, match="return_logits"):
         linear_cross_entropy(hidden, head, targets, weights, implementation="tiled", return_logits=True)
+    with pytest.raises(NotImplementedError, match="linear_cross_entropy by triton: .*needs an NVIDIA GPU"):
+        linear_cross_entropy(hidden, head, targets, weights, implementation="triton")
 
 
 def test_tile_rows_follow_the_vocabulary_and_leave_no_crumb():

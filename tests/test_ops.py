@@ -132,7 +132,7 @@ def test_float16_gradient_survives_a_large_upstream_factor():
 def test_cross_entropy_refuses_shapes_that_do_not_fit():
     with pytest.raises(ValueError, match=r"need \(M, D\), \(V, D\), \(M,\), \(M,\)"):
         linear_cross_entropy(jnp.ones((3, 4)), jnp.ones((5, 6)), jnp.zeros(3, jnp.int32), jnp.ones(3))
-    with pytest.raises(ValueError, match="must be 'tiled' or 'reference'"):
+    with pytest.raises(ValueError, match="must be 'triton', 'tiled' or 'reference'"):
         linear_cross_entropy(
             jnp.ones((3, 4)), jnp.ones((5, 4)), jnp.zeros(3, jnp.int32), jnp.ones(3), implementation="fast"
         )

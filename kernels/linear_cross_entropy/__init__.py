@@ -5,7 +5,8 @@ from typing import Literal, overload
 import jax
 import jax.numpy as jnp
 
-from jaxft.kernels.linear_cross_entropy import reference, tiled
+from jaxft.kernels.gpu import serving
+from jaxft.kernels.linear_cross_entropy import reference, tiled, triton
 
 TILE = 4096  # most rows a tile
 TILE_BYTES = 1 << 28  # most bytes of a tile's float32 logits
@@ -38,9 +39,10 @@ def linear_cross_entropy(
     hidden: (M, D); head: (V, D); targets: (M,) int in [0, V); weights: (M,) float32, rows of weight 0 count nothing
     and cost nothing. Logits, softmax and the sum are float32; returns a float32 scalar, or with return_logits that and
     z (M, V) float32, which the default then computes by "reference". tile: rows whose logits exist at a time, on each
-    device; None chooses by `tile_rows`. implementation: "tiled" (default) or "reference"; both differentiate with
-    respect to hidden and head ("tiled" in reverse mode only). Raises ValueError on shapes that do not fit and names
-    that are unknown, NotImplementedError where "tiled" is asked for the logits.
+    device; None chooses by `tile_rows`. implementation: "triton", "tiled", which is the same by XLA alone, or
+    "reference"; None: the first that serves. All differentiate with respect to hidden and head (the first two in
+    reverse mode only). Raises ValueError on shapes that do not fit and names that are unknown, NotImplementedError
+    where the implementation that was asked for cannot serve: the first two never have all logits.
     """
     M, D = hidden.shape
     if head.shape[1:] != (D,) or targets.shape != (M,) or weights.shape != (M,):
@@ -48,18 +50,23 @@ def linear_cross_entropy(
             f"hidden has shape {hidden.shape}, head {head.shape}, targets {targets.shape}, weights {weights.shape}; "
             "need (M, D), (V, D), (M,), (M,)"
         )
-    if implementation not in (None, "tiled", "reference"):
-        raise ValueError(f"implementation {implementation!r}: must be 'tiled' or 'reference'")
+    if implementation not in (None, "triton", "tiled", "reference"):
+        raise ValueError(f"implementation {implementation!r}: must be 'triton', 'tiled' or 'reference'")
     weights = weights.astype(jnp.float32)
-    if return_logits and implementation == "tiled":
-        raise NotImplementedError("return_logits: tiled never holds all logits; leave the implementation to be chosen")
+    if return_logits and implementation in ("triton", "tiled"):
+        raise NotImplementedError(
+            f"return_logits: {implementation} never holds all logits; leave the implementation to be chosen"
+        )
     if return_logits or implementation == "reference":
         scores = reference.logits(hidden, head, softcap)
         total = reference.cross_entropy(scores, targets, weights)
         return (total, scores) if return_logits else total
     groups = _row_groups(M)
     tile = tile or tile_rows(M // groups, head.shape[0])
-    return tiled.linear_cross_entropy(hidden, head, targets, weights, softcap, tile, groups)
+    capability = None
+    if implementation != "tiled":
+        capability = serving("linear_cross_entropy", triton.check, implementation)
+    return tiled.linear_cross_entropy(hidden, head, targets, weights, softcap, tile, groups, capability)
 
 
 def logits(hidden: jax.Array, head: jax.Array, *, softcap: float | None = None) -> jax.Array:

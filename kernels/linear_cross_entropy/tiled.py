@@ -19,15 +19,13 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from jaxft.kernels.gpu import serving
 from jaxft.kernels.linear_cross_entropy import reference, triton
 
 SHARED = 4
 
 
-def _forward(hidden, head, targets, weights, softcap, tile, groups, with_hidden, with_head):
+def _forward(hidden, head, targets, weights, softcap, tile, groups, capability, with_hidden, with_head):
     precision = jax.lax.Precision.HIGHEST if hidden.dtype == jnp.float32 else None
-    capability = serving("cross entropy", triton.check, None)
     (M, D), rows, V = hidden.shape, hidden.shape[0] // groups, head.shape[0]
     tile = min(tile, rows)
     block = tile * min(SHARED if with_head else 1, -(-rows // tile))  # rows whose dz are there together
@@ -114,7 +112,7 @@ def _forward(hidden, head, targets, weights, softcap, tile, groups, with_hidden,
     return total, d_hidden.reshape(M, D), d_head
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6, 7))
 def linear_cross_entropy(
     hidden: jax.Array,
     head: jax.Array,
@@ -123,20 +121,25 @@ def linear_cross_entropy(
     softcap: float | None,
     tile: int,
     groups: int,
+    capability: int | None,
 ) -> jax.Array:
-    """As the reference, `tile` rows of each group at a time. Not differentiated with respect to weights."""
-    return _forward(hidden, head, targets, weights, softcap, tile, groups, False, False)[0]
+    """As the reference, `tile` rows of each group at a time. Not differentiated with respect to weights.
+
+    capability: of the device for which the Triton kernel is compiled, 90 for 9.0; None takes plain XLA.
+    """
+    return _forward(hidden, head, targets, weights, softcap, tile, groups, capability, False, False)[0]
 
 
-def _vjp_forward(hidden, head, targets, weights, softcap, tile, groups):
+def _vjp_forward(hidden, head, targets, weights, softcap, tile, groups, capability):
     total, d_hidden, d_head = _forward(
-        hidden.value, head.value, targets.value, weights.value, softcap, tile, groups, hidden.perturbed, head.perturbed
-    )
+        hidden.value, head.value, targets.value, weights.value, softcap, tile, groups, capability, hidden.perturbed,
+        head.perturbed,
+    )  # fmt: skip
     d_head = None if d_head is None else d_head.astype(head.value.dtype)
     return total, (d_hidden, d_head, weights.value)
 
 
-def _vjp_backward(softcap, tile, groups, kept, upstream):
+def _vjp_backward(softcap, tile, groups, capability, kept, upstream):
     d_hidden, d_head, weights = kept
     # in float32: float16 does not hold the 65536 that loss scaling starts with
     scaled = [None if d is None else (d.astype(jnp.float32) * upstream).astype(d.dtype) for d in (d_hidden, d_head)]
