@@ -393,7 +393,7 @@ def test_cross_entropy_with_logits_returns_both():
     np.testing.assert_allclose(scores, expected, rtol=1e-5, atol=1e-6)
     with pytest.raises(NotImplementedError, match="return_logits"):
         linear_cross_entropy(hidden, head, targets, weights, implementation="tiled", return_logits=True)
-    with pytest.raises(NotImplementedError, match="linear_cross_entropy by triton: .*needs an NVIDIA GPU"):
+    with pytest.raises(NotImplementedError, match=r"linear_cross_entropy by triton: .*needs an NVIDIA GPU"):
         linear_cross_entropy(hidden, head, targets, weights, implementation="triton")
 
 
