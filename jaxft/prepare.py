@@ -99,7 +99,7 @@ def use_compile_cache() -> None:
         return
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         jax.config.update("jax_compilation_cache_dir", str(compile_cache_directory()))
-    # jax keeps what took a second to compile; a run begins with some fifty small programs that together take longer
+    # jax keeps what took a second to compile; a run begins with some twenty small programs that together take longer
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 
@@ -120,14 +120,14 @@ def prepare_shapes(settings: Settings, model_name: str, *, needed: bool = True) 
 
     Raises InputError as that, for all that headers of files tell; needed: weights must be there, to be read later.
     """
+    absent = settings.device if isinstance(settings, TrainSettings) else None
     with ThreadPoolExecutor(1) as beside:  # the interpreter is free while a GPU starts
-        started = beside.submit(start_devices)
+        started = beside.submit(use_compile_cache if absent else start_devices)
         directory = find_directory(model_name)
         changes = config_changes(settings, directory)
         described = describe_model(with_changes(read_hf_config(directory), changes))
         tokenizer = load_tokenizer(directory)
     started.result()
-    absent = settings.device if isinstance(settings, TrainSettings) else None
     devices = [absent_card(absent)] if absent else jax.devices()
     platform_dtype = "float32" if devices[0].platform == "cpu" else "bfloat16"
     param_dtype = jnp.dtype(settings.param_dtype(platform_dtype))

@@ -65,6 +65,6 @@ def is_command() -> bool:
 
 
 if is_command():
-    gc.disable()  # until all is imported, of which nothing is garbage: to look for it takes a tenth of that time
+    gc.disable()  # until the package is imported, of which nothing is garbage; to look for it takes a tenth of that
     if not may_need_torch(sys.argv[1:]):
         import_transformers()

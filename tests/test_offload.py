@@ -95,9 +95,8 @@ def test_the_check_before_a_run_finds_equal_gradients_here_and_wrong_ones_where_
     assert offload_check.difference() <= 1e-5 < offload_check.TOLERANCE
     assert doctor.offload_finding().status == doctor.OK
 
-    def swapped(
-        body, host, ahead, x, layers, shared
-    ):  # what a wrong slot gives: the layers' residuals in another order
+    # what a wrong slot gives: the layers' residuals in another order
+    def swapped(body, host, ahead, x, layers, shared):
         return checkpointed_scan(body, host, ahead, x, layers[::-1], shared)
 
     monkeypatch.setattr(offload_check, "checkpointed_scan", swapped)

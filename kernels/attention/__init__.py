@@ -15,12 +15,15 @@ import jax.numpy as jnp
 
 from jaxft.kernels.attention import chunked, cudnn, reference, triton
 from jaxft.kernels.attention.cudnn import Documents, documents
-from jaxft.kernels.gpu import device_capability
+from jaxft.kernels.gpu import CARDS, device_capability
 
 __all__ = ["CUDNN_DOCUMENTS", "Documents", "attention", "documents", "key_range"]
 
 ORDER = ("cudnn", "triton", "reference", "chunked")  # which way is tried first
-CUDNN_DOCUMENTS = 5  # measured on an H200: 5 documents a row cuDNN 1.55 ms, Triton 1.70; 7: 1.39 and 1.23
+CUDNN_DOCUMENTS = 10  # more of them in a row skip more by Triton (H200, 2,048 tokens: 19 documents 2.02 ms and 1.62)
+# tokens of a document, on average, below which Triton's small tiles win (H200, heads of 128, rows of 2,048: 5 documents
+# cuDNN 1.55 ms, Triton 1.70; 7: 1.39 and 1.23)
+SHORT = 350
 REFERENCE_SCORES = 2**20  # T · S up to which the whole score matrix is small enough to be the fastest plain way
 
 
@@ -87,10 +90,9 @@ def attention(
                     q, softcap=softcap, window=window, last_key=last_key, documents=documents, capability=capability
                 )
                 most = 0 if documents is None else documents.lengths.shape[1]
-                if implementation is None and most > CUDNN_DOCUMENTS:
-                    raise NotImplementedError(
-                        f"{most} documents a row: by default up to {CUDNN_DOCUMENTS}, triton skips more"
-                    )
+                small = CARDS.get(capability) == "hopper" and 64 < H <= 128  # tiles, as measured
+                if implementation is None and (most > CUDNN_DOCUMENTS or (small and SHORT * most > T)):
+                    raise NotImplementedError(f"{most} documents in a row of {T} tokens: triton skips more")
         elif name == "reference" and implementation is None and T * k.shape[1] > REFERENCE_SCORES:
             raise NotImplementedError(f"{T} x {k.shape[1]} scores: by default up to {REFERENCE_SCORES}")
 

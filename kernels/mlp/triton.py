@@ -97,7 +97,7 @@ def forward(
 ) -> tuple[jax.Array, jax.Array]:  # fmt: skip
     """h (..., F) and down's low-rank input (..., R) in e's dtype.
 
-    e, v: (..., F), the large products of gate and up; u: their low-rank inputs (..., R + R), side by side; scaled:
+    e, v: (..., F), the large products of gate and up; u: their low-rank inputs (..., RE + RV), side by side; scaled:
     their s B (F, R); a: down's A (R, F). All of one 16-bit dtype. programs: about how many the kernel is cut into; None
     goes by T. in_place: h takes the place of e, which XLA copies first where it is still read.
     """

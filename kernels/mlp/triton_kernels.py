@@ -6,7 +6,8 @@
     de = dh · v · act′(e),  dv = dh · act(e)
     dB_e = deᵀ u_e,  dB_v = dvᵀ u_v,  dA_d = g_dᵀ h
 
-u, g (T, R) are the low-rank inputs and their gradients, u_e and u_v columns of one array, as one product makes them;
+u, g (T, R) are the low-rank inputs and their gradients, u_e and u_v columns of one array, as one product makes them
+(its width is the sum of both ranks, which may differ);
 b (F, R) is the scaled B of gate and up, A_d (R, F) that of down.
 
 Tiles. A program of `forward` holds BT tokens and walks over one chunk of F in tiles of BF, so that u_d is a sum in
@@ -33,8 +34,9 @@ INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
 @triton.jit
 def _sigmoid(x):
-    """1 / (1 + exp(−x)) within 2⁻²¹ of itself, by two instructions that take no care of subnormal numbers, which are
-    nothing beside 1. Triton's own exp and division do, at the price of registers."""
+    """1 / (1 + exp(−x)) within 2⁻²¹ of itself near 0 and |x| · 2⁻²⁴ far off, by two instructions that take no care of
+    subnormal numbers, which are nothing beside 1. Triton's own exp and division do, at the price of registers. The
+    interpreter has no such instructions: their values are checked on a card alone (`python -m jaxft`)."""
     if INTERPRETED:
         return 1.0 / (1.0 + tl.exp(-x))
     else:
