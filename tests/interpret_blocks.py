@@ -119,7 +119,7 @@ def cross_entropy(name, *, M, V, softcap=None, block=512, dtype=jnp.float32, tol
     """Losses and the gradient of scores, some of whose rows have weight 0 and are not finite."""
     random = np.random.default_rng(V)
     scores = jnp.asarray(20 * random.standard_normal((M, V)), jnp.float32)
-    scores = scores.at[1].set(jnp.nan).at[2, 3].set(-1e30).at[3].set(0.0)
+    scores = scores.at[1].set(jnp.nan).at[2, 3].set(-1e30).at[2, 4].set(-jnp.inf).at[3].set(0.0)
     targets = jnp.asarray(random.integers(0, V, M), jnp.int32)
     weights = jnp.asarray(random.uniform(0.5, 2, M), jnp.float32).at[jnp.array([1, M - 1])].set(0.0)
     cross_entropy_triton.BLOCK = block

@@ -7,8 +7,8 @@
     dB_e = deᵀ u_e,  dB_v = dvᵀ u_v,  dA_d = g_dᵀ h
 
 u, g (T, R) are the low-rank inputs and their gradients, u_e and u_v columns of one array, as one product makes them
-(its width is the sum of both ranks, which may differ);
-b (F, R) is the scaled B of gate and up, A_d (R, F) that of down.
+(its width is the sum of both ranks, which may differ); b (F, R) is the scaled B of gate and up, A_d (R, F) the A of
+down.
 
 Tiles. A program of `forward` holds BT tokens and walks over one chunk of F in tiles of BF, so that u_d is a sum in
 registers; each chunk writes its own, added up outside. (One program for all of F is too few where tokens are few: 2,048
