@@ -35,11 +35,11 @@ GIB = 1 << 30
 MARGIN = 0.95  # of what XLA may use of a device: its allocator leaves gaps, and what runs beside the step needs some
 
 # (gradient_checkpointing, mlp_tiles), fastest first as measured (docs/log.md), each smaller on a card than the one
-# before. Of all policies (`models.layers.REMAT`) these are not in it: "none", neither faster nor smaller than
-# "products"; "offload_attention", neither beside "offload_middle", which only sends more to the host. "full" stands
-# before those that put residuals there: it needs no bus and, with few tokens, is faster
+# before. Of all policies (`models.layers.REMAT`) "offload_attention" is not in it, neither faster nor smaller than
+# "offload_middle", which only sends more to the host. "full" stands before those that put residuals there: it needs no
+# bus and, with few tokens, is faster
 LADDER = (
-    *(("products", 1), ("attention", 1), ("full", 1)),
+    *(("none", 1), ("products", 1), ("attention", 1), ("full", 1)),
     *(("offload_qkv", 1), ("offload_middle", 1), ("offload_middle", 4), ("offload", 8)),
 )
 # FLOPs of a layer's products for each byte that "offload_qkv" sends to the host, below which it waits for the bus: an

@@ -45,6 +45,14 @@ def one_device() -> bool:
     return mesh.empty or mesh.size == 1
 
 
+def one_gpu() -> bool:
+    """Whether what is traced runs on one NVIDIA GPU."""
+    try:
+        return one_device() and device_capability() > 0
+    except NotImplementedError:
+        return False
+
+
 def check_installed() -> None:
     """Raises NotImplementedError with the package that is missing."""
     for module in ("triton", "jax_triton"):

@@ -16,9 +16,9 @@ from flax import nnx
 from jaxft.kernels import attention as attention_op
 from jaxft.kernels import linear as linear_op
 from jaxft.kernels import mlp as mlp_op
-from jaxft.kernels.gpu import one_device
+from jaxft.kernels.gpu import one_device, one_gpu
 from jaxft.kernels.rms_norm import residual_rms_norm, rms_norm
-from jaxft.models.offload import checkpointed_scan
+from jaxft.models.offload import checkpointed_scan, unrolled_scan
 from jaxft.quant import NF4, is_quantized
 from jaxft.sharding import constrain
 
@@ -258,7 +258,7 @@ ATTENTION = ("attention_out", "attention_lse")  # what an attention kernel needs
 LOW_RANK = ("mlp_low_rank", "dora_norm")
 kept = jax.checkpoint_policies.save_only_these_names
 REMAT: dict[str, Callable[..., bool] | None] = {
-    # keeps everything that the backward pass reads
+    # keeps everything that the backward pass reads; on one GPU the layers are unrolled for it
     "none": None,
     # keeps each layer's input and computes the rest again
     "full": kept(*LOW_RANK),
@@ -314,16 +314,17 @@ def scan_layers(block: nnx.Module, x: jax.Array, layers: LayerData, context: Con
         x, cache = nnx.merge(graphdef, jax.tree.unflatten(treedef, leaves))(x, data, context, cache)
         return constrain(x, ("batch", "length", "embed_activation")), cache
 
+    def body(x, layer, shared):
+        return run(x, layer, shared, None)[0]
+
     host = remat in OFFLOADED
-    # elsewhere XLA would have to split what that scan makes without a word about how
+    # elsewhere XLA would have to split what these scans make without a word about how
     if cache is None and (host or (REMAT[remat] is not None and one_device())):
-
-        def body(x, layer, shared):
-            return run(x, layer, shared, None)[0]
-
         body = jax.checkpoint(body, prevent_cse=False, policy=REMAT[remat])
         shared = (stacks, context)
         return checkpointed_scan(body, host, AHEAD.get(remat), x, (sliced, layers, index), shared), None
+    if cache is None and remat == "none" and one_gpu():  # a CPU's compiler takes long for it, and little is gained
+        return unrolled_scan(body, x, (sliced, layers, index), (stacks, context)), None
 
     def step(x, inputs):
         layer, cache = inputs

@@ -1,10 +1,13 @@
-"""A scan over layers with a backward pass of its own, whose residuals may wait on the host.
+"""Scans over layers with a backward pass of their own: one whose residuals may wait on the host, one unrolled.
 
 `jax.checkpoint`'s own offloading fetches a layer's residuals when its backward pass begins, which then waits for the
 copy. Here the backward loop carries those that a layer's backward pass begins with, and its body fetches them for the
 layer below while it computes; the others it fetches for itself, as they are read later. What is kept is what the policy
 of `jax.checkpoint` names, and each layer's input; small residuals stay on the device. Where all of them do, what is
 gained over `jax.lax.scan` is that their stacks are not filled with zeros first.
+
+`unrolled_scan` is for who keeps everything: a loop copies whatever lives longer than its turn into a stack, and out of
+it again in backward.
 """
 
 import functools
@@ -29,13 +32,22 @@ TOGETHER = 2**21  # numbers of a layer's leaf up to which its gradient shares an
 class _Pull:
     """How one layer's backward function is put together again: from inputs of the layer and from what was kept.
 
-    sources: for each leaf of the function, where it comes from: ("far" | "near" | "layer" | "shared", index); far is
-    what waits on the host, near what stays on the device. wanted: which leaves of a layer are differentiated.
+    sources: for each leaf of the function, where it comes from: ("far" | "near" | "layer" | "shared" | "constant",
+    index); far is what waits on the host, near what stays on the device. wanted: which leaves of a layer are
+    differentiated.
     """
 
     treedef: Any
     sources: tuple[tuple[str, int], ...]
     wanted: tuple[bool, ...]
+
+
+@jax.tree_util.register_static
+@dataclass(frozen=True)
+class _Wanted:
+    """Which leaves of a layer are differentiated."""
+
+    layers: tuple[bool, ...]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
@@ -56,6 +68,7 @@ def _forward(body, host, ahead, x, layers, shared):
     wanted = tuple(leaf.perturbed for leaf in jax.tree.leaves(layers))
     x, layers, shared = jax.tree.map(lambda leaf: leaf.value, (x, layers, shared))
     pulls: list[_Pull] = []
+    constants: list[jax.Array] = []  # what is the same in each layer, such as the levels of four bits
     count = jax.tree.leaves(layers)[0].shape[0]
 
     def one(x, index):
@@ -64,6 +77,8 @@ def _forward(body, host, ahead, x, layers, shared):
         leaves, treedef = jax.tree.flatten(pull)
         own = {id(leaf): ("layer", i) for i, leaf in enumerate(jax.tree.leaves(layer))}
         own |= {id(leaf): ("shared", i) for i, leaf in enumerate(jax.tree.leaves(shared))}
+        constants[:] = [leaf for leaf in leaves if not isinstance(leaf, jax.core.Tracer)]
+        own |= {id(leaf): ("constant", i) for i, leaf in enumerate(constants)}
         kept = [leaf for leaf in leaves if id(leaf) not in own]
         # last first: XLA's scheduler sends what stands first in a loop as late as it can, and a copy that could have
         # begun behind attention would wait for the bus behind a later one's
@@ -93,7 +108,7 @@ def _forward(body, host, ahead, x, layers, shared):
     last = [_empty(leaf.shape, leaf.dtype) for leaf in far[:ahead]]
     start = (jnp.int32(0), x, there, here, last)
     _, x, there, here, last = jax.lax.while_loop(lambda carry: carry[0] < count, step, start)
-    return x, (there, last, here, layers, shared, pulls[-1])
+    return x, (there, last, here, layers, shared, constants, pulls[-1])
 
 
 def _empty(shape: tuple[int, ...], dtype: Any) -> jax.Array:
@@ -104,12 +119,17 @@ def _empty(shape: tuple[int, ...], dtype: Any) -> jax.Array:
 
 def _put(stacks: list[jax.Array], rows: list[jax.Array], index: jax.Array) -> list[jax.Array]:
     """The stacked arrays with `rows` at `index`."""
-    return [jax.lax.dynamic_update_index_in_dim(to, row, index, 0) for to, row in zip(stacks, rows, strict=True)]
+    return [
+        jax.lax.dynamic_update_slice(to, row[None], (index, *[0] * row.ndim), allow_negative_indices=False)
+        for to, row in zip(stacks, rows, strict=True)
+    ]
 
 
 def _at(tree, index):
     """Row `index` of every leaf."""
-    return jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False), tree)
+    return jax.tree.map(
+        lambda leaf: jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False, allow_negative_indices=False), tree
+    )
 
 
 def _pull_back(body, x, layer, shared, wanted):
@@ -126,7 +146,7 @@ def _pull_back(body, x, layer, shared, wanted):
 
 
 def _backward(body, host, ahead, residuals, dy):
-    there, last, device, layers, shared, pull = residuals
+    there, last, device, layers, shared, constants, pull = residuals
     treedef, count = jax.tree.structure(layers), jax.tree.leaves(layers)[0].shape[0]
 
     def fetch(stacks, slot):
@@ -140,6 +160,7 @@ def _backward(body, host, ahead, residuals, dy):
         next_here = fetch(there[: len(here)], below)
         layer, near = _at(layers, index), _at(device, index)
         found = {"far": here + later, "near": near, "layer": jax.tree.leaves(layer), "shared": jax.tree.leaves(shared)}
+        found["constant"] = constants
         back = jax.tree.unflatten(pull.treedef, [found[source][i] for source, i in pull.sources])
         dx, new = back(dx)
         return below + 1, dx, next_here, _put(grads, _packed(new, groups), index)
@@ -182,3 +203,37 @@ def _unpacked(packed: list[jax.Array], like: list[jax.Array], groups: tuple[tupl
 
 
 checkpointed_scan.defvjp(_forward, _backward, symbolic_zeros=True)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def unrolled_scan(body: Body, x: jax.Array, layers: Any, shared: Any) -> jax.Array:
+    """x after body(x, layer, shared) for each layer, as `checkpointed_scan`; where it is differentiated, one layer after
+    the other instead of a loop. What body's own derivative keeps is kept, on the device and without a copy."""
+    return jax.lax.scan(lambda x, layer: (body(x, layer, shared), None), x, layers)[0]
+
+
+def _unrolled_forward(body, x, layers, shared):
+    if any(leaf.perturbed for leaf in jax.tree.leaves(shared)):
+        raise TypeError("what all layers share is differentiated; unrolled_scan has no derivative for it")
+    wanted = tuple(leaf.perturbed for leaf in jax.tree.leaves(layers))
+    x, layers, shared = jax.tree.map(lambda leaf: leaf.value, (x, layers, shared))
+    pulls = []
+    for index in range(jax.tree.leaves(layers)[0].shape[0]):
+        layer = jax.tree.map(lambda leaf, index=index: leaf[index], layers)
+        x, pull = _pull_back(body, x, layer, shared, wanted)
+        pulls.append(pull)
+    return x, (pulls, layers, _Wanted(wanted))
+
+
+def _unrolled_backward(body, residuals, dx):
+    pulls, layers, asked = residuals
+    rows = []
+    for pull in reversed(pulls):
+        dx, row = pull(dx)
+        rows.append(row)
+    stacks = iter([jnp.stack(row) for row in zip(*reversed(rows), strict=True)])
+    grads = [next(stacks) if want else None for want in asked.layers]
+    return dx, jax.tree.unflatten(jax.tree.structure(layers), grads), None
+
+
+unrolled_scan.defvjp(_unrolled_forward, _unrolled_backward, symbolic_zeros=True)
