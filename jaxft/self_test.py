@@ -16,6 +16,7 @@ from jaxft.kernels.linear import Weights, linears
 from jaxft.kernels.linear_cross_entropy import linear_cross_entropy
 from jaxft.kernels.mlp import mlp
 from jaxft.kernels.norm_rope import norm_rope
+from jaxft.kernels.qkv import qkv
 from jaxft.kernels.rms_norm import residual_rms_norm
 from jaxft.kernels.rope import apply_rope
 from jaxft.optim_8bit import dequantize, quantize
@@ -158,6 +159,12 @@ def cases(dtype: Any) -> Iterator[Case]:
     ways = {way: partial(linear, way) for way in ("fused", "reference")}
     yield Case("linear", (x, loras, weights), (0, 1), ways, partial(linear, "reference"))
 
+    def added(way: str, x, loras, weights, residual):
+        return linears(x, layers(loras, weights), add=residual, implementation=way)
+
+    to_end = {way: partial(added, way) for way in ("triton", "fused", "reference")}
+    yield Case("linear, added", (x, loras, weights, normal(B, T, F)), (0, 1, 3), to_end, partial(added, "reference"))
+
     def magnitudes(weights) -> list[jax.Array]:
         return [
             jnp.linalg.norm(w.astype(jnp.float32), axis=1) * (1 + 0.1 * normal(len(w), dtype=jnp.float32))
@@ -237,6 +244,19 @@ def cases(dtype: Any) -> Iterator[Case]:
     q = normal(B, T, N, H)
     yield Case("norm_rope", (q, near_one[:H], cos, sin), (0, 1), ways, partial(norm_rotated, "reference"))
     yield Case("rope", (q, cos, sin), (0,), {"reference": apply_rope}, apply_rope)
+
+    def inputs(normed: bool, way: str, x, loras, weights, norms):
+        return qkv(
+            x, *layers(loras, weights), head_dim=H, cos=cos, sin=sin, norms=norms if normed else None, eps=1e-6,
+            implementation=way,
+        )  # fmt: skip
+
+    heads = ((N * H, D), (K * H, D), (K * H, D))
+    weights, loras = [normal(*size, scale=D**-0.5) for size in heads], [low_rank(*size) for size in heads]
+    for op, normed in (("qkv", True), ("qkv, without norms", False)):
+        ways = {way: partial(inputs, normed, way) for way in ("triton", "composed", "reference")}
+        arguments = x, loras, weights, (near_one[:H], near_one[-H:])
+        yield Case(op, arguments, (0, 1, 3) if normed else (0, 1), ways, ways["reference"])
 
     def entropy(way: str, hidden, head, targets, weights):
         return linear_cross_entropy(hidden, head, targets, weights, tile=40, implementation=way)

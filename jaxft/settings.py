@@ -252,7 +252,7 @@ class TrainArguments:
     per_device_train_batch_size: int = _flag(8, "rows a device and micro-batch")
     gradient_accumulation_steps: int = _flag(1, "micro-batches an optimizer step")
     gradient_checkpointing: Literal[
-        "full", "none", "offload", "offload_attention", "offload_middle", "offload_qkv", "attention", "products",
+        "full", "none", "offload", "offload_attention", "offload_middle", "offload_v", "offload_kv", "offload_qkv", "attention", "products",
         "true", "false",
     ] = _flag(
         "full",

@@ -1,4 +1,4 @@
-"""Runs the Triton kernels of MLP, norms and cross entropy by Triton's interpreter and compares them with references.
+"""Runs the Triton kernels of linear layers, MLP, norms and cross entropy by Triton's interpreter and compares them with references.
 
 Its own process, because of `tests/interpreted.py`: `python tests/interpret_blocks.py` prints one line a case and fails
 on the first one that is off. float32 shows the formulas exactly; float16 what is rounded before a product (bfloat16 is
@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxft.kernels.linear import Weights
+from jaxft.kernels.linear import triton as linear_triton
 from jaxft.kernels.linear_cross_entropy import reference as cross_entropy_reference
 from jaxft.kernels.linear_cross_entropy import tiled
 from jaxft.kernels.linear_cross_entropy import triton as cross_entropy_triton
@@ -22,6 +23,8 @@ from jaxft.kernels.mlp import fused, reference
 from jaxft.kernels.mlp.triton import Kernels
 from jaxft.kernels.norm_rope import reference as norm_rope_reference
 from jaxft.kernels.norm_rope import triton as norm_rope_triton
+from jaxft.kernels.qkv import reference as qkv_reference
+from jaxft.kernels.qkv import triton as qkv_triton
 from jaxft.kernels.rms_norm import reference as rms_norm_reference
 from jaxft.kernels.rms_norm import triton as rms_norm_triton
 
@@ -101,6 +104,49 @@ def norm_rope(name, *, B, T, N, H, dtype=jnp.float32, of=(0, 1), tolerance=EXACT
     interpreted.compare(name, got, wanted, tolerance)
 
 
+def qkv(name, *, B, T, N, K, H, ranks, norms=True, D=24, dtype=jnp.float16, of=(0, 1, 2), tolerance=HALF):
+    """q, k and v, and the gradients of x, of LoRA's factors and of the norms' weights."""
+    random = np.random.default_rng(T)
+
+    def draw(*shape, scale=0.3):
+        return jnp.asarray(random.normal(0, scale, shape), dtype)
+
+    rows = N * H, K * H, K * H
+    weights = tuple(draw(size, D) for size in rows)
+    loras = tuple(
+        None if rank == 0 else (draw(rank, D), draw(size, rank), jnp.asarray(1.7, dtype))
+        for rank, size in zip(ranks, rows, strict=True)
+    )
+    angle = random.uniform(0, 6, (B, T, H // 2)).astype(np.float32)
+    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    arguments = draw(B, T, D, scale=1.0), loras, (draw(H), draw(H)) if norms else None, weights
+
+    def layers(loras, weights):
+        return tuple(Weights(weight, None, lora) for weight, lora in zip(weights, loras, strict=True))
+
+    def kernels(x, loras, norms, weights):
+        qkv_triton.check(x, layers(loras, weights), H, False, CARD)
+        return qkv_triton.qkv(x, layers(loras, weights), norms, cos, sin, H, 1e-6, CARD)
+
+    def definition(x, loras, norms, weights):
+        return qkv_reference.qkv(
+            x, layers(loras, weights), norms, cos, sin, head_dim=H, eps=1e-6, dropout=0.0, key=None
+        )
+
+    got = with_gradients(kernels, arguments, of=of)
+    interpreted.compare(name, got, with_gradients(definition, raised(arguments), of=of), tolerance)
+
+
+def summed(name, *, T, O, R, dtype=jnp.float32, tolerance=EXACT):
+    random = np.random.default_rng(T)
+    product, u, b, add = (
+        jnp.asarray(random.standard_normal(shape), dtype) for shape in ((1, T, O), (1, T, R), (O, R), (1, T, O))
+    )
+    got = linear_triton.summed(product, u, b, add, CARD)
+    product, u, b, add = raised((product, u, b, add))
+    interpreted.compare(name, {"y": got}, {"y": product + u @ b.T + add}, tolerance)
+
+
 def rms_norm(name, *, shape, dtype=jnp.float32, of=(0, 1), tolerance=EXACT):
     random = np.random.default_rng(shape[-1])
     x, w = (
@@ -171,6 +217,11 @@ if __name__ == "__main__":
     norm_rope("norm_rope", B=2, T=7, N=5, H=32)
     norm_rope("norm_rope, weight frozen", B=1, T=9, N=3, H=64, of=(0,))
     norm_rope("norm_rope, several programs, float16", B=2, T=13, N=3, H=128, dtype=jnp.float16, tolerance=HALF)
+    qkv("qkv", B=2, T=21, N=4, K=2, H=32, ranks=(5, 16, 8))
+    qkv("qkv, norms frozen, one without LoRA", B=1, T=70, N=3, K=1, H=64, ranks=(4, 0, 4), of=(0, 1))
+    qkv("qkv, no norms", B=1, T=40, N=4, K=4, H=128, ranks=(16, 16, 16), norms=False, of=(0, 1))
+    summed("linear, summed", T=37, O=130, R=5)
+    summed("linear, summed, float16", T=64, O=256, R=16, dtype=jnp.float16, tolerance=HALF)
     rms_norm("rms_norm", shape=(3, 7, 200))
     rms_norm("rms_norm, weight frozen", shape=(1, 5, 129), of=(0,))
     rms_norm("rms_norm, one program, float16", shape=(1, 8, 256), dtype=jnp.float16, tolerance=HALF)

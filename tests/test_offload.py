@@ -7,7 +7,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from jaxft import doctor, offload_check
 from jaxft.errors import RunError
-from jaxft.models.offload import checkpointed_scan
+from jaxft.models.offload import checkpointed_scan, unrolled_scan
 
 L, B, D = 5, 4, 8
 kept = jax.checkpoint_policies.save_only_these_names
@@ -89,6 +89,49 @@ def test_a_derivative_of_what_all_layers_share_is_refused(inputs):
     x, layers, shared = inputs
     with pytest.raises(TypeError, match="share"):
         jax.grad(lambda shared: jnp.sum(checkpointed_scan(body(kept()), True, None, x, layers, shared)))(shared)
+
+
+@pytest.mark.parametrize(
+    "transformed",
+    [lambda grad: jax.vmap(grad), lambda grad: jax.vmap(jax.jit(grad)), lambda grad: jax.jit(jax.vmap(grad))],
+)
+def test_a_gradient_under_vmap_is_refused_where_residuals_wait_on_the_host(inputs, transformed):
+    x, layers, shared = inputs
+    both = jnp.stack([x, x])
+
+    def grad(host):
+        return jax.grad(lambda x: jnp.sum(checkpointed_scan(body(kept("hidden")), host, None, x, layers, shared)))
+
+    assert transformed(grad(False))(both).shape == both.shape
+    with pytest.raises(NotImplementedError, match="no gradient under jax.vmap; take gradient_checkpointing='full'"):
+        transformed(grad(True))(both)
+
+
+def unrolled(x, layers, shared):
+    return unrolled_scan(body(None), x, layers, shared)
+
+
+@pytest.mark.parametrize("count", [1, L])
+def test_unrolled_layers_give_the_gradients_of_a_scan_and_are_a_loop_where_nothing_is_differentiated(inputs, count):
+    x, layers, shared = inputs
+    layers = jax.tree.map(lambda leaf: leaf[:count], layers)
+
+    def plain(x, layers, shared):
+        return jax.lax.scan(lambda x, layer: (body(None)(x, layer, shared), None), x, layers)[0]
+
+    def gradient(run):
+        return jax.value_and_grad(lambda x, trained: loss(run, x, trained, layers, shared), (0, 1))
+
+    wanted, got = (jax.jit(gradient(run))(x, trained_part(layers)) for run in (plain, unrolled))
+    for want, one in zip(jax.tree.leaves(wanted), jax.tree.leaves(got), strict=True):
+        assert jnp.max(jnp.abs(want - one)) <= 1e-5 * jnp.max(jnp.abs(want))
+    loops = [
+        {equation.primitive.name for equation in jax.make_jaxpr(function)(x, trained_part(layers)).eqns} & {"scan"}
+        for function in (gradient(unrolled), lambda x, trained: loss(unrolled, x, trained, layers, shared))
+    ]
+    assert not loops[0]
+    with pytest.raises(TypeError, match="share"):
+        jax.grad(lambda shared: jnp.sum(unrolled(x, layers, shared)))(shared)
 
 
 def test_the_check_before_a_run_finds_equal_gradients_here_and_wrong_ones_where_a_residual_is_swapped(monkeypatch):

@@ -16,6 +16,7 @@ from flax import nnx
 from jaxft.kernels import attention as attention_op
 from jaxft.kernels import linear as linear_op
 from jaxft.kernels import mlp as mlp_op
+from jaxft.kernels import qkv as qkv_op
 from jaxft.kernels.gpu import one_device, one_gpu
 from jaxft.kernels.rms_norm import residual_rms_norm, rms_norm
 from jaxft.models.offload import checkpointed_scan, unrolled_scan
@@ -116,6 +117,29 @@ def linears(
     for layer in layers:
         layer.see(x)
     return linear_op.linears(x, tuple(layer.weights() for layer in layers), dropout=_dropout(layers), key=key, add=add)
+
+
+def attention_inputs(
+    x: jax.Array,
+    q: Linear,
+    k: Linear,
+    v: Linear,
+    *,
+    head_dim: int,
+    tables: tuple[jax.Array, jax.Array],
+    norms: tuple["RMSNorm", "RMSNorm"] | None = None,
+    key: jax.Array | None,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """q (B, T, N, H), k and v (B, T, K, H) for x (B, T, D): projected, normalised where there are norms, rotated by the
+    cos and sin of `LayerData.tables`; key drives LoRA's dropout, None switches it off."""
+    layers = q, k, v
+    for layer in layers:
+        layer.see(x)
+    return qkv_op.qkv(
+        x, *(layer.weights() for layer in layers), head_dim=head_dim, cos=tables[0], sin=tables[1],
+        norms=None if norms is None else (norms[0].factor(), norms[1].factor()),
+        eps=0.0 if norms is None else norms[0].eps, dropout=_dropout(layers), key=key,
+    )  # fmt: skip
 
 
 def gated_mlp(
@@ -254,6 +278,7 @@ def stack(block: M, count: int) -> M:
 
 
 ATTENTION = ("attention_out", "attention_lse")  # what an attention kernel needs to not run forward again
+QKV = ("attention_q", "attention_k", "attention_v")  # the products that it reads
 # R columns that spare the backward pass the MLP's widest array, and DoRA's norms, which need no second look at W
 LOW_RANK = ("mlp_low_rank", "dora_norm")
 kept = jax.checkpoint_policies.save_only_these_names
@@ -266,7 +291,7 @@ REMAT: dict[str, Callable[..., bool] | None] = {
     "attention": kept(*LOW_RANK, *ATTENTION),
     # keeps what the hand-derived backward passes read: only norms, rotations and activations are computed again
     "products": kept(
-        *(*LOW_RANK, "attention_qkv", *ATTENTION, "layer_middle", "mlp_gate", "mlp_up"),
+        *(*LOW_RANK, *QKV, *ATTENTION, "layer_middle", "mlp_gate", "mlp_up"),
         *("lora_low_rank", "dora_product", "branch_out"),
     ),
     # full and attention with what is kept on the host (`offload.py`)
@@ -275,13 +300,15 @@ REMAT: dict[str, Callable[..., bool] | None] = {
     # and what stands between attention and MLP, so that attention's last product is not computed again, and LoRA's few
     # columns
     "offload_middle": kept(*LOW_RANK, *ATTENTION, "layer_middle", "lora_low_rank"),
-    # and the products that attention reads
-    "offload_qkv": kept(*LOW_RANK, *ATTENTION, "layer_middle", "lora_low_rank", "attention_qkv"),
+    # and the products that attention reads, the narrower two of them or all
+    "offload_kv": kept(*LOW_RANK, *ATTENTION, "layer_middle", "lora_low_rank", *QKV[1:]),
+    "offload_v": kept(*LOW_RANK, *ATTENTION, "layer_middle", "lora_low_rank", *QKV[2:]),
+    "offload_qkv": kept(*LOW_RANK, *ATTENTION, "layer_middle", "lora_low_rank", *QKV),
 }
 # rather than late, which needs less of the device
-FETCHED_EARLY = ("offload_attention", "offload_middle", "offload_qkv")
+FETCHED_EARLY = ("offload_attention", "offload_middle", "offload_v", "offload_kv", "offload_qkv")
 # of what is fetched, how much a layer's backward pass begins with: the MLP's reads nothing but what stands before it
-AHEAD = {"offload_middle": 1, "offload_qkv": 1}
+AHEAD = {"offload_middle": 1, "offload_v": 1, "offload_kv": 1, "offload_qkv": 1}
 LEANEST = "offload"  # which is not given a second copy of LoRA's factors
 OFFLOADED = (LEANEST, *FETCHED_EARLY)
 KEPT_MLP = ("none", "products")  # policies that keep what stands between an MLP's products

@@ -108,7 +108,21 @@ def _forward(body, host, ahead, x, layers, shared):
     last = [_empty(leaf.shape, leaf.dtype) for leaf in far[:ahead]]
     start = (jnp.int32(0), x, there, here, last)
     _, x, there, here, last = jax.lax.while_loop(lambda carry: carry[0] < count, step, start)
-    return x, (there, last, here, layers, shared, constants, pulls[-1])
+    return _unbatched(x) if host else x, (there, last, here, layers, shared, constants, pulls[-1])
+
+
+@jax.custom_batching.custom_vmap
+def _unbatched(x: jax.Array) -> jax.Array:
+    """x itself; under `jax.vmap` an error, as XLA has no gather of what waits on the host."""
+    return x
+
+
+@_unbatched.def_vmap
+def _refuse(size, batched, x):
+    raise NotImplementedError(
+        "a policy that puts residuals on the host has no gradient under jax.vmap; take gradient_checkpointing='full', "
+        "or a batch of more rows"
+    )
 
 
 def _empty(shape: tuple[int, ...], dtype: Any) -> jax.Array:
@@ -207,8 +221,8 @@ checkpointed_scan.defvjp(_forward, _backward, symbolic_zeros=True)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def unrolled_scan(body: Body, x: jax.Array, layers: Any, shared: Any) -> jax.Array:
-    """x after body(x, layer, shared) for each layer, as `checkpointed_scan`; where it is differentiated, one layer after
-    the other instead of a loop. What body's own derivative keeps is kept, on the device and without a copy."""
+    """As `checkpointed_scan`, x after body(x, layer, shared) for each layer; where it is differentiated, they stand one
+    after the other instead of in a loop. What body's own derivative keeps is kept, on the device and without a copy."""
     return jax.lax.scan(lambda x, layer: (body(x, layer, shared), None), x, layers)[0]
 
 

@@ -5,9 +5,8 @@ from flax import nnx
 from transformers import PretrainedConfig
 
 from jaxft.kernels.kept import kept_product
-from jaxft.kernels.rope import apply_rope
 from jaxft.models.decoder import ModelConfig
-from jaxft.models.layers import Cache, Context, LayerData, Linear, RMSNorm, attend, gated_mlp, linears
+from jaxft.models.layers import Cache, Context, LayerData, Linear, RMSNorm, attend, attention_inputs, gated_mlp, linears
 from jaxft.models.rope import rope_from_config
 
 
@@ -58,12 +57,9 @@ class Attention(nnx.Module):
     ) -> tuple[jax.Array, Cache | None]:
         B, T, _ = x.shape
         qkv_key, o_key, _, _ = layer.keys(4)
-        q, k, v = kept_product(linears(x, self.q_proj, self.k_proj, self.v_proj, key=qkv_key), "attention_qkv")
-        q = q.reshape(B, T, self.heads, self.head_dim)
-        k = k.reshape(B, T, self.kv_heads, self.head_dim)
-        v = v.reshape(B, T, self.kv_heads, self.head_dim)
-        cos, sin = layer.tables(context)
-        q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
+        q, k, v = attention_inputs(
+            x, self.q_proj, self.k_proj, self.v_proj, head_dim=self.head_dim, tables=layer.tables(context), key=qkv_key,
+        )  # fmt: skip
         mixed, cache = attend(q, k, v, context=context, layer=layer, cache=cache, scale=self.scale)
         (out,) = linears(mixed.reshape(B, T, self.heads * self.head_dim), self.o_proj, key=o_key, add=add)
         return out, cache

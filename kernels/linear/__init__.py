@@ -1,8 +1,11 @@
 """Linear layers with a frozen weight and a low-rank branch: LoRA (Hu et al. 2021, https://arxiv.org/abs/2106.09685)."""
 
+from functools import partial
+
 import jax
 
-from jaxft.kernels.linear import dora, fused, reference
+from jaxft.kernels.gpu import serving
+from jaxft.kernels.linear import dora, fused, reference, triton
 from jaxft.kernels.linear.reference import times_scale
 from jaxft.kernels.linear.weights import Weights
 
@@ -24,8 +27,10 @@ def linears(
     accumulate in float32; each y_i is (..., O_i) in x's dtype. dropout is LoRA's, drawn anew for each layer from
     key, and off where key is None. add: added to y_0, a residual, of its shape and dtype. A layer with a magnitude is
     DoRA's, see `dora`.
-    implementation: "fused" (default; reverse-mode derivatives only) or "reference". Raises ValueError where a shape
-    does not fit or the implementation is unknown.
+    implementation: "triton" (an own kernel adds up product, LoRA's part and `add` of the first layer), "fused" (plain
+    XLA; both with reverse-mode derivatives only), "reference", or None: the first that serves. Raises ValueError where
+    a shape does not fit or the implementation is unknown, NotImplementedError where the one that was asked for cannot
+    serve.
     """
     check_fit(x.shape, layers)
     check_add(x, layers[0], add)
@@ -36,11 +41,14 @@ def linears(
             for layer, layer_key in zip(layers, keys, strict=True)
         ]
         return (found[0] if add is None else found[0] + add, *found[1:])
-    if implementation not in (None, "fused"):
-        raise ValueError(f"implementation {implementation!r}: must be 'fused' or 'reference'")
+    if implementation not in (None, "triton", "fused"):
+        raise ValueError(f"implementation {implementation!r}: must be 'triton', 'fused' or 'reference'")
+    capability = None
+    if implementation != "fused":
+        capability = serving("linear", partial(triton.check, x, layers[0], add), implementation)
     if any(layer.magnitude is not None for layer in layers):
         return dora.linears(x, layers, dropout, keys, add)
-    return fused.linears(x, layers, dropout, keys, add)
+    return fused.linears(x, layers, dropout, keys, add, capability)
 
 
 def check_fit(shape: tuple[int, ...], layers: tuple[Weights, ...]) -> None:

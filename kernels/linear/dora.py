@@ -52,13 +52,13 @@ def linears(
     adds = (add, *[None] * (len(layers) - 1))
     if rate and any(key is not None for key in keys):
         return tuple(
-            fused.linears(x, (one,), rate, (key,), own)[0]
+            fused.linears(x, (one,), rate, (key,), own, None)[0]
             if layer.magnitude is None
             else _scaled(*_dropped(x, one, rate, key), layer, of, own)
             for layer, one, key, of, own in zip(layers, bare, keys, norms, adds, strict=True)
         )
     first = add if layers[0].magnitude is None else None
-    found = fused.linears(x, bare, rate, keys, first)
+    found = fused.linears(x, bare, rate, keys, first, None)
     return tuple(
         product if layer.magnitude is None else _scaled(product, None, layer, of, own)
         for product, layer, of, own in zip(found, layers, norms, adds, strict=True)
@@ -69,8 +69,8 @@ def _dropped(x: jax.Array, layer: Weights, rate: float, key: jax.Array | None) -
     """The adapted product of the dropped input, and W times what was dropped."""
     assert key is not None
     dropped = reference.dropout(x, rate, key)
-    (product,) = fused.linears(dropped, (layer,), 0.0, (None,), None)
-    (rest,) = fused.linears(x - dropped, (Weights(layer.weight),), 0.0, (None,), None)
+    (product,) = fused.linears(dropped, (layer,), 0.0, (None,), None, None)
+    (rest,) = fused.linears(x - dropped, (Weights(layer.weight),), 0.0, (None,), None, None)
     return product, rest
 
 

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
 from jaxft.kernels.kept import kept_product
-from jaxft.kernels.linear import reference
+from jaxft.kernels.linear import reference, triton
 from jaxft.kernels.linear.weights import Weights
 from jaxft.quant import Weight, dense, is_quantized, multiply
 
@@ -126,16 +126,23 @@ def joint_low_rank_input(x: jax.Array, layers: tuple[Weights, ...]) -> jax.Array
 
 
 def outputs(
-    x: jax.Array, lows: list[jax.Array | None], layers: tuple[Weights, ...], add: jax.Array | None = None
-) -> tuple[jax.Array, ...]:
-    """y_i = x W_iᵀ + u_i (s_i B_i)ᵀ + bias_i, (..., O_i) in x's dtype each; the first one + add."""
+    x: jax.Array, lows: list[jax.Array | None], layers: tuple[Weights, ...], add: jax.Array | None = None,
+    capability: int | None = None,
+) -> tuple[jax.Array, ...]:  # fmt: skip
+    """y_i = x W_iᵀ + u_i (s_i B_i)ᵀ + bias_i, (..., O_i) in x's dtype each; the first one + add. capability: that the
+    kernel which adds the parts of the first one up is compiled for, None for plain XLA."""
     found: list[jax.Array] = []
     for layer, u in zip(layers, lows, strict=True):
         y = multiply(x, layer.weight)
         if layer.lora is not None and u is not None:
+            b = scaled_b(layer, x.dtype)
+            if capability is not None and add is not None:
+                found.append(triton.summed(y, u, b, add, capability))
+                add = None
+                continue
             # the large product can take it as its own start (beta = 1). Added to the residual first, whose numbers are
             # larger, a young adapter's part would be rounded away, every time in the same direction
-            y = y + reference.matmul(u, scaled_b(layer, x.dtype))
+            y = y + reference.matmul(u, b)
         if add is not None:
             y, add = y + add, None
         if layer.bias is not None:
@@ -291,21 +298,23 @@ def in_dtypes(grads: tuple[PerLeaf, ...], layers: tuple[Weights, ...]) -> Any:
     return tuple(map(one, grads, layers))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 5))
 def linears(
-    x: jax.Array, layers: tuple[Weights, ...], rate: float, keys: Keys, add: jax.Array | None
+    x: jax.Array, layers: tuple[Weights, ...], rate: float, keys: Keys, add: jax.Array | None, capability: int | None
 ) -> tuple[jax.Array, ...]:
-    """As `reference.linear` for each layer, keys one a layer (None switches dropout off); the first one + add."""
-    return outputs(x, low_rank_inputs(x, layers, rate, keys), layers, add)
+    """As `reference.linear` for each layer, keys one a layer (None switches dropout off); the first one + add.
+    capability: see `outputs`."""
+    return outputs(x, low_rank_inputs(x, layers, rate, keys), layers, add, capability)
 
 
-def _vjp_forward(x, layers, rate, keys, add):
+def _vjp_forward(x, layers, rate, keys, add, capability):
     wanted, x, layers, keys, add = perturbed(x, layers), x.value, values(layers), values(keys), values(add)
     lows = low_rank_inputs(x, layers, rate, keys)
-    return outputs(x, lows, layers, add), (x, lows, layers, keys, wanted, add is not None)
+    out = outputs(x, lows, layers, add, capability)
+    return out, (x, lows, layers, keys, wanted, add is not None)
 
 
-def _vjp_backward(rate, kept, upstream):
+def _vjp_backward(rate, _, kept, upstream):
     x, lows, layers, keys, wanted, added = kept
     dys = cotangents(upstream)
     dx, grads = gradients(x, lows, dys, layers, wanted, rate, keys)

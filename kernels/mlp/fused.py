@@ -72,7 +72,8 @@ def _outer(
     else:
         h = triton.product(e, v, activation, kernels.capability, in_place) if kernels else _product(e, v, activation)
         low = linear.low_rank_inputs(h, layers[2:], rate, keys[2:])
-    return linear.outputs(h, low, layers[2:], add)[0], low
+    added = kernels.capability if kernels and kernels.low_rank else None
+    return linear.outputs(h, low, layers[2:], add, added)[0], low
 
 
 def _named(lows: list[jax.Array | None]) -> list[jax.Array | None]:
@@ -185,13 +186,12 @@ def join(parts: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     return rows[..., :T, :].reshape(shape)
 
 
-def _dense(layers: Layers, dtype: jnp.dtype, after: jax.Array | None = None) -> Layers:
+def _dense(layers: tuple[Weights, ...], dtype: jnp.dtype, after: jax.Array | None = None) -> tuple[Weights, ...]:
     """The layers with quantised weights made dense; a plain weight stays as it is."""
-    gate, up, down = (
+    return tuple(
         layer._replace(weight=dense(layer.weight, dtype, after=after)) if is_quantized(layer.weight) else layer
         for layer in layers
     )
-    return gate, up, down
 
 
 def _hoisted(x: jax.Array, tiles: int) -> bool:
@@ -261,6 +261,8 @@ def _tiled_backward(activation, rate, kernels, tiles, kept, dy):
         return jax.tree.map(lambda a, b: a + b.astype(jnp.float32), total, grads), dx
 
     if tiles == 1:
+        if _hoisted(x, tiles):  # it is read twice; gate, too, but memory for both is more than that is worth
+            layers = (layers[0], *_dense(layers[1:2], x.dtype, after=dy), layers[2])
         dx, grads = gradients(x, dy, lows, keys)
     else:
         if _hoisted(x, tiles):

@@ -4,8 +4,9 @@ Triton and jax-triton are imported when a kernel is launched and not before.
 """
 
 import functools
+import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,8 +15,21 @@ from jax.custom_derivatives import SymbolicZero
 from jaxft.kernels import launch
 from jaxft.kernels.gpu import check_installed
 
-ELEMENTS = 4096  # numbers a program holds, and its warps
+ELEMENTS = 2048  # numbers of a head that a program holds
+LOW_RANK_ELEMENTS = 8192  # the same beside a low-rank part
 WARPS = 4
+HEADS = 8  # that a program walks over, at most; 4 without a low-rank part
+PROGRAMS = 256  # that fill a card: fewer heads a program before there are fewer
+LARGEST_RANK = 128
+
+
+class LowRank(NamedTuple):
+    """What a linear layer's LoRA adds to its product: u (T, WIDTH), whose columns from `start` on are the layer's, and
+    the scaled B (N · H, R), in the product's dtype."""
+
+    u: jax.Array
+    b: jax.Array
+    start: int
 
 
 def check(x: jax.Array, capability: int) -> None:
@@ -41,7 +55,7 @@ class _Wanted:
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def norm_rope(x, weight, cos, sin, eps, capability):
     """As `reference.norm_rope`, without rounding in between; capability: of the device, 90 for 9.0."""
-    return _launch("forward", (x, weight, cos, sin), x, eps, capability)
+    return rotated(x, None, weight, cos, sin, eps, capability)
 
 
 def _forward(x, weight, cos, sin, eps, capability):
@@ -53,27 +67,61 @@ def _forward(x, weight, cos, sin, eps, capability):
 def _backward(eps, capability, kept, dy):
     x, weight, cos, sin, wanted = kept
     dy = jnp.zeros(x.shape, x.dtype) if isinstance(dy, SymbolicZero) else dy
-    dx, parts = _launch("backward", (x, weight, cos, sin, dy), x, eps, capability, wanted.weight)
-    return dx, jnp.sum(parts, axis=0).astype(weight.dtype) if wanted.weight else None, None, None
+    dx, dw = rotated_backward(x, None, weight, cos, sin, dy, eps, capability, wanted.weight)
+    return dx, None if dw is None else dw.astype(weight.dtype), None, None
 
 
 norm_rope.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
-def _launch(name, arrays, x, eps, capability, wanted=None):
+def rotated(
+    x: jax.Array, low: LowRank | None, weight: jax.Array | None, cos: jax.Array, sin: jax.Array, eps: float,
+    capability: int,
+) -> jax.Array:  # fmt: skip
+    """rotate(norm(x + u bᵀ)) of x (B, T, N, H), without the norm where weight is None."""
+    return _launch("forward", x, low, weight, cos, sin, (), x, eps, capability)
 
+
+def rotated_backward(
+    x: jax.Array, low: LowRank | None, weight: jax.Array | None, cos: jax.Array, sin: jax.Array, dy: jax.Array,
+    eps: float, capability: int, wanted: bool,
+) -> tuple[jax.Array, jax.Array | None]:  # fmt: skip
+    """The gradients of x, which is u bᵀ's too, and where wanted of weight, (H,) float32."""
+    H = x.shape[-1]
+    _, _, grid = _tile(x, low is not None)
+    like = (
+        jax.ShapeDtypeStruct(x.shape, x.dtype),
+        jax.ShapeDtypeStruct((math.prod(grid) if wanted else 1, H), jnp.float32),
+    )
+    dx, parts = _launch("backward", x, low, weight, cos, sin, (dy,), like, eps, capability, DW=wanted)
+    return dx, jnp.sum(parts, axis=0) if wanted else None
+
+
+def _tile(x: jax.Array, low: bool) -> tuple[int, int, tuple[int, int]]:
+    """Tokens and heads of a program, and the grid."""
+    N, H = x.shape[-2:]
+    tokens = max(16, (LOW_RANK_ELEMENTS if low else ELEMENTS) // H)
+    rows, heads = -(-x.size // (N * H * tokens)), math.gcd(N, HEADS if low else HEADS // 2)
+    while heads % 2 == 0 and rows * (N // heads) < PROGRAMS:
+        heads //= 2
+    return tokens, heads, (N // heads, rows)
+
+
+def _launch(name, x, low, weight, cos, sin, more, like: Any, eps, capability, **flags):
     from jaxft.kernels.norm_rope import triton_kernels
 
-    H = x.shape[-1]
-    rows, count = ELEMENTS // H, x.size // H
-    programs = -(-count // rows)
-    like: Any = jax.ShapeDtypeStruct(x.shape, x.dtype)
-    more = {}
-    if wanted is not None:
-        like = (like, jax.ShapeDtypeStruct((programs if wanted else 1, H), jnp.float32))
-        more = {"DW": wanted}
+    N, H = x.shape[-2:]
+    T = x.size // (N * H)
+    tokens, heads, grid = _tile(x, low is not None)
+    u, b, start = low or LowRank(x, x, 0)  # an array that is not read is stood for by another
+    rank, width = (b.shape[1], u.shape[-1]) if low else (0, 0)
+    padded = max(16, 1 << max(rank - 1, 0).bit_length())
+    stages = (3 if padded == 16 else 2) if low else 1  # heads that are on their way; what fits shared memory everywhere
+    like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), like)
     return launch.triton_call(
-        *arrays, kernel=getattr(triton_kernels, name), out_shape=like, grid=(programs,), num_warps=WARPS, num_stages=1,
-        compute_capability=capability, name=f"norm_rope_{name}", eps=float(eps), COUNT=count, N=x.shape[2], H=H,
-        ROWS=rows, **more,
+        x, u, b, cos if weight is None else weight, cos, sin, *more, kernel=getattr(triton_kernels, name),
+        out_shape=like, grid=grid, num_warps=WARPS, num_stages=1,
+        compute_capability=capability, name=f"norm_rope_{name}", eps=float(eps), T=T, N=N, H=H, R=rank,
+        RP=padded, WIDTH=width, START=start, BT=tokens, HEADS=heads, STAGES=stages,
+        LOW=low is not None, NORM=weight is not None, **flags,
     )  # fmt: skip

@@ -1,0 +1,107 @@
+"""Products, LoRA, norm and rotation as one operation with its own backward, by the kernels of `norm_rope`.
+
+    q = rotate(norm(x W_qᵀ + u_q (s B_q)ᵀ)), k likewise, v = x W_vᵀ + u_v (s B_v)ᵀ
+
+The low-rank parts of q and k are added by the kernel that normalises and rotates them, in float32: a product of their
+own would write them, and the large product read them, as wide as q and k. Kept for backward: x, the products without
+those parts, named for a rematerialisation policy, and the columns of the low-rank inputs.
+"""
+
+import functools
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+
+from jaxft.kernels.linear import Weights
+from jaxft.kernels.linear import fused as linear
+from jaxft.kernels.norm_rope import triton as kernels
+from jaxft.kernels.norm_rope.triton import LowRank
+from jaxft.kernels.qkv.composed import heads
+from jaxft.quant import multiply
+
+Layers = tuple[Weights, Weights, Weights]
+Norms = tuple[jax.Array, jax.Array] | None
+NO_KEYS = (None, None, None)
+
+
+def check(x: jax.Array, layers: Layers, head_dim: int, dropped: bool, capability: int) -> None:
+    """Raises NotImplementedError with the reason where this way cannot serve."""
+    kernels.check(jax.ShapeDtypeStruct((head_dim,), x.dtype), capability)  # type: ignore[arg-type]
+    if x.dtype not in (jnp.bfloat16, jnp.float16):
+        raise NotImplementedError(f"dtype {x.dtype}: needs bfloat16 or float16")
+    if capability < 80:
+        raise NotImplementedError(f"compute capability {capability / 10}: needs 8.0 (tensor cores through Triton)")
+    if dropped:
+        raise NotImplementedError("dropout: each layer would have low-rank inputs of its own")
+    if any(layer.bias is not None or layer.magnitude is not None for layer in layers):
+        raise NotImplementedError("biases or magnitudes (DoRA): LoRA alone")
+    ranks = [0 if layer.lora is None else layer.lora[0].shape[0] for layer in layers]
+    if not any(ranks[:2]) or max(ranks) > kernels.LARGEST_RANK:
+        raise NotImplementedError(f"ranks {ranks}: needs LoRA on q or k, of at most {kernels.LARGEST_RANK}")
+
+
+def _low_ranks(u: jax.Array, layers: Layers) -> list[LowRank | None]:
+    """What the kernels of q and k read beside a product."""
+    found: list[LowRank | None] = []
+    start = 0
+    for layer in layers[:2]:
+        found.append(None if layer.lora is None else LowRank(u, linear.scaled_b(layer, u.dtype), start))
+        start += 0 if layer.lora is None else layer.lora[0].shape[0]
+    return found
+
+
+@jax.tree_util.register_static
+@dataclass(frozen=True)
+class _Trained:
+    """Which of the norms' weights are differentiated."""
+
+    norms: tuple[bool, ...]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
+def qkv(
+    x: jax.Array, layers: Layers, norms: Norms, cos: jax.Array, sin: jax.Array, head_dim: int, eps: float,
+    capability: int,
+) -> tuple[jax.Array, jax.Array, jax.Array]:  # fmt: skip
+    """As `qkv` of this folder, without dropout, where `check` allows it; capability: of the device, 90 for 9.0."""
+    return _run(x, layers, norms, cos, sin, head_dim, eps, capability)[0]
+
+
+def _run(x, layers, norms, cos, sin, head_dim, eps, capability):
+    u = linear.joint_low_rank_input(x, layers)
+    low = linear.split_ranks(u, layers, axis=u.ndim - 1)[2:]
+    products = *(multiply(x, layer.weight) for layer in layers[:2]), linear.outputs(x, low, layers[2:])[0]
+    q, k, v = heads(products, head_dim)
+    rotated = [
+        kernels.rotated(part, low, norm, cos, sin, eps, capability)
+        for part, low, norm in zip((q, k), _low_ranks(u, layers), norms or (None, None), strict=True)
+    ]
+    return (*rotated, v), (q, k, u)
+
+
+def _forward(x, layers, norms, cos, sin, head_dim, eps, capability):
+    wanted = linear.perturbed(x, layers)
+    trained = _Trained(tuple(norm.perturbed for norm in norms or ()))
+    x, layers, norms, cos, sin = linear.values((x, layers, norms, cos, sin))
+    out, kept = _run(x, layers, norms, cos, sin, head_dim, eps, capability)
+    return out, (x, layers, norms, cos, sin, kept, wanted, trained)
+
+
+def _backward(head_dim, eps, capability, residuals, upstream):
+    x, layers, norms, cos, sin, (q, k, u), wanted, trained = residuals
+    upstream = linear.cotangents(upstream)
+    dys, d_norms = [], []
+    rest = zip((q, k), _low_ranks(u, layers), norms or (None, None), trained.norms or (False, False), strict=True)
+    for dy, (part, low, norm, asked) in zip(upstream[:2], rest, strict=True):
+        d_part, d_norm = kernels.rotated_backward(part, low, norm, cos, sin, dy, eps, capability, asked)
+        dys.append(d_part)
+        d_norms.append(None if d_norm is None else d_norm.astype(norm.dtype))
+    dys = tuple(dy.reshape(*x.shape[:-1], -1) for dy in (*dys, upstream[2]))
+    dx, grads = linear.gradients(
+        x, linear.split_ranks(u, layers, axis=u.ndim - 1), dys, layers, wanted, 0.0, NO_KEYS
+    )  # fmt: skip
+    return dx, linear.in_dtypes(grads, layers), None if norms is None else tuple(d_norms), None, None
+
+
+qkv.defvjp(_forward, _backward, symbolic_zeros=True)
