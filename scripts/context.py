@@ -2,23 +2,30 @@
 
     python scripts/context.py plan --device h200      # no card needed: compiles for one, and finds the longest rows
     python scripts/context.py measure --budget 24     # on a card: a step of that length in no more than that memory
+    python scripts/context.py measure --budget 40 --stop_after 60  # the same, for its memory alone: not to its end
     python scripts/context.py table                   # writes docs/context.md
 
 `plan` compiles a few candidates at two lengths, takes for each budget the one whose straight line reaches farthest,
 and searches between lengths that fit and lengths that do not until they are neighbours: each length that it names was
 itself compiled and fits, and the next one was compiled and does not. What is compiled is kept in docs/context.json.
 `measure` lets XLA have no more of the card than the budget, so that what does not fit fails. cuDNN says what scratch
-memory its attention takes only where the card is, so the longest row is searched for there once more.
+memory its attention takes only where the card is, so the longest row is searched for there once more. XLA allocates all
+that a step needs before its first kernel: `--stop_after` takes the peak of a step that runs and does not wait for its
+end, which is minutes away; the page says so.
 """
 
 import argparse
 import json
+import math
 import os
 import shutil
 import subprocess
 import sys
 import textwrap
-from collections.abc import Callable
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -35,12 +42,19 @@ BUDGETS = (8, 12, 16, 24, 40, 48, 80)  # GiB, those for which Unsloth names leng
 STEP = 1024  # lengths are multiples of it
 ANCHORS = (16, 128)  # of STEP: where every candidate is compiled
 # (policy, tokens of an MLP tile), the slower of two with the same lengths last
-CANDIDATES = (("offload", 2048), ("offload", 1024), ("offload", 512), ("offload_attention", 1024))
+CANDIDATES = (("offload", 2048), ("offload", 1024), ("offload", 512), ("offload_middle", 1024))
 # how often a policy computes attention: forward, backward (2.5 of it), and forward again where it is not kept
-ATTENTION_PASSES = {"offload": 4.5, "offload_attention": 3.5}
+ATTENTION_PASSES = {"offload": 4.5, "offload_middle": 3.5}
 ATTENTION_RATE, PRODUCTS_RATE = 500e12, 650e12  # FLOP/s, taken for granted of an H200 in the estimate
 LONG = 40  # seconds: a step that is estimated to take longer is measured without one before it
 HOST_SPARE = 8  # GiB of pinned memory beside what a plan says
+HOST_KEPT = 6  # GiB of the host that are not pinned, for the process itself
+HELD = 0.99  # of a plan: what the allocator holds while the step runs
+POLL = 1.0  # seconds between two looks at a step that may be stopped
+STOPPED = (
+    " XLA allocates all that a step needs before its first kernel, so a step that ran and was stopped (`--stop_after`) "
+    "has the peak of a whole one. It proves that the row fits: nobody saw its loss, and its seconds are an estimate."
+)
 UNSLOTH_FIXED, UNSLOTH_TOKEN = 7.37e9, 222 * 1024  # bytes; its published lengths lie on this line or a little below
 
 Record = dict[str, Any]
@@ -156,23 +170,74 @@ def plan(options: argparse.Namespace) -> int:
     return 0
 
 
-def limit_memory(budget: float, host: int) -> None:
-    """Lets XLA have `budget` GiB of the card and no more, and `host` bytes of pinned memory, more than its own 64 GiB.
+def limit_memory(budget: float, host: int) -> int | None:
+    """Lets XLA have `budget` GiB of the card and no more, and pin `host` bytes, which may be more than its own 64 GiB.
 
-    Before jax touches a device; nothing where there is no card. Raises InputError where either is not there.
+    Before jax touches a device. Returns how many bytes may be pinned, fewer than `host` where the host has no more:
+    XLA rounds what it pins up to a power of two, but not past this. None where there is no card. Raises InputError
+    where the card is smaller than the budget.
     """
     if shutil.which("nvidia-smi") is None:
-        return
-    asked = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
-    card = int(subprocess.check_output(asked, text=True).split()[0]) * (1 << 20)
+        return None
+    card = int(ask_card("memory.total")) * (1 << 20)
     if budget * GIB > card:
         raise InputError(f"--budget {budget:g}: the card has {_gib(card)}")
     memory = dict(line.split(":") for line in Path("/proc/meminfo").read_text(encoding="utf-8").splitlines())
     free = int(memory["MemAvailable"].split()[0]) * 1024
-    if host > free:
-        raise InputError(f"--budget {budget:g}: {_gib(host)} wait on the host, which has {_gib(free)} free")
+    pinned = max(min(host // GIB + HOST_SPARE, free // GIB - HOST_KEPT), 1)
     os.environ["XLA_PYTHON_CLIENT_MEM_FRACTION"] = str(budget * GIB / card)
-    os.environ["XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB"] = str(host // GIB + HOST_SPARE)
+    os.environ["XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB"] = str(pinned)
+    return pinned * GIB
+
+
+def ask_card(what: str) -> str:
+    """One of nvidia-smi's figures of the first card, without its unit."""
+    asked = ["nvidia-smi", f"--query-gpu={what}", "--format=csv,noheader,nounits"]
+    return subprocess.check_output(asked, text=True).split()[0]
+
+
+def runs(total: int) -> bool:
+    """Whether a step of `total` bytes runs now: the allocator holds them, and the card computes.
+
+    The latter, for what waits on the host is allocated by the same step, and pinning it takes a minute.
+    """
+    held = (jax.devices()[0].memory_stats() or {}).get("bytes_in_use", 0)
+    if held < HELD * total:
+        return False
+    busy = ask_card("utilization.gpu")  # percent of the last second or less
+    return busy.isdecimal() and int(busy) > 0
+
+
+@contextmanager
+def stopping(after: float | None, total: int, keep: Callable[[float], None]) -> Iterator[None]:
+    """Ends this process where a step of `total` bytes inside runs and has run for `after` seconds; None: never.
+
+    keep: called before, with the seconds for which it was seen to run, at every look.
+    """
+    ended = threading.Event()
+
+    def watch(after: float) -> None:
+        began = None
+        while not ended.wait(POLL):
+            if not runs(total):
+                began = None
+            elif began is None:
+                began = time.monotonic()
+                print(f"the step runs, and is stopped after {after:g} s", file=sys.stderr, flush=True)
+            elif time.monotonic() - began >= after and not ended.is_set():
+                keep(time.monotonic() - began)
+                os._exit(0)  # in the middle of a step, for which an orderly exit would wait
+
+    if after is None:
+        yield
+        return
+    thread = threading.Thread(target=watch, args=(after,), daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
 
 
 def step_on_card(results: Results, found: Record, length: int | None, limit: float) -> Record:
@@ -198,21 +263,45 @@ def step_on_card(results: Results, found: Record, length: int | None, limit: flo
 
 def measure(options: argparse.Namespace) -> int:
     if len(options.budget) > 1:  # a fresh process each: the allocator's limit and its peak are the process's
-        flags = ["--results", str(options.results)] + (["--length", str(options.length)] if options.length else [])
+        flags = ["--results", str(options.results)]
+        for name in ("length", "stop_after"):
+            flags += [f"--{name}", str(getattr(options, name))] if getattr(options, name) is not None else []
         calls = [[sys.executable, __file__, "measure", "--budget", str(budget), *flags] for budget in options.budget]
         return max(subprocess.call(call) for call in calls)
     results, (budget,) = Results(options.results, {}), options.budget
     found = results.data["budgets"].get(str(budget))
     if found is None:
         raise InputError(f"{options.results} has no length for {budget} GiB; run the plan subcommand first")
+    model, policy = results.data["model"], found["policy"]
     warmup = 0 if found["estimated_seconds"] > LONG else 1
-    limit_memory(budget, found["host"] * (options.length or found["length"]) // found["length"])
+    pinned = limit_memory(budget, found["host"] * (options.length or found["length"]) // found["length"])
     planned = step_on_card(results, found, options.length, budget * GIB * results.data["margin"])
     length, tiles = planned["length"], planned["tiles"]
-    flags = f"{WORKLOAD} --model {results.data['model']} --length {length} --steps 1 --warmup {warmup}"
-    flags += f" --gradient_checkpointing {found['policy']} --mlp_tiles {tiles}"
+    if pinned is not None and planned["host"] > pinned:
+        raise InputError(
+            f"--budget {budget}: {_gib(planned['host'])} of {length:,} tokens wait on the host, which has "
+            f"{_gib(pinned)} to pin; try a smaller --length"
+        )
+
+    def keep(more: Record) -> None:
+        device = jax.devices()[0]
+        stats = device.memory_stats() or {}
+        record = {"length": length, "policy": policy, "tiles": tiles, "warmup": warmup}
+        record |= {"total": planned["total"], "host": planned["host"], "device": device.device_kind}
+        record |= {"bytes_limit": stats.get("bytes_limit"), "peak_bytes": stats.get("peak_bytes_in_use")}
+        record |= more | {"jax": jax.__version__}
+        print(json.dumps({"budget": budget} | record), flush=True)
+        results.data["measured"][str(budget)] = record
+        results.save()
+
+    def keep_begun(seconds: float) -> None:
+        keep({"stopped_after": seconds, "estimated_seconds": step_seconds(model, policy, length)})
+
+    flags = f"{WORKLOAD} --model {model} --length {length} --steps 1 --warmup {warmup}"
+    flags += f" --gradient_checkpointing {policy} --mlp_tiles {tiles}"
     try:
-        line = bench.measure(WORKLOAD, bench.read_options(flags.split()))
+        with stopping(options.stop_after, planned["total"], keep_begun):
+            line = bench.measure(WORKLOAD, bench.read_options(flags.split()))
     except jax.errors.JaxRuntimeError as failure:
         if "RESOURCE_EXHAUSTED" not in str(failure):
             raise
@@ -221,16 +310,9 @@ def measure(options: argparse.Namespace) -> int:
             "smaller --margin, or try a smaller --length"
         ) from failure
     losses = line["loss"]
-    limit = (jax.devices()[0].memory_stats() or {}).get("bytes_limit")
-    record = {"length": length, "policy": found["policy"], "tiles": tiles, "warmup": warmup, "bytes_limit": limit}
-    record |= {"total": planned["total"], "host": planned["host"]}
-    record |= {name: line[name] for name in ("device", "peak_bytes", "host_bytes", "compile_seconds", "loss")}
-    record |= {"step_seconds": line["step_ms"] / 1e3, "jax": jax.__version__}
-    print(json.dumps({"budget": budget} | record), flush=True)
-    if not all(loss == loss and abs(loss) < float("inf") for loss in losses):
+    if not all(math.isfinite(loss) for loss in losses):
         raise RunError(f"the losses are {losses}, not all finite: the step is wrong at {length:,} tokens")
-    results.data["measured"][str(budget)] = record
-    results.save()
+    keep({name: line[name] for name in ("compile_seconds", "loss")} | {"step_seconds": line["step_ms"] / 1e3})
     return 0
 
 
@@ -243,9 +325,13 @@ def shorter(data: Record) -> str:
 
 def document(data: Record, unsloth: bool) -> str:
     """docs/context.md; unsloth: with its line, which is of one model."""
-    cards = sorted({record["device"] for record in data["measured"].values()})
-    on_a_card = ", ".join(budget for budget, found in data["budgets"].items() if found and budget in data["measured"])
-    ran = f"Run on a card: {on_a_card} GiB ({', '.join(cards)})." if on_a_card else "No row was run on a card yet."
+    measured = [(budget, data["measured"][budget]) for budget in data["budgets"] if budget in data["measured"]]
+    cards = ", ".join(sorted({run["device"] for _, run in measured}))
+    ran = []
+    for how, ended in (("Run on a card", True), ("Begun on a card and stopped", False)):
+        budgets = ", ".join(budget for budget, run in measured if ("step_seconds" in run) == ended)
+        ran += [f"{how}: {budgets} GiB ({cards})."] * bool(budgets)
+    stopped = STOPPED * any("stopped_after" in run for _, run in measured)
     lines = [
         "# How long a row fits",
         "",
@@ -258,11 +344,14 @@ def document(data: Record, unsloth: bool) -> str:
             120,
         ),
         "",
-        f"**{ran}**",
-        "In a run XLA has no more of the card than the budget, weights and tokens are random, the loss is finite, and",
-        "the peak is the allocator's. Rows without a peak are planned by the compiler alone, and their seconds are an",
-        "estimate, marked by ~. What waits on the host is beside the budget. Positions are not scaled: beyond the",
-        "model's own a real run scales its rope, at the same cost.",
+        f"**{' '.join(ran) or 'No row was run on a card yet.'}**",
+        *textwrap.wrap(
+            "In a run XLA has no more of the card than the budget, weights and tokens are random, the loss is finite, "
+            f"and the peak is the allocator's.{stopped} Rows without a peak are planned by the "
+            "compiler alone, and their seconds are an estimate, marked by ~. What waits on the host is beside the "
+            "budget. Positions are not scaled: beyond the model's own a real run scales its rope, at the same cost.",
+            120,
+        ),
         "",
     ]
     if unsloth:
@@ -289,10 +378,12 @@ def document(data: Record, unsloth: bool) -> str:
 def _cells(found: Record, run: Record | None) -> list[str]:
     """From the policy to the seconds; of the run where there is one, else of the plan without a card."""
     row = run or found
-    peak, seconds = "", f"~{found['estimated_seconds']:.0f}"
+    peak = ""
     if run is not None:
         peak = "not known" if run["peak_bytes"] is None else f"{run['peak_bytes'] / GIB:.2f}"
-        seconds = f"{run['step_seconds']:.1f}"
+    seconds = f"{row['step_seconds']:.1f}" if "step_seconds" in row else f"~{row['estimated_seconds']:.0f}"
+    if "stopped_after" in row:
+        seconds += f", stopped after {row['stopped_after']:.0f}"
     sizes = f"{row['total'] / GIB:.2f}", peak, f"{row['host'] / GIB:.1f}"
     return [f"`{row['policy']}`, {row['tiles']}", f"{row['length']:,}", *sizes, seconds]
 
@@ -323,6 +414,10 @@ def main(argv: list[str] | None = None) -> int:
     one = commands.add_parser("measure", help="run the step of a budget's longest row")
     one.add_argument("--budget", nargs="+", type=int, required=True, help="GiB, as planned")
     one.add_argument("--length", type=int, help="another length than the planned one")
+    one.add_argument(
+        "--stop_after", type=float, metavar="SECONDS",
+        help="measure the memory alone: stop a step that has run so long, and say that it was",
+    )  # fmt: skip
     one.set_defaults(run=measure)
     one = commands.add_parser("table", help="write the page")
     one.add_argument("--output", type=Path, default=DOCS / "context.md")
