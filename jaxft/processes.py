@@ -95,15 +95,20 @@ def is_first() -> bool:
     return not jax.distributed.is_initialized() or jax.process_index() == 0
 
 
+def several() -> bool:
+    """Whether the run has several processes. One that was never joined to others is not asked for its devices."""
+    return jax.distributed.is_initialized() and jax.process_count() > 1
+
+
 def meet(name: str) -> None:
     """Waits until every process is here."""
-    if jax.distributed.is_initialized() and jax.process_count() > 1:  # which only then asks for devices
+    if several():
         multihost_utils.sync_global_devices(f"jaxft.{name}")
 
 
 def largest(value: int) -> int:
     """The largest of all processes' values; every process must ask."""
-    if jax.process_count() == 1:
+    if not several():
         return value
     return int(np.max(multihost_utils.process_allgather(np.int32(value))))
 
@@ -125,4 +130,4 @@ def on_first(action: Callable[[], object]) -> None:
 
 def gathered(tree: Any) -> Any:
     """The tree with every array whole: as it is in one process, else as numpy arrays in each of them."""
-    return tree if jax.process_count() == 1 else multihost_utils.process_allgather(tree, tiled=True)
+    return multihost_utils.process_allgather(tree, tiled=True) if several() else tree

@@ -11,7 +11,7 @@ from jaxft import train
 from jaxft.checkpoint import Checkpoints
 from jaxft.config import parse
 from jaxft.errors import InputError
-from jaxft.processes import asked_for
+from jaxft.processes import asked_for, gathered, largest, meet, on_first
 from tests.forked_runs import forked_runs
 from tests.tiny_runs import flags, lines_of, losses_of, sums, write_base, write_rows
 
@@ -19,6 +19,18 @@ RUN = flags(
     max_length=64, learning_rate=0.01, max_steps=5, save_steps=2, eval_steps=3, lora_r=4, lora_dropout=0.2,
     weight_decay=0.1, gradient_checkpointing="none", lr_scheduler_type="constant", heartbeat_timeout_seconds=4,
 )  # fmt: skip
+
+
+def test_a_process_without_others_is_not_asked_for_its_devices(monkeypatch):
+    def asked(*_):
+        raise AssertionError("asked for devices")
+
+    monkeypatch.setattr("jax.process_count", asked)
+    monkeypatch.setattr("jax.process_index", asked)
+    done = []
+    on_first(lambda: done.append(largest(3)))
+    meet("nowhere")
+    assert done == [3] and gathered({"a": 1}) == {"a": 1}
 
 
 @pytest.fixture(scope="module")
