@@ -6,6 +6,7 @@ import shutil
 import datasets
 import pytest
 
+import jaxft.data
 import jaxft.files
 from jaxft.columns import Columns, parse_template
 from jaxft.data import split_known, split_rows, tokenize_dataset
@@ -138,6 +139,14 @@ def test_parts_of_a_split_are_known_apart(file, kept):
             assert not read and again == found
     with pytest.raises(InputError, match="holds out 8 of 8 rows"):
         run(split_known(open_rows(str(file)), 8, 0)[0], kept)
+
+
+def test_both_parts_of_a_split_are_of_one_draw(file, monkeypatch):
+    draws = []
+    monkeypatch.setattr(jaxft.data, "split_rows", lambda *given: draws.append(given[1:]) or split_rows(*given))
+    train, held_out = split_known(open_rows(str(file)), 3, 7)
+    assert not draws  # before anybody looks
+    assert (len(train.table), len(held_out.table)) == (5, 3) and draws == [(3, 7)]
 
 
 def test_what_is_wrong_in_a_file_is_said_when_its_rows_are_read(tmp_path):

@@ -1,5 +1,6 @@
 """Turns rows of any known format into samples, and counts whatever does not come through."""
 
+import functools
 import hashlib
 import itertools
 from array import array
@@ -245,9 +246,10 @@ def split_rows(
 def split_known(rows: Rows, held_out: float, seed: int) -> tuple[Rows, Rows]:
     """`split_rows` of rows that need not be read for it; what it raises is raised when they are."""
 
+    drawn = functools.cache(lambda: split_rows(rows.table, held_out, seed))  # once for both parts
+
     def part(at: int) -> Rows:
-        name = f"part {at} with {held_out!r} held out by seed {seed}"
-        return rows.part(name, lambda table: split_rows(table, held_out, seed)[at])
+        return rows.part(f"part {at} with {held_out!r} held out by seed {seed}", lambda _: drawn()[at])
 
     return part(0), part(1)
 
