@@ -22,11 +22,12 @@ from jaxft.convert.gguf.read import MAGIC, Header, read_header
 from jaxft.data import tokenize_dataset
 from jaxft.errors import InputError
 from jaxft.evaluate import read_from
-from jaxft.files import is_hub_name, load_rows
+from jaxft.files import is_hub_name, open_rows
 from jaxft.mixture import Source
 from jaxft.models import Model
 from jaxft.packing import Batches, make_plan, permutation
 from jaxft.prepare import prepare
+from jaxft.rows import Rows
 from jaxft.samples import lengths_of
 from jaxft.settings import EvaluateSettings
 from jaxft.sharding import data_parallel_size
@@ -156,14 +157,14 @@ def gguf_means(model: Model, found: Activations, head: bool) -> dict[str, np.nda
     return {name: mean for name, mean in means.items() if head or name != HEAD}
 
 
-def calibration_rows(source: Source, settings: EvaluateSettings) -> "datasets.Dataset":
+def calibration_rows(source: Source, settings: EvaluateSettings) -> "datasets.Dataset | Rows":
     """The rows of a data set as training reads it, or a text file as one document. Says what was read."""
     path = Path(source.path).expanduser()
     if is_hub_name(source.path) or path.suffix not in TEXT_FILES:
         asked = [split for split in ("dataset_train_split", "dataset_test_split") if split in settings.settings_given]
         split = source.split or (getattr(settings, asked[0]) if asked else None)
         print(f"read {read_from(source.path, split)}", file=sys.stderr)
-        return load_rows(source.path, split, source.config or settings.dataset_config)
+        return open_rows(source.path, split, source.config or settings.dataset_config)
     from datasets import Dataset
 
     try:
@@ -223,6 +224,7 @@ def imatrix(
     samples, report = tokenize_dataset(
         rows, prepared.tokenizer, max_length=settings.max_length, vocab_size=prepared.model.config.vocab_size,
         train_on=settings.train_on, template_kwargs=settings.chat_template_kwargs, cache=settings.cache_directory,
+        columns=settings.columns,
     )  # fmt: skip
     for line in report.lines():
         print(line, file=sys.stderr)

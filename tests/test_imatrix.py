@@ -92,6 +92,16 @@ def dat(entries: dict[str, tuple[int, list[float]]], tail: bytes = b"") -> bytes
     return data + tail
 
 
+def test_rows_are_read_as_every_command_reads_them_by_templates_and_once(place, tmp_path, capsys, monkeypatch):
+    argv = [place / "base", place / "rows.jsonl", "--max_length=64", f"--dataset_cache={tmp_path / 'kept'}"]
+    whole = run(capsys, *argv[:2], tmp_path / "whole.gguf", *argv[2:])
+    templates = ["--template={question}{question}", "--response_template={answer}"]
+    twice = run(capsys, *argv[:2], tmp_path / "twice.gguf", *argv[2:], *templates)
+    assert twice["tokens"] == whole["tokens"] + sum(len(row["question"]) for row in sums(12))
+    monkeypatch.setattr("jaxft.files._build", lambda *_: pytest.fail("the rows are read again"))
+    assert run(capsys, *argv[:2], tmp_path / "again.gguf", *argv[2:]) == whole | {"out": str(tmp_path / "again.gguf")}
+
+
 def test_older_files_are_read_with_and_without_their_tail(tmp_path):
     entries = {"blk.0.attn_q.weight": (4, [2.0, 8.0]), "blk.0.ffn_down.weight": (0, [3.0, 5.0, 7.0])}
     for tail in (b"", struct.pack("<ii", 4, 3) + b"a.b"):
