@@ -1,5 +1,8 @@
 """Triton kernels on disk: compiled once, known by all that decides them, compiled again where a file is damaged."""
 
+import importlib
+import linecache
+import sys
 from types import SimpleNamespace
 
 import jax
@@ -62,6 +65,26 @@ def test_a_kernel_is_compiled_once_and_again_for_another_source_argument_or_vers
     versions[0] = "3.7.0"
     assert compile() == b"a ('float32', 128)" and compile.times == 4
     assert len(list((directory / "triton").iterdir())) == 4
+
+
+@pytest.mark.skipif(bool(MISSING), reason=NEEDED)
+def test_a_kernel_is_another_one_where_a_function_of_another_module_is_that_it_calls(directory, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    head = "import triton\n\n"
+    (tmp_path / "outer.py").write_text(
+        head + "from inner import changed\n\n\n@triton.jit\ndef kernel(x):\n    return changed(x)\n"
+    )
+
+    def place(body: str):
+        (tmp_path / "inner.py").write_text(head + f"@triton.jit\ndef changed(x):\n    return {body}\n")
+        importlib.invalidate_caches()
+        for name in ("outer", "inner"):
+            monkeypatch.delitem(sys.modules, name, raising=False)
+        linecache.clearcache()
+        return compiled.place(importlib.import_module("outer").kernel, None)
+
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    assert place("x + 1") == place("x + 1") != place("x - 1")
 
 
 @pytest.mark.parametrize("damage", [lambda whole: whole[:-1], lambda whole: b"", lambda whole: whole[:-1] + b"?"])

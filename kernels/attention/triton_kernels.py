@@ -22,6 +22,8 @@ Measured on an H200 beside cuDNN: the figures stand in `cudnn.py` and docs/log.m
 import triton
 import triton.language as tl
 
+from jaxft.kernels.triton_tanh import tanh
+
 LOG2E = tl.constexpr(1.4426950408889634)
 # the raw score of a hidden key: finite, so that a row of a tile may be hidden wholly, and a power of two, so that its
 # product with the factor is exact, the exponent there 0, and what it adds goes away with the first key that is seen
@@ -58,8 +60,8 @@ def _store_rows(base, x, start, count, STRIDE: tl.constexpr, ROWS: tl.constexpr,
 def _raw(products, scale: tl.constexpr, softcap: tl.constexpr):
     if softcap is None:
         return products
-    else:  # tanh through exp2: right at both ends, where exp2 gives 0 or inf
-        return 1.0 - 2.0 / (tl.exp2(products * (2.0 * scale / softcap * LOG2E)) + 1.0)
+    else:
+        return tanh(products, scale / softcap)
 
 
 @triton.jit

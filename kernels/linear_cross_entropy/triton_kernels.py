@@ -11,6 +11,8 @@ Everything is float32. Measured: docs/log.md.
 import triton
 import triton.language as tl
 
+from jaxft.kernels.triton_tanh import tanh
+
 LOG2E = tl.constexpr(1.4426950408889634)
 LOWEST = tl.constexpr(-3.4e38)  # −∞ would be subtracted from itself
 
@@ -20,8 +22,8 @@ def _capped(x, CAP: tl.constexpr):
     """c · tanh(x / c), where there is a cap."""
     if CAP is None:
         return x
-    else:  # through exp2: right at both ends, where exp2 gives 0 or ∞
-        return CAP - 2.0 * CAP / (tl.exp2(x * (2.0 / CAP * LOG2E)) + 1.0)
+    else:
+        return CAP * tanh(x, 1.0 / CAP)
 
 
 @triton.jit
