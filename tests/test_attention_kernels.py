@@ -163,6 +163,31 @@ def test_an_unknown_implementation_is_named():
         attention(q, k, v, first_key=jnp.zeros((2, 37), jnp.int32), scale=1.0, implementation="flash")
 
 
+@pytest.mark.parametrize(
+    ("capability", "H", "T", "most", "way"),
+    [
+        (90, 128, 2048, 5, "cudnn"),
+        (90, 128, 2048, 6, "triton"),  # of 341 tokens
+        (90, 96, 2048, 6, "triton"),  # the tiles of 128
+        (90, 64, 2048, 6, "cudnn"),  # other tiles
+        (100, 128, 2048, 6, "cudnn"),
+        (100, 128, 2048, 11, "triton"),
+        (90, 128, 256, 2, "triton"),
+        (90, 128, 256, 1, "cudnn"),  # short, but there is nothing to skip
+    ],
+)
+def test_short_documents_go_to_triton_where_its_tiles_were_measured_to_win(capability, H, T, most, way, monkeypatch):
+    monkeypatch.setattr(op, "device_capability", lambda: capability)
+    monkeypatch.setattr(gpu, "find_spec", lambda name: object())
+    monkeypatch.setattr(jax, "__version_info__", (0, 11, 2))
+    taken = []
+    for name in ("cudnn", "triton"):
+        monkeypatch.setattr(getattr(op, name), "attention", lambda q, *_, name=name, **__: taken.append(name) or q)
+    q, first = jnp.zeros((1, T, 1, H), jnp.bfloat16), jnp.zeros((1, T), jnp.int32)
+    attention(q, q, q, first_key=first, scale=1.0, documents=documents(first, most))
+    assert taken == [way]
+
+
 FOUR = documents(jnp.zeros((2, 64), jnp.int32), 4)
 
 

@@ -15,15 +15,12 @@ import jax.numpy as jnp
 
 from jaxft.kernels.attention import chunked, cudnn, reference, triton
 from jaxft.kernels.attention.cudnn import Documents, documents
-from jaxft.kernels.gpu import CARDS, device_capability
+from jaxft.kernels.gpu import device_capability
 
 __all__ = ["CUDNN_DOCUMENTS", "Documents", "attention", "documents", "key_range"]
 
 ORDER = ("cudnn", "triton", "reference", "chunked")  # which way is tried first
 CUDNN_DOCUMENTS = 10  # more of them in a row skip more by Triton (H200, 2,048 tokens: 19 documents 2.02 ms and 1.62)
-# tokens of a document, on average, below which Triton's small tiles win (H200, heads of 128, rows of 2,048: 5 documents
-# cuDNN 1.55 ms, Triton 1.70; 7: 1.39 and 1.23)
-SHORT = 350
 REFERENCE_SCORES = 2**20  # T · S up to which the whole score matrix is small enough to be the fastest plain way
 
 
@@ -80,19 +77,17 @@ def attention(
         raise ValueError(f"implementation {implementation!r}: must be one of {', '.join(ORDER)} or None")
 
     def serves(name: str) -> None:
-        if name in ("cudnn", "triton"):
+        if name == "triton":
+            triton.check(q, scale=scale, last_key=last_key, capability=device_capability())
+        elif name == "cudnn":
             capability = device_capability()
-            triton_serves = functools.partial(triton.check, q, scale=scale, last_key=last_key, capability=capability)
-            if name == "triton":
-                triton_serves()
-            else:
-                cudnn.check(
-                    q, softcap=softcap, window=window, last_key=last_key, documents=documents, capability=capability
-                )
-                most = 0 if documents is None else documents.lengths.shape[1]
-                small = CARDS.get(capability) == "hopper" and 64 < H <= 128  # tiles, as measured
-                if implementation is None and (most > CUDNN_DOCUMENTS or (small and SHORT * most > T)):
-                    raise NotImplementedError(f"{most} documents in a row of {T} tokens: triton skips more")
+            cudnn.check(
+                q, softcap=softcap, window=window, last_key=last_key, documents=documents, capability=capability
+            )
+            most = 0 if documents is None else documents.lengths.shape[1]
+            short = most > 1 and triton.short_documents(capability, H) * most > T  # one document: nothing to skip
+            if implementation is None and (most > CUDNN_DOCUMENTS or short):
+                raise NotImplementedError(f"{most} documents in a row of {T} tokens: triton skips more")
         elif name == "reference" and implementation is None and T * k.shape[1] > REFERENCE_SCORES:
             raise NotImplementedError(f"{T} x {k.shape[1]} scores: by default up to {REFERENCE_SCORES}")
 
