@@ -111,7 +111,6 @@ def plan(
     are XLA's, beside `cards.step_options`. Evaluation and generation are programs of their own, not counted here.
     """
     mesh = jax.tree.leaves(trainable)[0].sharding.mesh
-    everywhere = NamedSharding(mesh, PartitionSpec())
     device = mesh.devices.flat[0]
     absent = is_absent(device)
     compiler_options = (
@@ -119,7 +118,7 @@ def plan(
         | (COMPILER_OPTIONS if absent else {})
         | (compiler_options or {})
     )
-    key = jax.ShapeDtypeStruct((), jax.eval_shape(jax.random.key, 0).dtype, sharding=everywhere)
+    key = key_shape(mesh)
     places = [jax.tree.map(lambda leaf: leaf.sharding, tree) for tree in (trainable, opt_state)]
     step = jax.jit(
         make_train_step(
@@ -204,15 +203,11 @@ def plan_run(run: Run, prepared: Prepared, say: Callable[[str], None]) -> Plan:
         say(f"memory: at most {gib(limit)}, {source}")
 
     def make(gradient_checkpointing: str, mlp_tiles: int) -> Plan:
+        trainable, opt_state, frozen, batch, _ = step_shapes(settings, prepared, run.optimizer)
         return plan(
-            prepared.model, optimizer=run.optimizer, trainable=prepared.trainable,
-            opt_state=state_shapes(run.optimizer, prepared.trainable), frozen=prepared.frozen,
-            batch=batch_shapes(
-                prepared.mesh, settings.gradient_accumulation_steps, settings.per_device_train_batch_size,
-                settings.max_length,
-            ),
-            gradient_checkpointing=gradient_checkpointing, mlp_tiles=mlp_tiles, dtype=prepared.compute_dtype,
-            max_documents=run.batches.max_documents,
+            prepared.model, optimizer=run.optimizer, trainable=trainable, opt_state=opt_state, frozen=frozen,
+            batch=batch, gradient_checkpointing=gradient_checkpointing, mlp_tiles=mlp_tiles,
+            dtype=prepared.compute_dtype, max_documents=run.batches.max_documents,
         )  # fmt: skip
 
     given = settings.settings_given & {"gradient_checkpointing", "mlp_tiles"}
@@ -318,6 +313,21 @@ def batch_shapes(mesh: Mesh, accumulation: int, batch_size: int, length: int) ->
     dtypes = {"tokens": np.int32, "segment_ids": np.int32, "positions": np.int32, "loss_weights": np.float32}
     place = batch_sharding(mesh)
     return {name: jax.ShapeDtypeStruct(shape, dtype, sharding=place) for name, dtype in dtypes.items()}
+
+
+def key_shape(mesh: Mesh) -> jax.ShapeDtypeStruct:
+    """A step's key, which every device has."""
+    dtype = jax.eval_shape(jax.random.key, 0).dtype
+    return jax.ShapeDtypeStruct((), dtype, sharding=NamedSharding(mesh, PartitionSpec()))
+
+
+def step_shapes(settings: TrainSettings, prepared: Prepared, optimizer: Any) -> tuple[Any, ...]:
+    """The arguments of a run's step as shapes: trainable, opt_state, frozen, batch, key."""
+    batch = batch_shapes(
+        prepared.mesh, settings.gradient_accumulation_steps, settings.per_device_train_batch_size, settings.max_length
+    )
+    state = state_shapes(optimizer, prepared.trainable)
+    return prepared.trainable, state, prepared.frozen, batch, key_shape(prepared.mesh)
 
 
 def device_bytes(tree: Any, itemsize: int | None = None, *, on_host: bool = False) -> int:

@@ -4,7 +4,7 @@ import json
 import math
 import platform
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import optax
 
 from jaxft.adalora import with_adalora
 from jaxft.config import describe, parse
@@ -21,6 +22,8 @@ from jaxft.errors import InputError, run_command
 from jaxft.evaluate import held_out_split, read_from
 from jaxft.files import find_files, open_rows, open_stream
 from jaxft.hub import open_repository, push
+from jaxft.in_place import InPlace
+from jaxft.kernels_ahead import kernels_ahead
 from jaxft.load import EMBEDDED, parameter_count
 from jaxft.loop import Run, resumed_from, run_training
 from jaxft.lora import padding
@@ -95,14 +98,19 @@ def train(settings: TrainSettings, provenance: dict[str, str]) -> int:
     notes: list[str] = []  # what is said of the data, for the report
     batches: Batches | StreamBatches
     # the step is compiled before any weight is on a device: XLA tries its ways there, with arrays of its own
-    with reading_ahead([] if settings.dry_run else files_of(prepared.directory)):
+    with (
+        reading_ahead([] if settings.dry_run else files_of(prepared.directory)),
+        kernels_ahead(
+            settings, prepared, lambda some: optimizer_of(settings, some, schedule_of(settings, 1))
+        ) as begin_kernels,
+    ):
         if settings.streaming:
             batches, data = stream(sources[0], sources[0].split or named, prepared, settings)
         else:
-            found = [tokenize("train", rows, prepared, settings, notes) for rows in tables]
+            found = [tokenize("train", rows, prepared, settings, notes, begin_kernels) for rows in tables]
             samples = mixed([part for part, _ in found], sources, settings.seed)
             batches, data = lay_out(samples, prepared, settings, notes), {"data": samples.checksum()}
-        apart = [tokenize("held out", rows, prepared, settings, notes) for rows in heldout_tables]
+        apart = [tokenize("held out", rows, prepared, settings, notes, begin_kernels) for rows in heldout_tables]
         if settings.eval_split is not None:
             say_split(found, apart, settings.seed)
         kept = [part for part, _ in apart]
@@ -229,12 +237,12 @@ def note(notes: list[str], text: str) -> None:
 
 
 def tokenize(
-    what: str, rows: Rows, prepared: Prepared, settings: TrainSettings, notes: list[str]
+    what: str, rows: Rows, prepared: Prepared, settings: TrainSettings, notes: list[str], anew: Callable[[], object]
 ) -> tuple[Samples, Report]:
     samples, found = tokenize_dataset(
         rows, prepared.tokenizer, max_length=settings.max_length, vocab_size=prepared.model.config.vocab_size,
         train_on=settings.train_on, template_kwargs=settings.chat_template_kwargs, cache=settings.cache_directory,
-        columns=settings.columns,
+        columns=settings.columns, anew=anew,
     )  # fmt: skip
     for line in (*found.lines(), shape_line(samples, found)):
         note(notes, f"{what}: {line}")
@@ -333,13 +341,38 @@ def make_run(
 ) -> Run:  # fmt: skip
     """Everything the loop needs, computed from the settings once."""
     total = steps_of(settings, batches)
-    warmup = settings.warmup_steps if settings.warmup_ratio is None else math.ceil(settings.warmup_ratio * total)
-    schedule = make_schedule(
-        settings.lr_scheduler_type, settings.learning_rate, warmup, total, settings.lr_scheduler_kwargs
-    )
-    own_rate = settings.embedding_learning_rate
     if settings.optim.startswith("paged") and not settings.device:
         check_device(prepared.mesh.devices.flat[0])
+    schedule = schedule_of(settings, total)
+    eval_rows = settings.per_device_eval_batch_size * data_parallel_size(prepared.mesh)
+    return Run(
+        directory=directory,
+        settings=settings,
+        total_steps=total,
+        batches=batches,
+        heldout=eval_batches(heldout, max_length=settings.max_length, batch_size=eval_rows, packing=settings.packing)
+        if heldout
+        else None,
+        optimizer=optimizer_of(settings, prepared, schedule),
+        schedule=schedule,
+        fingerprint=fingerprint(settings, prepared, batches, data),
+        task=make_task(settings, prepared, heldout),
+    )
+
+
+def schedule_of(settings: TrainSettings, total: int) -> optax.Schedule:
+    """The learning rate of a run of `total` steps, by the number of the step."""
+    warmup = settings.warmup_steps if settings.warmup_ratio is None else math.ceil(settings.warmup_ratio * total)
+    return make_schedule(
+        settings.lr_scheduler_type, settings.learning_rate, warmup, total, settings.lr_scheduler_kwargs
+    )
+
+
+def optimizer_of(
+    settings: TrainSettings, prepared: Prepared, schedule: optax.Schedule
+) -> optax.GradientTransformation | InPlace:
+    """The optimizer that the flags ask for."""
+    own_rate = settings.embedding_learning_rate
     adalora = None if prepared.lora is None else prepared.lora.adalora
     optimizer = make_optimizer(
         schedule, adam_beta1=settings.adam_beta1, adam_beta2=settings.adam_beta2, adam_epsilon=settings.adam_epsilon,
@@ -354,20 +387,7 @@ def make_run(
         )
     if prepared.compute_dtype == np.dtype("float16"):
         optimizer = with_loss_scale(optimizer)
-    eval_rows = settings.per_device_eval_batch_size * data_parallel_size(prepared.mesh)
-    return Run(
-        directory=directory,
-        settings=settings,
-        total_steps=total,
-        batches=batches,
-        heldout=eval_batches(heldout, max_length=settings.max_length, batch_size=eval_rows, packing=settings.packing)
-        if heldout
-        else None,
-        optimizer=optimizer,
-        schedule=schedule,
-        fingerprint=fingerprint(settings, prepared, batches, data),
-        task=make_task(settings, prepared, heldout),
-    )
+    return optimizer
 
 
 def fingerprint(

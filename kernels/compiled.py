@@ -35,11 +35,16 @@ def kept(kernel: Any, decides: Any, make: Callable[[], bytes]) -> bytes:
     return found
 
 
+def keeps() -> bool:
+    """Whether anything is kept."""
+    return bool(jax.config.jax_compilation_cache_dir and jax.config.jax_enable_compilation_cache)  # type: ignore[attr-defined]
+
+
 def place(kernel: Any, decides: Any) -> Path | None:
     """The file that `kept` reads or writes; None where nothing is kept."""
-    directory = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
-    if not directory or not jax.config.jax_enable_compilation_cache:  # type: ignore[attr-defined]
+    if not keeps():
         return None
+    directory = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
     about = repr((kernel.cache_key, decides, _versions()))
     return Path(directory) / "triton" / hashlib.sha256(about.encode()).hexdigest()
 

@@ -11,6 +11,7 @@ import jax
 CARDS = {80: "a100", 87: "a100", 90: "hopper", 100: "blackwell", 103: "blackwell", 110: "blackwell"}
 
 _target: ContextVar[jax.Device | None] = ContextVar("target", default=None)
+_rehearsed: ContextVar[bool] = ContextVar("rehearsed", default=False)
 
 
 @contextmanager
@@ -21,6 +22,21 @@ def compiling_for(device: jax.Device) -> Iterator[None]:
         yield
     finally:
         _target.reset(before)
+
+
+@contextmanager
+def rehearsing() -> Iterator[None]:
+    """What is traced inside is never run: which ways it took is not said."""
+    before = _rehearsed.set(True)
+    try:
+        yield
+    finally:
+        _rehearsed.reset(before)
+
+
+def is_rehearsed() -> bool:
+    """Whether this is inside of `rehearsing`."""
+    return _rehearsed.get()
 
 
 def device_capability() -> int:

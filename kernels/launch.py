@@ -10,9 +10,11 @@ with that form. Where a step is bound by launches, as four bits at 2,048 tokens 
 import contextlib
 import functools
 import os
+import threading
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -86,22 +88,40 @@ def _decides(avals: Sequence[Any], launch: _Launch) -> Any:
 def compile_ahead(jaxpr: Jaxpr) -> None:
     """Compiles the kernels of a traced program side by side that are not on disk yet (`kept`). Lowering the program
     would compile them one after the other; it finds them there. What fails here fails there with its reason."""
-    unknown = {}
+    wait(begin_compiling(jaxpr))
+
+
+def begin_compiling(jaxpr: Jaxpr) -> list[Future[None]]:
+    """`compile_ahead` without waiting: what compiles each kernel, whoever asked for it first."""
+    found: dict[Path, Future[None]] = {}
     for eqn in _launches(jaxpr):
         launch, avals = eqn.params["launch"], [variable.aval for variable in eqn.invars]
         path = place(launch.kernel, _decides(avals, launch))
-        if path is not None and not path.exists():
-            unknown[path] = launch, avals
+        if path is None or path in found:
+            continue
+        with _lock:
+            known = _compiling.get(path)
+            if known is not None and not known.done():
+                found[path] = known
+            elif not path.exists():
+                found[path] = _compiling[path] = _pool().submit(_compile, launch, avals)
+    return list(found.values())
 
-    def lower(found: tuple[_Launch, list[Any]]) -> None:
-        launch, avals = found
-        like = [jax.ShapeDtypeStruct(aval.shape, aval.dtype) for aval in avals]
-        with contextlib.suppress(Exception):
-            traced = jax.jit(functools.partial(_launch_p.bind, launch=launch)).trace(*like)
-            traced.lower(lowering_platforms=("cuda",))
 
-    with ThreadPoolExecutor(min(THREADS, os.cpu_count() or 1)) as pool:
-        list(pool.map(lower, unknown.values()))
+_lock = threading.Lock()
+_compiling: dict[Path, Future[None]] = {}  # by the file that each will be
+
+
+@functools.cache
+def _pool() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(min(THREADS, os.cpu_count() or 1), "compiling kernels")
+
+
+def _compile(launch: _Launch, avals: Sequence[Any]) -> None:
+    like = [jax.ShapeDtypeStruct(aval.shape, aval.dtype) for aval in avals]
+    with contextlib.suppress(Exception):
+        traced = jax.jit(functools.partial(_launch_p.bind, launch=launch)).trace(*like)
+        traced.lower(lowering_platforms=("cuda",))
 
 
 def _launches(jaxpr: Jaxpr) -> Iterator[Any]:

@@ -5,7 +5,7 @@ import hashlib
 import itertools
 from array import array
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -100,6 +100,7 @@ def tokenize_dataset(
     template_kwargs: Mapping[str, Any] | None = None,
     columns: Columns | None = None,
     cache: Path | None = None,
+    anew: Callable[[], object] = lambda: None,
 ) -> tuple[Samples, Report]:
     """All samples of a data set, in its order, each of 1 to `max_length` tokens, and the report of what happened.
 
@@ -114,7 +115,8 @@ def tokenize_dataset(
     columns: templates that make questions and answers of any columns, and how many rows a conversation has.
     With a directory `cache` the samples are written there while they are made, under a key of everything that makes
     them, and read back through a memory map, at once where the same were made before; memory stays small either way.
-    Rows that are known by more than their table (`open_rows`) are not even read then.
+    Rows that are known by more than their table (`open_rows`) are not even read then. anew is called before the rows
+    are tokenised anew, where that can be told before they are read, and again when it begins.
 
     Raises InputError for a row of a wrong form, naming it (rows count from 1), for a token id outside
     [0, `vocab_size`), and where no row at all is left.
@@ -134,6 +136,7 @@ def tokenize_dataset(
             if (found := fetch(cache, name)) is not None:
                 kept_in = cache / (cache / name).readlink()
                 return found[0], replace(Report(**found[1]), kept_in=str(kept_in), reused=True)
+            anew()
         dataset = dataset.table
     form, columns = format_of(dataset.column_names, columns or Columns())
     rows = dataset.select_columns([c for c in (*form.needs, *form.may) if c in dataset.column_names])
@@ -144,6 +147,7 @@ def tokenize_dataset(
     reader = Reader(form, tokenizer, train_on, template_kwargs, columns, order)
 
     def make(streams: Mapping[str, IO[bytes]]) -> dict[str, Any]:
+        anew()
         total: Counter[str] = Counter()
         chunks = rows.iter(-(-CHUNK // columns.turns) * columns.turns)  # a conversation lies in one chunk
         seen = array("Q")
