@@ -8,6 +8,9 @@ import gc
 from jaxft import without_torch as without_torch  # before anything imports transformers
 
 # isort: split
+from jaxft import devices as devices  # before what takes long to import
+
+# isort: split
 from jaxft.data import load_batches
 from jaxft.load import (
     load_adapter,
@@ -22,7 +25,7 @@ from jaxft.models import Model, describe_model, init_params
 from jaxft.optim import make_optimizer, make_schedule
 from jaxft.step import make_eval_step, make_train_step
 
-if without_torch.is_command():  # it was off for the imports
+if without_torch.command():  # it was off for the imports
     gc.freeze()  # what is imported stays
     gc.enable()
 

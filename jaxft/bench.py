@@ -18,6 +18,7 @@ import numpy as np
 from transformers import AutoConfig
 
 from jaxft.cards import absent_card, peak_flops
+from jaxft.devices import use_compile_cache
 from jaxft.errors import InputError, RunError, run_command
 from jaxft.flops import model_flops
 from jaxft.load import adapter_shapes, held_shapes, new_adapter, parameter_count
@@ -29,7 +30,6 @@ from jaxft.models.quantized import all_linears, with_quantized
 from jaxft.optim import OPTIMS, make_optimizer, state_shapes
 from jaxft.optim_paged import on_host
 from jaxft.packing import Batch
-from jaxft.prepare import use_compile_cache
 from jaxft.profile import table
 from jaxft.settings import parse_bytes
 from jaxft.sharding import make_mesh, mesh_sizes

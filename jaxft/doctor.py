@@ -19,10 +19,10 @@ from packaging.utils import canonicalize_name
 
 import jaxft
 from jaxft.cache import default_directory
+from jaxft.devices import compile_cache_directory
 from jaxft.errors import RunError
 from jaxft.memory import gib
 from jaxft.offload_check import check_offload
-from jaxft.prepare import compile_cache_directory
 
 OK, NOTE, FAIL = "ok", "note", "FAIL"
 DRIVERS = {"cuda13": 580, "cuda12": 525}  # the oldest driver that each CUDA takes, by NVIDIA's compatibility table

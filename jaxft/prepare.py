@@ -2,10 +2,8 @@
 
 import dataclasses
 import json
-import os
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from jaxft.cards import absent_card
 from jaxft.convert.peft import read_adapter_config, read_factors
+from jaxft.devices import starting_devices, use_compile_cache
 from jaxft.errors import InputError
 from jaxft.initial import Factors, Parting
 from jaxft.load import (
@@ -87,29 +86,6 @@ class Prepared:
         return any(is_quantized(leaf) for leaf in jax.tree.leaves(self.frozen, is_leaf=is_quantized))
 
 
-def compile_cache_directory() -> Path:
-    """Where compiled programs are kept: `JAX_COMPILATION_CACHE_DIR`, or ~/.cache/jaxft/xla."""
-    return Path(os.environ.get("JAX_COMPILATION_CACHE_DIR") or Path.home() / ".cache" / "jaxft" / "xla")
-
-
-def use_compile_cache() -> None:
-    """Keeps compiled programs between runs, on accelerators; JAX_COMPILATION_CACHE_DIR says where else."""
-    # a CPU program may not run on another CPU of the same name, and compiles in seconds anyway
-    if jax.default_backend() == "cpu":
-        return
-    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
-        jax.config.update("jax_compilation_cache_dir", str(compile_cache_directory()))
-    # jax keeps what took a second to compile; a run begins with some twenty small programs that together take longer
-    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-
-
-def start_devices() -> None:
-    """Starts jax's devices and runs a first program, with which a GPU takes its memory."""
-    use_compile_cache()
-    jnp.zeros((), jnp.int32).block_until_ready()
-
-
 def prepare(settings: Settings, model_name: str) -> Prepared:
     """Loads what the settings name. Raises InputError for anything that is missing, damaged or does not fit."""
     return read_weights(prepare_shapes(settings, model_name), settings)
@@ -121,13 +97,15 @@ def prepare_shapes(settings: Settings, model_name: str, *, needed: bool = True) 
     Raises InputError as that, for all that headers of files tell; needed: weights must be there, to be read later.
     """
     absent = settings.device if isinstance(settings, TrainSettings) else None
-    with ThreadPoolExecutor(1) as beside:  # the interpreter is free while a GPU starts
-        started = beside.submit(use_compile_cache if absent else start_devices)
-        directory = find_directory(model_name)
-        changes = config_changes(settings, directory)
-        described = describe_model(with_changes(read_hf_config(directory), changes))
-        tokenizer = load_tokenizer(directory)
-    started.result()
+    started = None if absent else starting_devices()  # the interpreter is free while a GPU starts
+    directory = find_directory(model_name)
+    changes = config_changes(settings, directory)
+    described = describe_model(with_changes(read_hf_config(directory), changes))
+    tokenizer = load_tokenizer(directory)
+    if started is None:
+        use_compile_cache()
+    else:
+        started.result()
     devices = [absent_card(absent)] if absent else jax.devices()
     platform_dtype = "float32" if devices[0].platform == "cpu" else "bfloat16"
     param_dtype = jnp.dtype(settings.param_dtype(platform_dtype))

@@ -57,14 +57,13 @@ def import_transformers() -> None:
             os.environ[_SILENT] = before
 
 
-def is_command() -> bool:
-    """Whether this process is `python -m jaxft.…`, of which Python calls itself "-m" while it looks for the module."""
-    words = sys.orig_argv
-    named = [after for word, after in itertools.pairwise(words) if word == "-m"][:1]
-    return sys.argv[:1] == ["-m"] and [name.partition(".")[0] for name in named] == ["jaxft"]
+def command() -> str | None:
+    """The module of a process `python -m jaxft.…`, which calls itself "-m" while Python looks for the module."""
+    name = next((after for word, after in itertools.pairwise(sys.orig_argv) if word == "-m"), "")
+    return name if sys.argv[:1] == ["-m"] and name.partition(".")[0] == "jaxft" else None
 
 
-if is_command():
+if command():
     gc.disable()  # until the package is imported, of which nothing is garbage; to look for it takes a tenth of that
     if not may_need_torch(sys.argv[1:]):
         import_transformers()

@@ -26,9 +26,9 @@ import numpy as np
 import jaxft
 from jaxft.cards import step_options
 from jaxft.data import load_rows, tokenize_dataset
+from jaxft.devices import use_compile_cache
 from jaxft.errors import RunError, run_command
 from jaxft.packing import Batch, Batches, make_plan
-from jaxft.prepare import use_compile_cache
 from jaxft.samples import Samples
 
 WAYS = ("packed", "padded", "hf")

@@ -202,10 +202,10 @@ def jaxft_program(directory: Path, shape: tuple[int, int], dtype: str) -> Progra
 
     from jaxft import load_adapter, load_model, make_optimizer, make_schedule
     from jaxft.convert.peft import read_adapter_config
+    from jaxft.devices import use_compile_cache
     from jaxft.load import adapter_shapes, model_shapes
     from jaxft.memory import batch_shapes, plan
     from jaxft.optim import state_shapes
-    from jaxft.prepare import use_compile_cache
     from jaxft.sharding import make_mesh, mesh_sizes, put_batch
 
     use_compile_cache()
