@@ -265,9 +265,10 @@ def new_adapter(
     *,
     mesh: Mesh | None = None,
     first: dict[str, Factors] | None = None,
+    drawn: dict[str, jax.Array] | None = None,
 ) -> tuple[Model, Tree, Tree]:
     """`add_lora` with the new leaves put on `mesh`."""
-    model, trainable, frozen = add_lora(model, params, config, key, first=first)
+    model, trainable, frozen = add_lora(model, params, config, key, first=first, drawn=drawn)
     return model, *on_mesh(model, trainable, frozen, mesh)
 
 

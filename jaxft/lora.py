@@ -24,7 +24,7 @@ from jaxft.quant import Weight
 from jaxft.trees import Tree, flatten, join, unflatten
 from jaxft.vocabulary import part_head
 
-__all__ = ["LoraConfig", "add_lora", "branches", "frozen_params", "lora_shapes", "with_lora"]
+__all__ = ["LoraConfig", "add_lora", "branches", "draw", "frozen_params", "lora_shapes", "with_lora"]
 
 
 ADALORA_DEVIATION = 0.02  # of its first A and B, as PEFT's
@@ -146,16 +146,27 @@ def lora_shapes(model: Model) -> tuple[Tree, Tree]:
     return nnx.to_pure_dict(trained), nnx.to_pure_dict(scales)
 
 
+def draw(model: Model, config: LoraConfig, key: jax.Array) -> dict[str, jax.Array]:
+    """The first A and B of a model `with_lora` by path, float32, as `add_lora` draws them: no weight is needed."""
+    leaves = dict(flatten(lora_shapes(model)[0]))
+    ranks = {f"{path}/lora/a": m.lora.ranks for path, m in linear_modules(model.bind(model.shapes)).items() if m.lora}
+    low_rank = [path for path in leaves if path.endswith(("/lora/a", "/lora/b"))]
+    how = config.init_lora_weights if config.adalora is None else "adalora"
+    return _drawn(key, tuple((path, leaves[path].shape, ranks[f"{path[:-2]}/a"]) for path in low_rank), how)
+
+
 def add_lora(
-    model: Model, params: Tree, config: LoraConfig, key: jax.Array, *, first: dict[str, Factors] | None = None
-) -> tuple[Model, Tree, Tree]:
+    model: Model, params: Tree, config: LoraConfig, key: jax.Array, *, first: dict[str, Factors] | None = None,
+    drawn: dict[str, jax.Array] | None = None,
+) -> tuple[Model, Tree, Tree]:  # fmt: skip
     """Puts LoRA on a loaded model: returns (model, trainable, frozen).
 
     trainable: float32 A, uniform in ±1/√I (PEFT's default, Kaiming with a = √5), B, zero, DoRA's magnitudes, the norms
     of W + s B A's rows, and float32 copies of the modules to save (activations are then float32 unless a dtype is given
     to the step). frozen: the other params and the scales. first: module -> A and B to start with, as
-    `jaxft.initial.Parting` took them from the weights. Raises InputError for settings that name what the model has not,
-    and where they ask for such values and `first` is not there.
+    `jaxft.initial.Parting` took them from the weights. drawn: what `draw` gave for this key, where that is there.
+    Raises InputError for settings that name what the model has not, and where they ask for values from the weights and
+    `first` is not there.
     """
     if config.from_weights and first is None:
         raise InputError(
@@ -169,9 +180,7 @@ def add_lora(
     leaves = dict(flatten(trained))
     base = whole_params(model, params)
     ranks = {f"{path}/lora/a": m.lora.ranks for path, m in linear_modules(model.bind(model.shapes)).items() if m.lora}
-    low_rank = [path for path in leaves if path.endswith(("/lora/a", "/lora/b"))]
-    how = config.init_lora_weights if config.adalora is None else "adalora"
-    made = _drawn(key, tuple((path, leaves[path].shape, ranks[f"{path[:-2]}/a"]) for path in low_rank), how)
+    made = dict(draw(model, config, key) if drawn is None else drawn)
     for path, leaf in leaves.items():
         if path.endswith("/lora/e"):
             made[path] = jnp.zeros(leaf.shape, jnp.float32)

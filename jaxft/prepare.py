@@ -4,6 +4,7 @@ import dataclasses
 import json
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -34,7 +35,7 @@ from jaxft.load import (
     read_params,
     with_saved_vocabulary,
 )
-from jaxft.lora import LoraConfig, wanted_branches
+from jaxft.lora import LoraConfig, draw, wanted_branches
 from jaxft.lora_config import SAVABLE, AdaLora, saved_modules
 from jaxft.models import Model, describe_model, read_hf_config
 from jaxft.models.extension import Changes, describe_changes, extend_positions, with_changes
@@ -171,9 +172,15 @@ def read_weights(described: Prepared, settings: Settings) -> Prepared:
         parting = Parting(lora, settings.seed, resumed_factors(settings))
         print(f"adapter: {lora.init_lora_weights} takes its first values from the weights", file=sys.stderr)
     began = time.perf_counter()
-    params = read_params(described.directory, model, where, dtype=dtype, mesh=mesh, parting=parting)
+    with ThreadPoolExecutor(1) as beside:  # the files, not the interpreter, are what reading waits for
+        drawn = None
+        if lora is not None and settings.adapter is None:
+            assert isinstance(settings, TrainSettings)
+            drawn = beside.submit(_first_values, described.model, lora, settings.seed)
+        params = read_params(described.directory, model, where, dtype=dtype, mesh=mesh, parting=parting)
+        seconds = time.perf_counter() - began
     if isinstance(settings, TrainSettings) and is_first():
-        print(f"weights: read in {time.perf_counter() - began:.2f} s", file=sys.stderr)
+        print(f"weights: read in {seconds:.2f} s", file=sys.stderr)
     if isinstance(settings, TrainSettings) and settings.add_tokens and described.new_tokens:
         known = min(len(described.tokenizer) - len(described.new_tokens), model.config.vocab_size)
         model = resized(model, len(described.tokenizer))
@@ -182,13 +189,19 @@ def read_weights(described: Prepared, settings: Settings) -> Prepared:
     if settings.adapter is not None:
         _, trainable, frozen, _ = load_adapter(settings.adapter, model, params, mesh=mesh)
     elif lora is not None:
-        assert isinstance(settings, TrainSettings)
-        first, key = None if parting is None else parting.first, jax.random.key(settings.seed)
-        _, trainable, frozen = new_adapter(model, params, lora, key, mesh=mesh, first=first)
+        assert drawn is not None
+        first, (key, values) = None if parting is None else parting.first, drawn.result()
+        _, trainable, frozen = new_adapter(model, params, lora, key, mesh=mesh, first=first, drawn=values)
     else:
         trainable, frozen = (params, {}) if described.trainable else ({}, params)
     subtracted = {} if parting is None else parting.subtracted
     return replace(described, trainable=trainable, frozen=frozen, subtracted=subtracted, unread=None)
+
+
+def _first_values(model: Model, lora: LoraConfig, seed: int) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """The key of a seed and what a new adapter draws by it."""
+    key = jax.random.key(seed)
+    return key, draw(model, lora, key)
 
 
 def choose_template(settings: Settings, tokenizer: PreTrainedTokenizerBase, known: Any) -> None:

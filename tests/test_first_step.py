@@ -11,7 +11,7 @@ import jax
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from jaxft import memory, train
+from jaxft import memory, prepare, train
 from jaxft.errors import run_command
 from jaxft.read_ahead import reading_ahead
 from tests.tiny_runs import flags, losses_of, sums, write_base, write_rows
@@ -59,12 +59,14 @@ def command(place, monkeypatch):
     def run(*argv, base=None, **settings):
         told, logger = Told(), logging.getLogger("jax")
         named = flags(model_name_or_path=base or place / "base", dataset=place / "train.jsonl", dataset_cache="none")
-        with monkeypatch.context() as patch, jax.log_compiles():
+        with monkeypatch.context() as patch:
             patch.setattr(sys, "stderr", told)
+            jax.config.update("jax_log_compiles", True)  # in all threads
             logger.addHandler(told)
             try:
                 code = run_command(train.main, [*RUN, *named, *argv, *flags(**settings)])
             finally:
+                jax.config.update("jax_log_compiles", False)
                 logger.removeHandler(told)
         return code, told
 
@@ -101,6 +103,26 @@ def test_few_programs_are_compiled_before_the_first_step_is_done(command, tmp_pa
     programs = re.findall(r"Finished XLA compilation of jit\((\w+)\)", before)
     assert programs.count("zeros") == programs.count("_drawn") == 1  # all weights, all of the adapter
     assert len([name for name in programs if name != "write_rows"]) <= 14, programs  # of weights: one a shape
+
+
+def test_the_adapter_is_drawn_while_the_weights_are_read(command, tmp_path, monkeypatch):
+    drawn, draw, read = threading.Event(), prepare.draw, prepare.read_params
+
+    def noted(*arguments):
+        values = draw(*arguments)
+        drawn.set()
+        return values
+
+    def waiting(*arguments, **options):
+        assert drawn.wait(60)
+        return read(*arguments, **options)
+
+    code, _ = command(output_dir=tmp_path / "alone")
+    assert code == 0
+    monkeypatch.setattr(prepare, "draw", noted)
+    monkeypatch.setattr(prepare, "read_params", waiting)
+    code, _ = command(output_dir=tmp_path / "beside")
+    assert code == 0 and losses_of(tmp_path / "beside") == losses_of(tmp_path / "alone")
 
 
 def test_a_resumed_run_compiles_its_step_once(command, tmp_path):
