@@ -5,6 +5,7 @@ A GPU takes more than a second to start, in which the interpreter has little to 
 
 import os
 import sys
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -13,7 +14,6 @@ import jax.numpy as jnp
 
 from jaxft.without_torch import command
 
-_beside = ThreadPoolExecutor(1, "starting devices")
 _early: list[Future[None]] = []
 
 
@@ -42,7 +42,15 @@ def start_devices() -> None:
 
 def starting_devices() -> Future[None]:
     """`start_devices` in another thread: begun with the imports where that could be, else now."""
-    return _early.pop() if _early else _beside.submit(start_devices)
+    return _early.pop() if _early else beside(start_devices)
+
+
+def beside(function: Callable[[], None]) -> Future[None]:
+    """Runs a function in a thread of its own."""
+    pool = ThreadPoolExecutor(1, "starting devices")
+    future = pool.submit(function)
+    pool.shutdown(wait=False)
+    return future
 
 
 def wanted_now(words: list[str]) -> bool:
@@ -71,4 +79,4 @@ def wanted_now(words: list[str]) -> bool:
 
 
 if command() == "jaxft.train" and wanted_now(sys.argv[1:]):
-    _early.append(_beside.submit(start_devices))
+    _early.append(beside(start_devices))

@@ -37,7 +37,7 @@ def kernels_ahead(
     """
     over, begun = threading.Event(), threading.Event()
     kernels: list[Future[None]] = []
-    beside = ThreadPoolExecutor(1, "kernels ahead")
+    pool = ThreadPoolExecutor(1, "kernels ahead")
 
     def compile_them() -> None:
         traced = trace(settings, prepared, optimizer(prepared))
@@ -52,14 +52,14 @@ def kernels_ahead(
 
     def begin() -> None:
         if not begun.is_set() and pays(settings, prepared):
-            beside.submit(compile_them)
+            pool.submit(compile_them)
         begun.set()
 
     try:
         yield begin
     finally:
         over.set()
-        beside.shutdown(wait=False, cancel_futures=True)
+        pool.shutdown(wait=False, cancel_futures=True)
         stop()
 
 
@@ -69,9 +69,9 @@ def pays(settings: TrainSettings, prepared: Prepared) -> bool:
     Not on a mesh of several devices, which they do not serve; not where a budget is going to choose how the step is
     made; not in a dry run, which leaves on disk what its own step needs.
     """
-    if settings.dry_run or prepared.mesh.size > 1 or prepared.mesh.devices.flat[0].platform != "gpu" or not keeps():
+    if settings.dry_run or settings.memory_budget or not keeps():
         return False
-    if settings.memory_budget and not settings.settings_given & {"gradient_checkpointing", "mlp_tiles"}:
+    if prepared.mesh.size > 1 or prepared.mesh.devices.flat[0].platform != "gpu":
         return False
     try:
         check_installed()
@@ -84,7 +84,8 @@ def trace(settings: TrainSettings, prepared: Prepared, optimizer: Any) -> jax.st
     """The run's step traced from shapes, as `memory.plan` does it, under a name of its own."""
     step = make_train_step(
         prepared.model, optimizer=optimizer, gradient_checkpointing=settings.gradient_checkpointing,
-        dtype=prepared.compute_dtype, mlp_tiles=settings.mlp_tiles, max_documents=None if settings.packing else PADDED,
+        dtype=prepared.compute_dtype, mlp_tiles=settings.mlp_tiles,
+        max_documents=None if settings.packing or settings.streaming else PADDED,
     )  # fmt: skip
 
     def kernels_of_step(*arrays):

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from jaxft.cards import absent_card
 from jaxft.convert.peft import read_adapter_config, read_factors
-from jaxft.devices import starting_devices, use_compile_cache
+from jaxft.devices import beside, starting_devices, use_compile_cache
 from jaxft.errors import InputError
 from jaxft.initial import Factors, Parting
 from jaxft.load import (
@@ -98,15 +98,12 @@ def prepare_shapes(settings: Settings, model_name: str, *, needed: bool = True) 
     Raises InputError as that, for all that headers of files tell; needed: weights must be there, to be read later.
     """
     absent = settings.device if isinstance(settings, TrainSettings) else None
-    started = None if absent else starting_devices()  # the interpreter is free while a GPU starts
+    started = beside(use_compile_cache) if absent else starting_devices()  # the interpreter is free while a GPU starts
     directory = find_directory(model_name)
     changes = config_changes(settings, directory)
     described = describe_model(with_changes(read_hf_config(directory), changes))
     tokenizer = load_tokenizer(directory)
-    if started is None:
-        use_compile_cache()
-    else:
-        started.result()
+    started.result()
     devices = [absent_card(absent)] if absent else jax.devices()
     platform_dtype = "float32" if devices[0].platform == "cpu" else "bfloat16"
     param_dtype = jnp.dtype(settings.param_dtype(platform_dtype))
@@ -172,11 +169,11 @@ def read_weights(described: Prepared, settings: Settings) -> Prepared:
         parting = Parting(lora, settings.seed, resumed_factors(settings))
         print(f"adapter: {lora.init_lora_weights} takes its first values from the weights", file=sys.stderr)
     began = time.perf_counter()
-    with ThreadPoolExecutor(1) as beside:  # the files, not the interpreter, are what reading waits for
+    with ThreadPoolExecutor(1) as pool:  # the files, not the interpreter, are what reading waits for
         drawn = None
         if lora is not None and settings.adapter is None:
             assert isinstance(settings, TrainSettings)
-            drawn = beside.submit(_first_values, described.model, lora, settings.seed)
+            drawn = pool.submit(_first_values, described.model, lora, settings.seed)
         params = read_params(described.directory, model, where, dtype=dtype, mesh=mesh, parting=parting)
         seconds = time.perf_counter() - began
     if isinstance(settings, TrainSettings) and is_first():

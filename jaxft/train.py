@@ -341,9 +341,10 @@ def make_run(
 ) -> Run:  # fmt: skip
     """Everything the loop needs, computed from the settings once."""
     total = steps_of(settings, batches)
+    schedule = schedule_of(settings, total)
     if settings.optim.startswith("paged") and not settings.device:
         check_device(prepared.mesh.devices.flat[0])
-    schedule = schedule_of(settings, total)
+    optimizer = optimizer_of(settings, prepared, schedule)
     eval_rows = settings.per_device_eval_batch_size * data_parallel_size(prepared.mesh)
     return Run(
         directory=directory,
@@ -353,7 +354,7 @@ def make_run(
         heldout=eval_batches(heldout, max_length=settings.max_length, batch_size=eval_rows, packing=settings.packing)
         if heldout
         else None,
-        optimizer=optimizer_of(settings, prepared, schedule),
+        optimizer=optimizer,
         schedule=schedule,
         fingerprint=fingerprint(settings, prepared, batches, data),
         task=make_task(settings, prepared, heldout),

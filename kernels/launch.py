@@ -94,6 +94,7 @@ def compile_ahead(jaxpr: Jaxpr) -> None:
 def begin_compiling(jaxpr: Jaxpr) -> list[Future[None]]:
     """`compile_ahead` without waiting: what compiles each kernel, whoever asked for it first."""
     found: dict[Path, Future[None]] = {}
+    pool = ThreadPoolExecutor(min(THREADS, os.cpu_count() or 1), "compiling kernels")
     for eqn in _launches(jaxpr):
         launch, avals = eqn.params["launch"], [variable.aval for variable in eqn.invars]
         path = place(launch.kernel, _decides(avals, launch))
@@ -104,17 +105,13 @@ def begin_compiling(jaxpr: Jaxpr) -> list[Future[None]]:
             if known is not None and not known.done():
                 found[path] = known
             elif not path.exists():
-                found[path] = _compiling[path] = _pool().submit(_compile, launch, avals)
+                found[path] = _compiling[path] = pool.submit(_compile, launch, avals)
+    pool.shutdown(wait=False)  # its threads end with what was submitted
     return list(found.values())
 
 
 _lock = threading.Lock()
 _compiling: dict[Path, Future[None]] = {}  # by the file that each will be
-
-
-@functools.cache
-def _pool() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(min(THREADS, os.cpu_count() or 1), "compiling kernels")
 
 
 def _compile(launch: _Launch, avals: Sequence[Any]) -> None:
