@@ -19,7 +19,10 @@ def run(tmp_path_factory) -> list[str]:
     place = tmp_path_factory.mktemp("devices")
     rows = write_rows(place / "rows.jsonl", sums(12))
     named = flags(model_name_or_path=write_base(place / "base"), dataset=rows, output_dir=place / "run")
-    return [*named, *flags(max_steps=2, max_length=32, per_device_train_batch_size=1, dry_run=True)]
+    return [
+        *named,
+        *flags(max_steps=2, max_length=32, per_device_train_batch_size=1, dry_run=True, dataset_cache="none"),
+    ]
 
 
 @pytest.fixture(autouse=True)
