@@ -89,7 +89,7 @@ class Workload:
 WORKLOADS = {
     "A1": Workload("qwen3-4b", 8, 2048, gradient_checkpointing="offload_middle"),
     "A2": Workload("qwen3-4b", 8, 2048, gradient_checkpointing="products"),
-    "A3": Workload("qwen3-4b", 1, 2048, load_in_4bit=True, gradient_checkpointing="offload_middle"),
+    "A3": Workload("qwen3-4b", 1, 2048, load_in_4bit=True, gradient_checkpointing="offload_v"),
     "A4": Workload("qwen3-4b", 8, 2048, load_in_4bit=True, gradient_checkpointing="offload_middle"),
     "A5": Workload("llama-3-8b", 2, 2048, load_in_4bit=True, gradient_checkpointing="offload_qkv"),
     "A6": Workload("llama-3-8b", 4, 4096, gradient_checkpointing="offload_qkv"),

@@ -252,13 +252,13 @@ class TrainArguments:
     per_device_train_batch_size: int = _flag(8, "rows a device and micro-batch")
     gradient_accumulation_steps: int = _flag(1, "micro-batches an optimizer step")
     gradient_checkpointing: Literal[
-        "full", "none", "offload", "offload_attention", "offload_middle", "offload_v", "offload_kv", "offload_qkv", "attention", "products",
-        "true", "false",
+        "full", "none", "offload", "offload_attention", "offload_middle", "offload_v", "offload_qkv", "attention",
+        "products", "true", "false",
     ] = _flag(
         "full",
         "full (or true) recomputes each layer in the backward pass, offload with its input on the host; "
-        "attention and products keep more and recompute less, offload_attention, offload_middle and offload_qkv on the "
-        "host; none (or false) keeps all",
+        "attention and products keep more and recompute less, offload_attention, offload_middle, offload_v and "
+        "offload_qkv on the host; none (or false) keeps all, and unrolls the layers on a GPU",
         nargs="?",
         const="full",
     )  # fmt: skip

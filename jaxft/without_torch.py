@@ -12,7 +12,7 @@ import os
 import re
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
 _METRIC = re.compile(r"eval[-_]metric")
@@ -63,7 +63,13 @@ def command() -> str | None:
     return name if sys.argv[:1] == ["-m"] and name.partition(".")[0] == "jaxft" else None
 
 
+def unseen() -> AbstractContextManager[None]:
+    """`hidden("torch")` in a command that goes without it; in any other process nothing."""
+    return hidden("torch") if _going_without else nullcontext()
+
+
+_going_without = bool(command()) and not may_need_torch(sys.argv[1:])
 if command():
     gc.disable()  # until the package is imported, of which nothing is garbage; to look for it takes a tenth of that
-    if not may_need_torch(sys.argv[1:]):
+    if _going_without:
         import_transformers()

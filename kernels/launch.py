@@ -11,6 +11,7 @@ import contextlib
 import functools
 import os
 import threading
+import types
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from jax.interpreters import mlir, xla
 from jaxlib.mlir import ir
 
 from jaxft.kernels.compiled import kept, place
+from jaxft.without_torch import unseen
 
 THREADS = 8  # that compile kernels
 LEGACY, TYPED = "triton_kernel_call", "triton_kernel_call_ffi"
@@ -36,6 +38,10 @@ class _Launch:
     out: tuple[jax.ShapeDtypeStruct, ...]
     options: tuple[tuple[str, Any], ...]
 
+
+_lock = threading.Lock()  # of `_compiling`
+_meeting = threading.Lock()  # of `_met`
+_met = False
 
 _launch_p = Primitive("triton_launch")
 _launch_p.multiple_results = True
@@ -63,6 +69,7 @@ def _lower(ctx: Any, *operands: Any, launch: _Launch) -> Any:
         return jax_triton.triton_call(*arrays, kernel=launch.kernel, out_shape=launch.out, **options)
 
     def compiled() -> bytes:
+        _meet_triton()
         (result, *_) = mlir.lower_fun(call, multiple_results=True)(ctx, *operands)
         attributes = result.owner.attributes
         assert ir.StringAttr(attributes["call_target_name"]).value == LEGACY, "jax-triton writes another call"
@@ -78,6 +85,23 @@ def _lower(ctx: Any, *operands: Any, launch: _Launch) -> Any:
 
 
 mlir.register_lowering(_launch_p, _lower, platform="cuda")
+
+
+def _meet_triton() -> None:
+    """Triton looks for PyTorch when it sees a process's first argument, to know its tensors, and importing it takes
+    seconds, in which no other thread runs. A command that goes without PyTorch shows Triton one while it is hidden."""
+    global _met
+    with _meeting, contextlib.suppress(Exception):  # what is wrong is said where a kernel is compiled
+        if _met:
+            return
+        _met = True
+        from triton._C.libtriton import native_specialize_impl  # type: ignore[import-not-found]
+        from triton.backends.compiler import GPUTarget
+        from triton.backends.nvidia.compiler import CUDABackend
+
+        argument = types.SimpleNamespace(data_ptr=lambda: 16, dtype="bf16")
+        with unseen():
+            native_specialize_impl(CUDABackend(GPUTarget("cuda", 80, 32)), argument, False, True, True)
 
 
 def _decides(avals: Sequence[Any], launch: _Launch) -> Any:
@@ -110,7 +134,6 @@ def begin_compiling(jaxpr: Jaxpr) -> list[Future[None]]:
     return list(found.values())
 
 
-_lock = threading.Lock()
 _compiling: dict[Path, Future[None]] = {}  # by the file that each will be
 
 

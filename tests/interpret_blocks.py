@@ -1,4 +1,4 @@
-"""Runs the Triton kernels of linear layers, MLP, norms and cross entropy by Triton's interpreter and compares them with references.
+"""Runs Triton kernels (linear layers, MLP, norms, cross entropy) by Triton's interpreter; compares with references.
 
 Its own process, because of `tests/interpreted.py`: `python tests/interpret_blocks.py` prints one line a case and fails
 on the first one that is off. float32 shows the formulas exactly; float16 what is rounded before a product (bfloat16 is

@@ -39,6 +39,9 @@ def test_a_sound_cpu_installation_passes_and_says_what_is_not_tested(capsys):
         *(("attention", "chunked"), ("linear", "fused"), ("linear, NF4", "fused"), ("mlp", "fused")),
         *(("linear_cross_entropy", "tiled"), ("linear, DoRA", "dora"), ("mlp, DoRA", "composed")),
         ("mlp, kept", "fused"),
+        ("linear, added", "fused"),
+        ("qkv", "composed"),
+        ("qkv, without norms", "composed"),
     ):
         row = verdicts.pop((op, way))
         assert row["verdict"] == "PASS" and 0 < row["distance"] <= row["tolerance"] < 2e-5, row

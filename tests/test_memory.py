@@ -113,7 +113,7 @@ def test_policies_and_tiles_that_keep_less_need_less(plans):
 
 
 def test_the_ladders_name_policies_that_exist_once_each():
-    assert {policy for policy, _ in LADDER} == set(REMAT) - {"none", "offload_attention"}
+    assert {policy for policy, _ in LADDER} == set(REMAT) - {"offload_attention", "offload_v"}
     for ladder in (LADDER, CPU_LADDER):
         assert {policy for policy, _ in ladder} <= set(REMAT) and len(set(ladder)) == len(ladder)
     assert not any(policy.startswith("offload") for policy, _ in CPU_LADDER)
@@ -135,19 +135,19 @@ def fake(sizes):
 
 
 def taken(sizes, budget):
-    """The place in LADDER of what a budget takes, its length where nothing fits; at most three are compiled."""
+    """The place in LADDER of what a budget takes, its length where nothing fits; at most four are compiled."""
     make, made = fake(sizes)
     try:
         found = LADDER.index(choose(budget, make, say=lambda _: None).step)
     except InputError:
         found = len(LADDER)
-    assert len(made) == len(set(made)) <= 3
+    assert len(made) == len(set(made)) <= 4
     return found
 
 
 def test_a_budget_takes_the_fastest_that_fits_and_a_smaller_one_never_a_faster():
     sizes = [10 * step for step in range(len(LADDER), 0, -1)]
-    for budget in range(5, 80):
+    for budget in range(5, 10 * len(LADDER) + 5):
         assert taken(sizes, budget) == next((i for i, size in enumerate(sizes) if size <= budget), len(sizes))
     shaken = random.Random(0)
     for _ in range(50):  # where the ladder does not fall from step to step, too

@@ -103,7 +103,7 @@ def test_a_gradient_under_vmap_is_refused_where_residuals_wait_on_the_host(input
         return jax.grad(lambda x: jnp.sum(checkpointed_scan(body(kept("hidden")), host, None, x, layers, shared)))
 
     assert transformed(grad(False))(both).shape == both.shape
-    with pytest.raises(NotImplementedError, match="no gradient under jax.vmap; take gradient_checkpointing='full'"):
+    with pytest.raises(NotImplementedError, match=r"no gradient under jax\.vmap; take gradient_checkpointing='full'"):
         transformed(grad(True))(both)
 
 

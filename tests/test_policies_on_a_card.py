@@ -41,11 +41,11 @@ def entry_of(text: str) -> str:
     return entry
 
 
-@pytest.mark.parametrize("policy", ["offload_attention", "offload_middle", "offload_qkv"])
+@pytest.mark.parametrize("policy", ["offload_attention", "offload_middle", "offload_v", "offload_qkv"])
 def test_what_is_fetched_from_the_host_is_named_to_the_scheduler_and_no_stack_is_copied_whole(compiled, policy):
     text = compiled(policy)
     stacks = re.findall(r"S\(5\)\} custom-call\(\), custom_call_target=\"AllocateBuffer\"", text)
-    assert len(stacks) == {"offload_attention": 2, "offload_middle": 3, "offload_qkv": 6}[policy]
+    assert len(stacks) == {"offload_attention": 2, "offload_middle": 3, "offload_v": 4, "offload_qkv": 6}[policy]
     assert not re.search(r"S\(5\)\} copy\(", text)
     # nor are those on the device, which are not filled with zeros either
     assert not re.search(FILLED, entry_of(text))
@@ -56,7 +56,7 @@ def test_what_is_fetched_from_the_host_is_named_to_the_scheduler_and_no_stack_is
     assert fetches and fetches <= named
 
 
-@pytest.mark.parametrize("policy", ["offload", "offload_attention", "offload_middle", "offload_qkv"])
+@pytest.mark.parametrize("policy", ["offload", "offload_attention", "offload_middle", "offload_v", "offload_qkv"])
 def test_nothing_but_residuals_stands_on_the_streams_of_the_copies(compiled, policy):
     text = compiled(policy)
     starts = re.findall(r"%[-\w]*-start[.\d]* = .*", text)
@@ -151,3 +151,11 @@ def test_a_profile_says_what_the_device_waited_for(tmp_path):
     assert "      2.50  matrix products" in table and f"      3.00  {profile.WAITING}; before" in table
     with pytest.raises(FileNotFoundError, match="no trace"):
         profile.device_time(tmp_path / "nowhere")
+
+
+def test_layers_that_keep_everything_are_unrolled_and_nothing_is_copied_into_a_stack(compiled):
+    stacks = r"bf16\[3,2,256,"
+    assert re.search(stacks, compiled("products"))
+    text = compiled("none")
+    assert not re.search(stacks, text)
+    assert text.count("__cudnn$fmha") == 2 * 3 and len(re.findall(r" while\(", text)) == 1  # cross entropy's

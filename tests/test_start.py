@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from jaxft.without_torch import hidden, may_need_torch
+from tests.ptx import MISSING, NEEDED
 from tests.tiny_runs import flags, sums, write_base, write_rows
 
 ROOT = Path(__file__).parent.parent
@@ -95,3 +96,22 @@ def test_torch_is_left_in_reach_of_somebody_elses_command(fake_torch):
     words = [sys.executable, "-m", "theirs", "-m", "jaxft"]
     done = subprocess.run(words, env=os.environ | {"PYTHONPATH": paths}, capture_output=True, text=True)
     assert done.returncode != 0 and "torch was imported" in done.stderr
+
+
+@pytest.mark.skipif(bool(MISSING), reason=NEEDED)
+def test_a_command_compiles_its_kernels_without_importing_torch(fake_torch, tmp_path):
+    program = """
+import sys
+sys.orig_argv, sys.argv = ["python", "-m", "jaxft.train"], ["-m"]
+import jaxft
+import jax, jax.numpy as jnp
+from jaxft.kernels.rms_norm import triton
+x, w = jax.ShapeDtypeStruct((8, 256), jnp.bfloat16), jax.ShapeDtypeStruct((256,), jnp.bfloat16)
+traced = jax.jit(lambda x, w: triton.residual_rms_norm(x, w, 1e-6, 90)).trace(x, w)
+assert "triton_kernel_call" in traced.lower(lowering_platforms=("cuda",)).as_text()
+assert "torch" not in sys.modules
+"""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([fake_torch, str(ROOT)])}
+    environment |= {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "kept")}  # so that it is compiled
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import pytest
 
 from jaxft.kernels.attention import triton
+from jaxft.kernels.linear import triton as linear
 from jaxft.kernels.linear_cross_entropy import triton as cross_entropy
 from jaxft.kernels.mlp import triton as mlp
 from jaxft.kernels.norm_rope import triton as norm_rope
@@ -135,6 +136,22 @@ def check_norms(capability, folder, *, H=128, D=2560, dtype=jnp.bfloat16, spill=
     fits(compiled(normed, x, w, x, x), ["forward", "backward"], capability, folder, spill)
 
 
+@pytest.mark.parametrize("rank, H", [(16, 128), (128, 256)])
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_what_adds_low_rank_parts_compiles_for_every_card_and_fits_it(capability, rank, H, tmp_path):
+    dtype = jnp.bfloat16
+    x, u, b = S((2, 8192, 8, H), dtype), S((16384, 2 * rank), dtype), S((8 * H, rank), dtype)
+    angle, w, y = S((2, 8192, H // 2), jnp.float32), S((H,), dtype), S((16384, 8 * H), dtype)
+
+    def run(x, u, b, w, cos, dy, y, add):
+        low = norm_rope.LowRank(u, b, rank)
+        rotated = norm_rope.rotated(x, low, w, cos, cos, 1e-6, capability)
+        back = norm_rope.rotated_backward(x, low, w, cos, cos, dy, 1e-6, capability, rank > 16)
+        return rotated, back, linear.summed(y, u[:, :rank], b, add, capability)
+
+    fits(compiled(run, x, u, b, w, angle, x, y, y), ["backward", "forward", "summed"], capability, tmp_path, spill=64)
+
+
 @pytest.mark.parametrize("capability", CAPABILITIES)
 @pytest.mark.parametrize("softcap, dtype", [(None, jnp.bfloat16), (30.0, jnp.float32)])
 def test_cross_entropy_compiles_for_every_card_and_fits_it(capability, softcap, dtype, tmp_path):
@@ -183,7 +200,7 @@ def test_named_residuals_keep_the_backward_from_running_the_forward_kernel_again
     assert kernels(jax.checkpoint_policies.nothing_saveable) == ["forward", *KERNELS]
 
 
-@pytest.mark.parametrize("script, cases", [("interpret_attention.py", 8), ("interpret_blocks.py", 19)])
+@pytest.mark.parametrize("script, cases", [("interpret_attention.py", 8), ("interpret_blocks.py", 24)])
 def test_interpreted_kernels_equal_the_reference_with_gradients(script, cases):
     path = Path(__file__).with_name(script)
     root = path.parents[1]

@@ -50,7 +50,7 @@ class Seen(nnx.Variable):
 
 
 class Rounded(nnx.Variable):
-    """A and s B in the compute dtype."""
+    """Factors in the compute dtype: A and s B of a layer, or several layers' A side by side."""
 
 
 class Lora(nnx.Module):
@@ -71,6 +71,7 @@ class Lora(nnx.Module):
         self.e = nnx.data(describe((max(ranks), 1), ("rank", None), LoRAParam) if adalora else None)
         self.scale = describe((), (), LoRAScale)
         self.rounded: Rounded | None = nnx.data(None)
+        self.joint: Rounded | None = nnx.data(None)  # A of this layer and of those beside it
         self.ranks, self.scales, self.dropout = ranks, scales, dropout
 
     def factors(self) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -84,6 +85,23 @@ class Lora(nnx.Module):
         a, b, scale = jax.lax.stop_gradient(self.factors())
         if a.dtype != dtype:
             self.rounded = Rounded((a.astype(dtype), linear_op.times_scale(b, scale).astype(dtype)))
+
+
+READ_TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # in this order, by all architectures
+
+
+def round_factors(block: nnx.Module, dtype: jnp.dtype) -> None:
+    """`Lora.round` of all linear layers of a stack; A of those that read one x side by side, too."""
+    for _, module in nnx.iter_graph(block):
+        if isinstance(module, Lora):
+            module.round(dtype)
+    for _, module in nnx.iter_graph(block):
+        for names in READ_TOGETHER if isinstance(module, nnx.Module) and one_device() else ():
+            loras = [getattr(getattr(module, name, None), "lora", None) for name in names]
+            rounded = [lora.rounded.get_value()[0] for lora in loras if lora is not None and lora.rounded is not None]
+            if len(rounded) > 1:
+                first = next(lora for lora in loras if lora is not None)
+                first.joint = Rounded(jnp.concatenate(rounded, axis=-2))
 
 
 class Linear(nnx.Module):
@@ -106,7 +124,8 @@ class Linear(nnx.Module):
             return linear_op.Weights(self.weight[...], bias)
         magnitude = None if self.lora.magnitude is None else self.lora.magnitude[...]
         rounded = None if self.lora.rounded is None else self.lora.rounded.get_value()
-        return linear_op.Weights(self.weight[...], bias, self.lora.factors(), magnitude, rounded)
+        joint = None if self.lora.joint is None else self.lora.joint.get_value()
+        return linear_op.Weights(self.weight[...], bias, self.lora.factors(), magnitude, rounded, joint)
 
 
 def linears(
@@ -300,15 +319,14 @@ REMAT: dict[str, Callable[..., bool] | None] = {
     # and what stands between attention and MLP, so that attention's last product is not computed again, and LoRA's few
     # columns
     "offload_middle": kept(*LOW_RANK, *ATTENTION, "layer_middle", "lora_low_rank"),
-    # and the products that attention reads, the narrower two of them or all
-    "offload_kv": kept(*LOW_RANK, *ATTENTION, "layer_middle", "lora_low_rank", *QKV[1:]),
-    "offload_v": kept(*LOW_RANK, *ATTENTION, "layer_middle", "lora_low_rank", *QKV[2:]),
+    # and the products that attention reads: of grouped-query attention one that is narrow, or all three
+    "offload_v": kept(*LOW_RANK, *ATTENTION, "layer_middle", "lora_low_rank", "attention_v"),
     "offload_qkv": kept(*LOW_RANK, *ATTENTION, "layer_middle", "lora_low_rank", *QKV),
 }
 # rather than late, which needs less of the device
-FETCHED_EARLY = ("offload_attention", "offload_middle", "offload_v", "offload_kv", "offload_qkv")
+FETCHED_EARLY = ("offload_attention", "offload_middle", "offload_v", "offload_qkv")
 # of what is fetched, how much a layer's backward pass begins with: the MLP's reads nothing but what stands before it
-AHEAD = {"offload_middle": 1, "offload_v": 1, "offload_kv": 1, "offload_qkv": 1}
+AHEAD = {"offload_middle": 1, "offload_v": 1, "offload_qkv": 1}
 LEANEST = "offload"  # which is not given a second copy of LoRA's factors
 OFFLOADED = (LEANEST, *FETCHED_EARLY)
 KEPT_MLP = ("none", "products")  # policies that keep what stands between an MLP's products
@@ -323,9 +341,7 @@ def scan_layers(block: nnx.Module, x: jax.Array, layers: LayerData, context: Con
         raise ValueError(f"gradient_checkpointing {remat!r}: must be one of {', '.join(REMAT)}")
     if cache is None and remat != LEANEST:
         block = nnx.merge(*nnx.split(block))  # a copy of this trace: an outer one's may not be changed
-        for _, module in nnx.iter_graph(block):
-            if isinstance(module, Lora):
-                module.round(x.dtype)
+        round_factors(block, x.dtype)
     graphdef, parameters = nnx.split(block)
     leaves, treedef = jax.tree.flatten(parameters, is_leaf=is_quantized)
     # stacks in 4 bits stay whole: a kernel reads a layer where it lies, where a scan would copy it out first

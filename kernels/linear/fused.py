@@ -92,7 +92,11 @@ def _dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
 
 
 def _concatenated_a(layers: tuple[Weights, ...], dtype: jnp.dtype) -> jax.Array:
-    return jnp.concatenate([rounded_a(layer, dtype) for layer in layers if layer.lora is not None])
+    present = [layer for layer in layers if layer.lora is not None]
+    joint = present[0].joint
+    if joint is not None and joint.shape[0] == sum(layer.lora[0].shape[0] for layer in present if layer.lora):
+        return joint.astype(dtype)
+    return jnp.concatenate([rounded_a(layer, dtype) for layer in present])
 
 
 def split_ranks(array: jax.Array, layers: tuple[Weights, ...], axis: int) -> list[jax.Array | None]:
@@ -293,7 +297,7 @@ def in_dtypes(grads: tuple[PerLeaf, ...], layers: tuple[Weights, ...]) -> Any:
     def one(grad: PerLeaf, layer: Any) -> Any:
         bias = None if layer.bias is None else cast(grad.bias, layer.bias)
         lora = None if layer.lora is None else tuple(map(cast, grad.lora, layer.lora))
-        return layer._replace(weight=cast(grad.weight, layer.weight), bias=bias, lora=lora, rounded=None)
+        return layer._replace(weight=cast(grad.weight, layer.weight), bias=bias, lora=lora, rounded=None, joint=None)
 
     return tuple(map(one, grads, layers))
 

@@ -11,7 +11,8 @@ class Weights(NamedTuple):
     """weight (O, I), bias (O,), LoRA's A (R, I), B (O, R) and scale (), and with them DoRA's magnitude (O,) float32.
 
     rounded: A and s B in the compute dtype, where they were made beforehand, say of all layers at once; the gradients
-    are those of A and B all the same.
+    are those of A and B all the same. joint: those A of this layer and of the others that read the same x, side by side
+    (Σ R, I), where this is the first of them and they were made beforehand, too.
     """
 
     weight: Weight
@@ -19,3 +20,4 @@ class Weights(NamedTuple):
     lora: tuple[jax.Array, jax.Array, jax.Array] | None = None
     magnitude: jax.Array | None = None
     rounded: tuple[jax.Array, jax.Array] | None = None
+    joint: jax.Array | None = None

@@ -15,8 +15,9 @@ from jax.custom_derivatives import SymbolicZero
 from jaxft.kernels import launch
 from jaxft.kernels.gpu import check_installed
 
-ELEMENTS = 2048  # numbers of a head that a program holds
-LOW_RANK_ELEMENTS = 8192  # the same beside a low-rank part
+# numbers of a head that a program holds: without a low-rank part; with one of rank 16 and no gradient of the weight, as
+# measured; with others, where more would not fit the registers
+ELEMENTS, RANK_16, MORE = 2048, 8192, 4096
 WARPS = 4
 HEADS = 8  # that a program walks over, at most; 4 without a low-rank part
 PROGRAMS = 256  # that fill a card: fewer heads a program before there are fewer
@@ -88,7 +89,7 @@ def rotated_backward(
 ) -> tuple[jax.Array, jax.Array | None]:  # fmt: skip
     """The gradients of x, which is u bᵀ's too, and where wanted of weight, (H,) float32."""
     H = x.shape[-1]
-    _, _, grid = _tile(x, low is not None)
+    _, _, grid = _tile(x, low, wanted)
     like = (
         jax.ShapeDtypeStruct(x.shape, x.dtype),
         jax.ShapeDtypeStruct((math.prod(grid) if wanted else 1, H), jnp.float32),
@@ -97,11 +98,18 @@ def rotated_backward(
     return dx, jnp.sum(parts, axis=0) if wanted else None
 
 
-def _tile(x: jax.Array, low: bool) -> tuple[int, int, tuple[int, int]]:
-    """Tokens and heads of a program, and the grid."""
+def _padded(low: LowRank) -> int:
+    return max(16, 1 << (low.b.shape[1] - 1).bit_length())
+
+
+def _tile(x: jax.Array, low: LowRank | None, wanted: bool) -> tuple[int, int, tuple[int, int]]:
+    """Tokens and heads of a program, and the grid; wanted: whether the weight has a gradient."""
     N, H = x.shape[-2:]
-    tokens = max(16, (LOW_RANK_ELEMENTS if low else ELEMENTS) // H)
-    rows, heads = -(-x.size // (N * H * tokens)), math.gcd(N, HEADS if low else HEADS // 2)
+    elements, most = ELEMENTS, HEADS // 2
+    if low is not None:
+        elements, most = RANK_16 if _padded(low) == 16 and H <= 128 and not wanted else MORE, HEADS
+    tokens = max(16, elements // H)
+    rows, heads = -(-x.size // (N * H * tokens)), math.gcd(N, most)
     while heads % 2 == 0 and rows * (N // heads) < PROGRAMS:
         heads //= 2
     return tokens, heads, (N // heads, rows)
@@ -112,10 +120,10 @@ def _launch(name, x, low, weight, cos, sin, more, like: Any, eps, capability, **
 
     N, H = x.shape[-2:]
     T = x.size // (N * H)
-    tokens, heads, grid = _tile(x, low is not None)
+    tokens, heads, grid = _tile(x, low, flags.get("DW", False))
     u, b, start = low or LowRank(x, x, 0)  # an array that is not read is stood for by another
     rank, width = (b.shape[1], u.shape[-1]) if low else (0, 0)
-    padded = max(16, 1 << max(rank - 1, 0).bit_length())
+    padded = _padded(low) if low else 16
     stages = (3 if padded == 16 else 2) if low else 1  # heads that are on their way; what fits shared memory everywhere
     like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), like)
     return launch.triton_call(

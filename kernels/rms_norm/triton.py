@@ -15,6 +15,8 @@ from jaxft.kernels import launch
 from jaxft.kernels.gpu import check_installed
 
 ROWS = 8  # that a program of the backward kernel walks over
+FEW = 2  # the same where there are so few rows that programs would be, too
+MANY = 8192
 LARGEST = 16384
 
 
@@ -68,9 +70,10 @@ def _launch(name, arrays, x, eps, capability, wanted=None):
     like: Any = jax.ShapeDtypeStruct(x.shape, x.dtype)
     more = {}
     if wanted is not None:
-        programs = -(-count // ROWS)
+        rows = ROWS if wanted or count >= MANY else FEW
+        programs = -(-count // rows)
         like = (like, jax.ShapeDtypeStruct((programs if wanted else 1, D), jnp.float32))
-        more = {"ROWS": ROWS, "DW": wanted}
+        more = {"ROWS": rows, "DW": wanted}
     wide = 1 << (D - 1).bit_length()
     return launch.triton_call(
         *arrays, kernel=getattr(triton_kernels, name), out_shape=like, grid=(programs,),
