@@ -88,7 +88,7 @@ class Workload:
 # with the policies of docs/performance.md
 WORKLOADS = {
     "A1": Workload("qwen3-4b", 8, 2048, gradient_checkpointing="offload_middle"),
-    "A2": Workload("qwen3-4b", 8, 2048, gradient_checkpointing="products"),
+    "A2": Workload("qwen3-4b", 8, 2048, gradient_checkpointing="none"),
     "A3": Workload("qwen3-4b", 1, 2048, load_in_4bit=True, gradient_checkpointing="offload_v"),
     "A4": Workload("qwen3-4b", 8, 2048, load_in_4bit=True, gradient_checkpointing="offload_middle"),
     "A5": Workload("llama-3-8b", 2, 2048, load_in_4bit=True, gradient_checkpointing="offload_qkv"),

@@ -255,8 +255,8 @@ def cases(dtype: Any) -> Iterator[Case]:
     weights, loras = [normal(*size, scale=D**-0.5) for size in heads], [low_rank(*size) for size in heads]
     for op, normed in (("qkv", True), ("qkv, without norms", False)):
         ways = {way: partial(inputs, normed, way) for way in ("triton", "composed", "reference")}
-        arguments = x, loras, weights, (near_one[:H], near_one[-H:])
-        yield Case(op, arguments, (0, 1, 3) if normed else (0, 1), ways, ways["reference"])
+        read = x, loras, weights, (near_one[:H], near_one[-H:])
+        yield Case(op, read, (0, 1, 3) if normed else (0, 1), ways, ways["reference"])
 
     def entropy(way: str, hidden, head, targets, weights):
         return linear_cross_entropy(hidden, head, targets, weights, tile=40, implementation=way)

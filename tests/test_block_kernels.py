@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 
 from jaxft.kernels import dequantize, gpu
+from jaxft.kernels import linear as linear_module
 from jaxft.kernels import mlp as mlp_module
 from jaxft.kernels import norm_rope as norm_rope_module
+from jaxft.kernels import qkv as qkv_module
 from jaxft.kernels import rms_norm as rms_norm_module
 from jaxft.kernels.linear import Weights, linears
 from jaxft.kernels.mlp import mlp
@@ -189,7 +191,56 @@ def rms_norm_way(implementation=None, *, patch, D=128, dtype=jnp.bfloat16):
     return seen[0] if seen else None
 
 
+def adapted(rows, columns, dtype, *, rank=8, bias=False, magnitude=False):
+    """The shapes of a linear layer with LoRA."""
+    like = jax.ShapeDtypeStruct
+    lora = (like((rank, columns), "float32"), like((rows, rank), "float32"), like((), "float32")) if rank else None
+    return Weights(
+        like((rows, columns), dtype), like((rows,), dtype) if bias else None, lora,
+        like((rows,), "float32") if magnitude else None,
+    )  # fmt: skip
+
+
+def qkv_way(implementation=None, *, patch, H=32, dtype=jnp.bfloat16, dropout=0.0, ranks=(8, 8, 8), **how):
+    seen = []
+    zeros = tuple(jnp.zeros((1, 2, heads, H), dtype) for heads in (4, 2, 2))
+    patch.setattr(qkv_module.triton, "qkv", lambda *_: (seen.append("triton"), zeros)[1])
+    x, angle = jax.ShapeDtypeStruct((1, 2, 16), dtype), jax.ShapeDtypeStruct((1, 2, H // 2), "float32")
+    layers = [adapted(heads * H, 16, dtype, rank=rank, **how) for heads, rank in zip((4, 2, 2), ranks, strict=True)]
+    jax.eval_shape(
+        lambda x, layers, c: qkv_module.qkv(
+            x, *layers, head_dim=H, cos=c, sin=c, dropout=dropout, key=KEY, implementation=implementation
+        ),
+        x, layers, angle,
+    )  # fmt: skip
+    return seen[0] if seen else None
+
+
+def linear_way(implementation=None, *, patch, dtype=jnp.bfloat16, added=True, **how):
+    seen = []
+    patch.setattr(linear_module.triton, "summed", lambda product, *_: (seen.append("triton"), product)[1])
+    x, add = jax.ShapeDtypeStruct((1, 2, 16), dtype), jax.ShapeDtypeStruct((1, 2, 8), dtype) if added else None
+    layer = adapted(8, 16, dtype, **how)
+    jax.eval_shape(
+        lambda x, layer, add: linears(x, (layer,), add=add, implementation=implementation), x, layer, add
+    )  # fmt: skip
+    return seen[0] if seen else None
+
+
 NORMS_REFUSED = [
+    (qkv_way, dict(H=48), "qkv by triton: head size 48"),
+    (qkv_way, dict(dtype=jnp.float32), "qkv by triton: dtype float32"),
+    (qkv_way, dict(dropout=0.1), "qkv by triton: dropout"),
+    (qkv_way, dict(bias=True), "qkv by triton: biases or magnitudes"),
+    (qkv_way, dict(magnitude=True), "qkv by triton: biases or magnitudes"),
+    (qkv_way, dict(ranks=(0, 0, 8)), r"qkv by triton: ranks \[0, 0, 8\]: needs LoRA on q or k"),
+    (qkv_way, dict(ranks=(8, 8, 129)), r"qkv by triton: ranks \[8, 8, 129\]: .*of at most 128"),
+    (linear_way, dict(added=False), "linear by triton: nothing to add up"),
+    (linear_way, dict(rank=0), "linear by triton: nothing to add up"),
+    (linear_way, dict(bias=True), "linear by triton: nothing to add up"),
+    (linear_way, dict(magnitude=True), "linear by triton: nothing to add up"),
+    (linear_way, dict(dtype=jnp.float32), "linear by triton: dtype float32"),
+    (linear_way, dict(rank=129), "linear by triton: rank 129"),
     (norm_rope_way, dict(H=48), "norm_rope by triton: head size 48"),
     (norm_rope_way, dict(H=1024), "norm_rope by triton: head size 1024"),
     (norm_rope_way, dict(dtype=jnp.float8_e4m3fn), "norm_rope by triton: dtype float8_e4m3fn"),
@@ -215,7 +266,7 @@ def dequantize_way(implementation=None, patch=None):
     return seen[0] if seen else None
 
 
-WAYS = [(mlp_way, dict()), (norm_rope_way, dict()), (rms_norm_way, dict()), (dequantize_way, dict())]
+WAYS = [(way, dict()) for way in (mlp_way, norm_rope_way, rms_norm_way, dequantize_way, qkv_way, linear_way)]
 
 
 @pytest.mark.parametrize("way, case", WAYS)

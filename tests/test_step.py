@@ -8,9 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 
 from jaxft import LoraConfig, add_lora, make_eval_step, make_optimizer, make_train_step
-from jaxft.models.layers import REMAT
+from jaxft.models import layers
+from jaxft.models.layers import REMAT, round_factors
+from jaxft.models.offload import unrolled_scan
 from jaxft.optim import with_loss_scale
 from jaxft.trees import flatten
 from tests.tiny_models import LENGTHS, T, V, documents, nonzero_adapter, pack, packed_batch, tiny_model
@@ -96,6 +99,42 @@ def test_gradient_checkpointing_changes_nothing():
     run, trainable, frozen = gradient_step("llama2", checkpointing="some")
     with pytest.raises(ValueError, match="gradient_checkpointing 'some': must be one of none, full"):
         run(trainable, frozen, packed_batch())
+
+
+def test_keeping_everything_on_a_gpu_unrolls_the_layers_and_gives_the_gradients_of_the_loop(monkeypatch):
+    run, trainable, frozen = gradient_step("llama2", lora=True)
+    kept, gradients = run(trainable, frozen, packed_batch())
+    unrolled = []
+    monkeypatch.setattr(layers, "one_gpu", lambda: True)
+    monkeypatch.setattr(
+        layers, "unrolled_scan", lambda *arguments: (unrolled.append(1), unrolled_scan(*arguments))[1]
+    )  # fmt: skip
+    run, _, _ = gradient_step.__wrapped__("llama2", lora=True)
+    again, same = run(trainable, frozen, packed_batch())
+    assert unrolled
+    np.testing.assert_allclose(kept["loss"], again["loss"], rtol=1e-6)
+    assert_same_gradients(same, gradients)
+
+
+@pytest.mark.parametrize("name", ["qwen3", "gemma3"])
+def test_factors_that_are_rounded_and_put_side_by_side_before_the_loop_give_the_bits_of_those_in_it(name, monkeypatch):
+    run, trainable, frozen = gradient_step(name, lora=True, weights="bfloat16", checkpointing="full")
+    metrics, gradients = run(trainable, frozen, packed_batch())
+    joined = []
+
+    def apart(block, dtype):
+        round_factors(block, dtype)
+        for _, module in nnx.iter_graph(block):
+            if isinstance(module, layers.Lora) and module.joint is not None:
+                joined.append(module.joint.get_value().shape)
+                module.joint = None
+
+    monkeypatch.setattr(layers, "round_factors", apart)
+    run, _, _ = gradient_step.__wrapped__(name, lora=True, weights="bfloat16", checkpointing="full")
+    again, same = run(trainable, frozen, packed_batch())
+    assert {shape[-2:] for shape in joined} == {(12, 32), (8, 32)}  # q, k and v; gate and up
+    assert metrics["loss"] == again["loss"]
+    jax.tree.map(np.testing.assert_array_equal, gradients, same)
 
 
 def test_weight_of_a_documents_first_token_counts_nothing():

@@ -91,13 +91,13 @@ def _forward(x, layers, norms, cos, sin, head_dim, eps, capability):
 def _backward(head_dim, eps, capability, residuals, upstream):
     x, layers, norms, cos, sin, (q, k, u), wanted, trained = residuals
     upstream = linear.cotangents(upstream)
-    dys, d_norms = [], []
+    rotated, d_norms = [], []
     rest = zip((q, k), _low_ranks(u, layers), norms or (None, None), trained.norms or (False, False), strict=True)
     for dy, (part, low, norm, asked) in zip(upstream[:2], rest, strict=True):
         d_part, d_norm = kernels.rotated_backward(part, low, norm, cos, sin, dy, eps, capability, asked)
-        dys.append(d_part)
+        rotated.append(d_part)
         d_norms.append(None if d_norm is None else d_norm.astype(norm.dtype))
-    dys = tuple(dy.reshape(*x.shape[:-1], -1) for dy in (*dys, upstream[2]))
+    dys = tuple(dy.reshape(*x.shape[:-1], -1) for dy in (*rotated, upstream[2]))
     dx, grads = linear.gradients(
         x, linear.split_ranks(u, layers, axis=u.ndim - 1), dys, layers, wanted, 0.0, NO_KEYS
     )  # fmt: skip
