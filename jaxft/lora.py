@@ -146,10 +146,15 @@ def lora_shapes(model: Model) -> tuple[Tree, Tree]:
     return nnx.to_pure_dict(trained), nnx.to_pure_dict(scales)
 
 
+def _ranks(model: Model) -> dict[str, tuple[int, ...]]:
+    """The layers' ranks of each A, by its path."""
+    return {f"{path}/lora/a": m.lora.ranks for path, m in linear_modules(model.bind(model.shapes)).items() if m.lora}
+
+
 def draw(model: Model, config: LoraConfig, key: jax.Array) -> dict[str, jax.Array]:
     """The first A and B of a model `with_lora` by path, float32, as `add_lora` draws them: no weight is needed."""
     leaves = dict(flatten(lora_shapes(model)[0]))
-    ranks = {f"{path}/lora/a": m.lora.ranks for path, m in linear_modules(model.bind(model.shapes)).items() if m.lora}
+    ranks = _ranks(model)
     low_rank = [path for path in leaves if path.endswith(("/lora/a", "/lora/b"))]
     how = config.init_lora_weights if config.adalora is None else "adalora"
     return _drawn(key, tuple((path, leaves[path].shape, ranks[f"{path[:-2]}/a"]) for path in low_rank), how)
@@ -179,7 +184,7 @@ def add_lora(
     trained, _ = lora_shapes(model)
     leaves = dict(flatten(trained))
     base = whole_params(model, params)
-    ranks = {f"{path}/lora/a": m.lora.ranks for path, m in linear_modules(model.bind(model.shapes)).items() if m.lora}
+    ranks = _ranks(model)
     made = dict(draw(model, config, key) if drawn is None else drawn)
     for path, leaf in leaves.items():
         if path.endswith("/lora/e"):

@@ -305,7 +305,10 @@ def ladder_of(mesh: Mesh, config: ModelConfig) -> Sequence[tuple[str, int]]:
     D, heads, kv_heads = config.hidden_size, config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     work = 2 * D * (2 * heads + 2 * kv_heads + 3 * config.intermediate_size)
     sent = 2 * (2 * D + 2 * heads + 2 * kv_heads)  # bytes: its input and middle, q, k, v and what attention gives
-    return [step for step in LADDER if step[0] != "offload_qkv" or work >= WORK_A_BYTE * sent]
+    left_out = set() if work >= WORK_A_BYTE * sent else {"offload_qkv"}
+    if mesh.size > 1:  # where its layers are not unrolled, and it is no faster than "products"
+        left_out.add("none")
+    return [step for step in LADDER if step[0] not in left_out]
 
 
 def batch_shapes(mesh: Mesh, accumulation: int, batch_size: int, length: int) -> dict[str, jax.ShapeDtypeStruct]:

@@ -258,7 +258,7 @@ class TrainArguments:
         "full",
         "full (or true) recomputes each layer in the backward pass, offload with its input on the host; "
         "attention and products keep more and recompute less, offload_attention, offload_middle, offload_v and "
-        "offload_qkv on the host; none (or false) keeps all, and unrolls the layers on a GPU",
+        "offload_qkv on the host; none (or false) keeps all, and unrolls the layers on one GPU",
         nargs="?",
         const="full",
     )  # fmt: skip

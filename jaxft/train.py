@@ -100,9 +100,7 @@ def train(settings: TrainSettings, provenance: dict[str, str]) -> int:
     # the step is compiled before any weight is on a device: XLA tries its ways there, with arrays of its own
     with (
         reading_ahead([] if settings.dry_run else files_of(prepared.directory)),
-        kernels_ahead(
-            settings, prepared, lambda some: optimizer_of(settings, some, schedule_of(settings, 1))
-        ) as begin_kernels,
+        kernels_ahead(settings, prepared, lambda some: some_optimizer(settings, some)) as begin_kernels,
     ):
         if settings.streaming:
             batches, data = stream(sources[0], sources[0].split or named, prepared, settings)
@@ -325,6 +323,12 @@ def steps_of(settings: TrainSettings, batches: Batches | StreamBatches) -> int:
     if settings.max_steps >= 0:
         return settings.max_steps
     return math.ceil(settings.num_train_epochs * batches.steps_per_epoch)  # as transformers rounds it
+
+
+def some_optimizer(settings: TrainSettings, prepared: Prepared) -> optax.GradientTransformation:
+    """The run's optimizer for some number of steps, where theirs is not known yet and does not matter."""
+    scheduled = with_schedule(prepared, settings, settings.tinit + settings.tfinal + 1)  # the fewest that AdaLoRA takes
+    return optimizer_of(settings, scheduled, schedule_of(settings, 1))
 
 
 def with_schedule(prepared: Prepared, settings: TrainSettings, total: int) -> Prepared:

@@ -1,9 +1,10 @@
 """A command does not import PyTorch, where it is installed: transformers would, and nothing here uses it.
 
 It is a third of a process's modules, and on a slow disk most of its start. transformers asks once whether PyTorch is
-there, so a command lets it ask before anything else, while it does not find it. A metric of the user's own may use
-PyTorch through transformers: where one may be asked for, all is left as it is, and so it is in a process that is no
-command of ours. Whoever imports PyTorch itself gets it in any case.
+there, so a command lets it ask before anything else, while it does not find it; Triton imports it when it sees a
+process's first argument, and is shown one while it is hidden, too (`kernels/launch.py`). A metric of the user's own
+may use PyTorch through transformers: where one may be asked for, all is left as it is, and so it is in a process that
+is no command of ours. Whoever imports PyTorch itself gets it in any case.
 """
 
 import gc

@@ -6,6 +6,7 @@ from contextvars import ContextVar
 from importlib.util import find_spec
 
 import jax
+import jax.numpy as jnp
 
 # compute capability -> the kind of card that tables of tiles go by; what is not here is a consumer card
 CARDS = {80: "a100", 87: "a100", 90: "hopper", 100: "blackwell", 103: "blackwell", 110: "blackwell"}
@@ -67,6 +68,14 @@ def one_gpu() -> bool:
         return one_device() and device_capability() > 0
     except NotImplementedError:
         return False
+
+
+def check_16_bits(dtype: jnp.dtype, capability: int) -> None:
+    """Raises NotImplementedError where a kernel's products are not of 16-bit numbers on tensor cores."""
+    if dtype not in (jnp.bfloat16, jnp.float16):
+        raise NotImplementedError(f"dtype {dtype}: needs bfloat16 or float16")
+    if capability < 80:
+        raise NotImplementedError(f"compute capability {capability / 10}: needs 8.0 (tensor cores through Triton)")
 
 
 def check_installed() -> None:

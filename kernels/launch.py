@@ -30,6 +30,21 @@ THREADS = 8  # that compile kernels
 LEGACY, TYPED = "triton_kernel_call", "triton_kernel_call_ffi"
 
 
+GRID = 65535  # the most programs along any axis of a grid but the first
+
+
+def padded(rank: int) -> int:
+    """The columns that a tensor core's product takes for so many: a power of two from 16."""
+    return max(16, 1 << (rank - 1).bit_length())
+
+
+def fitting(count: int, tile: int) -> int:
+    """A tile of at least `tile`, doubled until `GRID` of them hold `count`."""
+    while -(-count // tile) > GRID:
+        tile *= 2
+    return tile
+
+
 @dataclass(frozen=True)
 class _Launch:
     """The parts of a launch that are known when it is traced: options are those of `jax_triton.triton_call`."""
@@ -39,6 +54,7 @@ class _Launch:
     options: tuple[tuple[str, Any], ...]
 
 
+_compiling: dict[Path, Future[None]] = {}  # by the file that each will be
 _lock = threading.Lock()  # of `_compiling`
 _meeting = threading.Lock()  # of `_met`
 _met = False
@@ -91,7 +107,8 @@ def _meet_triton() -> None:
     """Triton looks for PyTorch when it sees a process's first argument, to know its tensors, and importing it takes
     seconds, in which no other thread runs. A command that goes without PyTorch shows Triton one while it is hidden."""
     global _met
-    with _meeting, contextlib.suppress(Exception):  # what is wrong is said where a kernel is compiled
+    # another Triton may have no such function; what else is wrong is said where a kernel is compiled
+    with _meeting, contextlib.suppress(ImportError, AttributeError, TypeError):
         if _met:
             return
         _met = True
@@ -132,9 +149,6 @@ def begin_compiling(jaxpr: Jaxpr) -> list[Future[None]]:
                 found[path] = _compiling[path] = pool.submit(_compile, launch, avals)
     pool.shutdown(wait=False)  # its threads end with what was submitted
     return list(found.values())
-
-
-_compiling: dict[Path, Future[None]] = {}  # by the file that each will be
 
 
 def _compile(launch: _Launch, avals: Sequence[Any]) -> None:

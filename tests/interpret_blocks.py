@@ -104,8 +104,11 @@ def norm_rope(name, *, B, T, N, H, dtype=jnp.float32, of=(0, 1), tolerance=EXACT
     interpreted.compare(name, got, wanted, tolerance)
 
 
-def qkv(name, *, B, T, N, K, H, ranks, norms=True, D=24, dtype=jnp.float16, of=(0, 1, 2), tolerance=HALF):
-    """q, k and v, and the gradients of x, of LoRA's factors and of the norms' weights."""
+def qkv(
+    name, *, B, T, N, K, H, ranks, norms=True, D=24, dtype=jnp.float16, of=(0, 1, 2), tolerance=HALF, programs=256
+):  # fmt: skip
+    """q, k and v, and the gradients of x, of LoRA's factors and of the norms' weights; programs: that fill a card."""
+    norm_rope_triton.PROGRAMS = programs
     random = np.random.default_rng(T)
 
     def draw(*shape, scale=0.3):
@@ -220,6 +223,9 @@ if __name__ == "__main__":
     qkv("qkv", B=2, T=21, N=4, K=2, H=32, ranks=(5, 16, 8))
     qkv("qkv, norms frozen, one without LoRA", B=1, T=70, N=3, K=1, H=64, ranks=(4, 0, 4), of=(0, 1))
     qkv("qkv, no norms", B=1, T=40, N=4, K=4, H=128, ranks=(16, 16, 16), norms=False, of=(0, 1))
+    qkv("qkv, eight and four heads a program", B=1, T=80, N=8, K=4, H=32, ranks=(8, 8, 8), programs=1)
+    qkv("qkv, two and one, no norms", B=1, T=70, N=6, K=3, H=64, ranks=(4, 4, 0), norms=False, of=(0, 1), programs=1)
+    norm_rope("norm_rope, four heads a program", B=2, T=7, N=4, H=32)  # as the last one left it
     summed("linear, summed", T=37, O=130, R=5)
     summed("linear, summed, float16", T=64, O=256, R=16, dtype=jnp.float16, tolerance=HALF)
     rms_norm("rms_norm", shape=(3, 7, 200))

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxft import quant
 from jaxft.kernels import dequantize, gpu
 from jaxft.kernels import linear as linear_module
 from jaxft.kernels import mlp as mlp_module
@@ -70,6 +71,20 @@ def test_a_residual_is_added_to_the_mlp_with_its_gradient(tiles, kind):
     wanted = with_gradients(lambda x, add, loras: run(x, loras, plain, implementation="reference") + add, x, add, loras)
     found = with_gradients(lambda x, add, loras: run(x, loras, fast, add=add, tiles=tiles), x, add, loras)
     assert distance(found, wanted) < 1e-5
+
+
+def test_in_backward_a_four_bit_mlp_makes_up_dense_once_for_both_products_that_read_it(monkeypatch):
+    x, *layers = mlp_case(jnp.float32)
+    (gate, up, down), _ = held(layers, "nf4")
+    made = []
+    for name in ("dequantize_nf4", "multiply_nf4"):
+        read = getattr(dequantize, name)
+        monkeypatch.setattr(quant, name, lambda *a, read=read, **how: (made.append(how["shape"]), read(*a, **how))[1])
+    run = lambda x, tiles: jnp.sum(mlp(x, gate, up, down, activation="silu", tiles=tiles))  # noqa: E731
+    for tiles, times in ((1, 3 + 4), (None, 3 + 3)):  # three forward; e once more, dh and dx of both, v's is dx's
+        made.clear()
+        jax.make_jaxpr(jax.grad(run), static_argnums=1)(x, tiles)
+        assert len(made) == times, made
 
 
 def test_a_young_adapter_is_not_rounded_away_beside_a_large_residual():
@@ -203,8 +218,9 @@ def adapted(rows, columns, dtype, *, rank=8, bias=False, magnitude=False):
 
 def qkv_way(implementation=None, *, patch, H=32, dtype=jnp.bfloat16, dropout=0.0, ranks=(8, 8, 8), **how):
     seen = []
-    zeros = tuple(jnp.zeros((1, 2, heads, H), dtype) for heads in (4, 2, 2))
-    patch.setattr(qkv_module.triton, "qkv", lambda *_: (seen.append("triton"), zeros)[1])
+    patch.setattr(
+        qkv_module.triton, "qkv", lambda x, *_: (seen.append("triton"), (x, x, x))[1]
+    )  # fmt: skip
     x, angle = jax.ShapeDtypeStruct((1, 2, 16), dtype), jax.ShapeDtypeStruct((1, 2, H // 2), "float32")
     layers = [adapted(heads * H, 16, dtype, rank=rank, **how) for heads, rank in zip((4, 2, 2), ranks, strict=True)]
     jax.eval_shape(
@@ -216,19 +232,20 @@ def qkv_way(implementation=None, *, patch, H=32, dtype=jnp.bfloat16, dropout=0.0
     return seen[0] if seen else None
 
 
-def linear_way(implementation=None, *, patch, dtype=jnp.bfloat16, added=True, **how):
+def linear_way(implementation=None, *, patch, dtype=jnp.bfloat16, added=True, beside=None, **how):
     seen = []
     patch.setattr(linear_module.triton, "summed", lambda product, *_: (seen.append("triton"), product)[1])
     x, add = jax.ShapeDtypeStruct((1, 2, 16), dtype), jax.ShapeDtypeStruct((1, 2, 8), dtype) if added else None
-    layer = adapted(8, 16, dtype, **how)
+    layers = (adapted(8, 16, dtype, **how), *([] if beside is None else [adapted(8, 16, dtype, **beside)]))
     jax.eval_shape(
-        lambda x, layer, add: linears(x, (layer,), add=add, implementation=implementation), x, layer, add
+        lambda x, layers, add: linears(x, layers, add=add, implementation=implementation), x, layers, add
     )  # fmt: skip
     return seen[0] if seen else None
 
 
 NORMS_REFUSED = [
     (qkv_way, dict(H=48), "qkv by triton: head size 48"),
+    (qkv_way, dict(H=512), "qkv by triton: head size 512: needs at most 256"),
     (qkv_way, dict(dtype=jnp.float32), "qkv by triton: dtype float32"),
     (qkv_way, dict(dropout=0.1), "qkv by triton: dropout"),
     (qkv_way, dict(bias=True), "qkv by triton: biases or magnitudes"),
@@ -238,7 +255,8 @@ NORMS_REFUSED = [
     (linear_way, dict(added=False), "linear by triton: nothing to add up"),
     (linear_way, dict(rank=0), "linear by triton: nothing to add up"),
     (linear_way, dict(bias=True), "linear by triton: nothing to add up"),
-    (linear_way, dict(magnitude=True), "linear by triton: nothing to add up"),
+    (linear_way, dict(magnitude=True), r"linear by triton: a magnitude \(DoRA\)"),
+    (linear_way, dict(beside=dict(magnitude=True)), r"linear by triton: a magnitude \(DoRA\)"),
     (linear_way, dict(dtype=jnp.float32), "linear by triton: dtype float32"),
     (linear_way, dict(rank=129), "linear by triton: rank 129"),
     (norm_rope_way, dict(H=48), "norm_rope by triton: head size 48"),

@@ -63,7 +63,7 @@ def on_h200(place):
 
 
 def optimizer(settings):
-    return lambda prepared: train.optimizer_of(settings, prepared, train.schedule_of(settings, 1))
+    return lambda prepared: train.some_optimizer(settings, prepared)
 
 
 class Lowered(Exception):
@@ -77,7 +77,7 @@ def lowered(settings, prepared, documents, monkeypatch) -> str:
         raise Lowered(step.as_text())
 
     run = SimpleNamespace(
-        settings=settings, optimizer=train.optimizer_of(settings, prepared, train.schedule_of(settings, 1)),
+        settings=settings, optimizer=train.some_optimizer(settings, prepared),
         batches=SimpleNamespace(max_documents=documents),
     )  # fmt: skip
     with monkeypatch.context() as patch, pytest.raises(Lowered) as found:
@@ -100,7 +100,11 @@ def refuse_to_compile(patch):
 
 
 @pytest.mark.parametrize(
-    "flags", [{}, {"optim": "adamw_8bit", "gradient_accumulation_steps": 2}, {"packing": False, "mlp_tiles": 2}]
+    "flags",
+    [
+        *({}, {"optim": "adamw_8bit", "gradient_accumulation_steps": 2}, {"packing": False, "mlp_tiles": 2}),
+        {"peft_type": "adalora", "init_r": 6, "target_r": 4},
+    ],
 )
 def test_the_step_finds_its_kernels_and_no_other_ones_were_compiled(on_h200, kernels, flags, monkeypatch):
     monkeypatch.setattr(launch, "_compiling", {})

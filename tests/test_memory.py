@@ -12,7 +12,7 @@ import pytest
 from jaxft import bench, cards, loop, memory, train
 from jaxft.config import parse
 from jaxft.errors import InputError, run_command
-from jaxft.memory import CPU_LADDER, LADDER, batch_shapes, choose, device_bytes, plan, what_helps
+from jaxft.memory import CPU_LADDER, LADDER, batch_shapes, choose, device_bytes, ladder_of, plan, what_helps
 from jaxft.models.layers import REMAT
 from jaxft.optim import make_optimizer, state_shapes
 from jaxft.prepare import prepare, prepare_shapes
@@ -117,6 +117,20 @@ def test_the_ladders_name_policies_that_exist_once_each():
     for ladder in (LADDER, CPU_LADDER):
         assert {policy for policy, _ in ladder} <= set(REMAT) and len(set(ladder)) == len(ladder)
     assert not any(policy.startswith("offload") for policy, _ in CPU_LADDER)
+
+
+def test_a_ladder_has_what_pays_for_the_model_and_the_mesh():
+    def policies(D: int, devices: int) -> set[str]:
+        config = SimpleNamespace(
+            hidden_size=D, num_heads=32, num_kv_heads=8, head_dim=128, intermediate_size=7 * D // 2
+        )
+        here = SimpleNamespace(flat=[SimpleNamespace(platform="gpu")])
+        return {policy for policy, _ in ladder_of(SimpleNamespace(devices=here, size=devices), config)}
+
+    every = {policy for policy, _ in LADDER}
+    assert policies(4096, 1) == every
+    assert policies(2048, 1) == every - {"offload_qkv"}  # too little work for the bytes it sends
+    assert policies(4096, 2) == every - {"none"}  # there its layers are not unrolled
 
 
 def fake(sizes):

@@ -115,8 +115,8 @@ def tokenize_dataset(
     columns: templates that make questions and answers of any columns, and how many rows a conversation has.
     With a directory `cache` the samples are written there while they are made, under a key of everything that makes
     them, and read back through a memory map, at once where the same were made before; memory stays small either way.
-    Rows that are known by more than their table (`open_rows`) are not even read then. anew is called before the rows
-    are tokenised anew, where that can be told before they are read, and again when it begins.
+    Rows that are known by more than their table (`open_rows`) are not even read then. anew is called before rows
+    are read that may have to be tokenised, and again when that begins.
 
     Raises InputError for a row of a wrong form, naming it (rows count from 1), for a token id outside
     [0, `vocab_size`), and where no row at all is left.

@@ -157,7 +157,7 @@ def attention_inputs(
     return qkv_op.qkv(
         x, *(layer.weights() for layer in layers), head_dim=head_dim, cos=tables[0], sin=tables[1],
         norms=None if norms is None else (norms[0].factor(), norms[1].factor()),
-        eps=0.0 if norms is None else norms[0].eps, dropout=_dropout(layers), key=key,
+        eps=None if norms is None else norms[0].eps, dropout=_dropout(layers), key=key,
     )  # fmt: skip
 
 

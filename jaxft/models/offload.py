@@ -77,7 +77,8 @@ def _forward(body, host, ahead, x, layers, shared):
         leaves, treedef = jax.tree.flatten(pull)
         own = {id(leaf): ("layer", i) for i, leaf in enumerate(jax.tree.leaves(layer))}
         own |= {id(leaf): ("shared", i) for i, leaf in enumerate(jax.tree.leaves(shared))}
-        constants[:] = [leaf for leaf in leaves if not isinstance(leaf, jax.core.Tracer)]
+        plain = jax.config.jax_disable_jit  # type: ignore[attr-defined]  # then every residual looks like a constant
+        constants[:] = [leaf for leaf in leaves if not (plain or isinstance(leaf, jax.core.Tracer))]
         own |= {id(leaf): ("constant", i) for i, leaf in enumerate(constants)}
         kept = [leaf for leaf in leaves if id(leaf) not in own]
         # last first: XLA's scheduler sends what stands first in a loop as late as it can, and a copy that could have

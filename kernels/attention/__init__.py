@@ -85,7 +85,8 @@ def attention(
                 q, softcap=softcap, window=window, last_key=last_key, documents=documents, capability=capability
             )
             most = 0 if documents is None else documents.lengths.shape[1]
-            short = most > 1 and triton.short_documents(capability, H) * most > T  # one document: nothing to skip
+            # one document: nothing to skip; a row that is not packed has two, of which its padding is one
+            short = most > 1 and triton.short_documents(capability, H) * most > T
             if implementation is None and (most > CUDNN_DOCUMENTS or short):
                 raise NotImplementedError(f"{most} documents in a row of {T} tokens: triton skips more")
         elif name == "reference" and implementation is None and T * k.shape[1] > REFERENCE_SCORES:

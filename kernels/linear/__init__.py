@@ -45,7 +45,7 @@ def linears(
         raise ValueError(f"implementation {implementation!r}: must be 'triton', 'fused' or 'reference'")
     capability = None
     if implementation != "fused":
-        capability = serving("linear", partial(triton.check, x, layers[0], add), implementation)
+        capability = serving("linear", partial(triton.check, x, layers, add), implementation)
     if any(layer.magnitude is not None for layer in layers):
         return dora.linears(x, layers, dropout, keys, add)
     return fused.linears(x, layers, dropout, keys, add, capability)

@@ -3,7 +3,8 @@
     e = gate(x), v = up(x), h = act(e) · v, y = down(h)        each with its LoRA branch (`linear/fused.py`)
     dh = ∂down/∂h (dY),  de = dh · v · act′(e),  dv = dh · act(e),  dx = ∂gate/∂x (de) + ∂up/∂x (dv)
 
-What stands between the large products is one Triton kernel each way where `triton.check` lets it, else plain XLA.
+What stands between the large products is one Triton kernel each way where `triton.check` lets it, and one more sums
+down's parts beside a residual; else plain XLA.
 Kept for backward by `mlp`: x, e, v (without their low-rank parts where the kernels add them) and the R columns of the
 low-rank inputs; h is computed again, in the same pass over e, v and dh that gives de and dv. Names for a
 rematerialisation policy: "mlp_gate", "mlp_up" and "mlp_low_rank", the input of down's B, which costs R columns and

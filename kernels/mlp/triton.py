@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxft.kernels import launch
-from jaxft.kernels.gpu import CARDS, check_installed
+from jaxft.kernels.gpu import CARDS, check_16_bits, check_installed
+from jaxft.kernels.launch import padded
 from jaxft.kernels.linear.weights import Weights
 
 
@@ -45,7 +46,6 @@ MANY = 16384  # tokens
 NUMBERS = 1024  # a program of the kernels without low-rank parts holds
 ACTIVATIONS = ("silu", "gelu_pytorch_tanh")
 LARGEST_RANK = 128
-SMALLEST_CAPABILITY = 80
 
 
 class Kernels(NamedTuple):
@@ -57,12 +57,9 @@ class Kernels(NamedTuple):
 
 def check(dtype: jnp.dtype, activation: str, capability: int) -> None:
     """Raises NotImplementedError with the reason where no kernel can serve."""
-    if dtype not in (jnp.bfloat16, jnp.float16):
-        raise NotImplementedError(f"dtype {dtype}: needs bfloat16 or float16")
+    check_16_bits(dtype, capability)
     if activation not in ACTIVATIONS:
         raise NotImplementedError(f"activation {activation}: needs {' or '.join(ACTIVATIONS)}")
-    if capability < SMALLEST_CAPABILITY:
-        raise NotImplementedError(f"compute capability {capability / 10}: needs 8.0 (tensor cores through Triton)")
     check_installed()
 
 
@@ -75,18 +72,14 @@ def low_rank(layers: tuple[Weights, ...], dropped: bool) -> bool:
 def tiles(capability: int, ranks: tuple[int, int, int]) -> tuple[Tile, Tile]:
     """The tile sizes of forward and backward for a compute capability such as 89; an unknown one takes small ones."""
     size = "large" if CARDS.get(capability) in ("hopper", "blackwell") else "small"
-    return TILES[size, max(map(_padded, ranks))]
-
-
-def _padded(rank: int) -> int:
-    return max(16, 1 << (rank - 1).bit_length())
+    return TILES[size, max(map(padded, ranks))]
 
 
 def constants(e: jax.Array, ranks: tuple[int, int, int], activation: str, tile: Tile) -> dict[str, int | str]:
     """The compile-time arguments that both kernels take, in their order."""
     T, F = e.shape
     return dict(
-        zip(("T", "F", "RE", "RV", "RD", "REP", "RVP", "RDP"), (T, F, *ranks, *map(_padded, ranks)), strict=True),
+        zip(("T", "F", "RE", "RV", "RD", "REP", "RVP", "RDP"), (T, F, *ranks, *map(padded, ranks)), strict=True),
         KIND=activation, BT=tile.tokens, BF=tile.features, STAGES=tile.stages,
     )  # fmt: skip
 

@@ -14,6 +14,7 @@ from jax.custom_derivatives import SymbolicZero
 
 from jaxft.kernels import launch
 from jaxft.kernels.gpu import check_installed
+from jaxft.kernels.launch import fitting, padded
 
 # numbers of a head that a program holds: without a low-rank part; with one of rank 16 and no gradient of the weight, as
 # measured; with others, where more would not fit the registers
@@ -98,18 +99,15 @@ def rotated_backward(
     return dx, jnp.sum(parts, axis=0) if wanted else None
 
 
-def _padded(low: LowRank) -> int:
-    return max(16, 1 << (low.b.shape[1] - 1).bit_length())
-
-
 def _tile(x: jax.Array, low: LowRank | None, wanted: bool) -> tuple[int, int, tuple[int, int]]:
     """Tokens and heads of a program, and the grid; wanted: whether the weight has a gradient."""
     N, H = x.shape[-2:]
     elements, most = ELEMENTS, HEADS // 2
     if low is not None:
-        elements, most = RANK_16 if _padded(low) == 16 and H <= 128 and not wanted else MORE, HEADS
-    tokens = max(16, elements // H)
-    rows, heads = -(-x.size // (N * H * tokens)), math.gcd(N, most)
+        elements, most = RANK_16 if padded(low.b.shape[1]) == 16 and H <= 128 and not wanted else MORE, HEADS
+    T = x.size // (N * H)
+    tokens = fitting(T, max(16, elements // H))
+    rows, heads = -(-T // tokens), math.gcd(N, most)
     while heads % 2 == 0 and rows * (N // heads) < PROGRAMS:
         heads //= 2
     return tokens, heads, (N // heads, rows)
@@ -123,13 +121,14 @@ def _launch(name, x, low, weight, cos, sin, more, like: Any, eps, capability, **
     tokens, heads, grid = _tile(x, low, flags.get("DW", False))
     u, b, start = low or LowRank(x, x, 0)  # an array that is not read is stood for by another
     rank, width = (b.shape[1], u.shape[-1]) if low else (0, 0)
-    padded = _padded(low) if low else 16
-    stages = (3 if padded == 16 else 2) if low else 1  # heads that are on their way; what fits shared memory everywhere
+    columns = padded(rank) if low else 16
+    # heads that are on their way: with those of `check` in `qkv` what fits shared memory everywhere
+    stages = (3 if columns == 16 else 2) if low else 1
     like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), like)
     return launch.triton_call(
         x, u, b, cos if weight is None else weight, cos, sin, *more, kernel=getattr(triton_kernels, name),
         out_shape=like, grid=grid, num_warps=WARPS, num_stages=1,
         compute_capability=capability, name=f"norm_rope_{name}", eps=float(eps), T=T, N=N, H=H, R=rank,
-        RP=padded, WIDTH=width, START=start, BT=tokens, HEADS=heads, STAGES=stages,
+        RP=columns, WIDTH=width, START=start, BT=tokens, HEADS=heads, STAGES=stages,
         LOW=low is not None, NORM=weight is not None, **flags,
     )  # fmt: skip

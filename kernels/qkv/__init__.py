@@ -21,7 +21,7 @@ def qkv(
     cos: jax.Array,
     sin: jax.Array,
     norms: tuple[jax.Array, jax.Array] | None = None,
-    eps: float = 0.0,
+    eps: float | None = None,
     dropout: float = 0.0,
     key: jax.Array | None = None,
     implementation: str | None = None,
@@ -47,6 +47,8 @@ def qkv(
         )
     if norms is not None and any(norm.shape != (head_dim,) for norm in norms):
         raise ValueError(f"norms have shapes {[norm.shape for norm in norms]}; both must be ({head_dim},)")
+    if norms is not None and eps is None:
+        raise ValueError("norms without eps: a model's constant has no default")
     if implementation not in (None, "triton", "composed", "reference"):
         raise ValueError(f"implementation {implementation!r}: must be 'triton', 'composed' or 'reference'")
     if implementation in (None, "triton"):
@@ -54,6 +56,6 @@ def qkv(
         check = partial(triton.check, x, layers, head_dim, dropped)
         capability = serving("qkv", check, implementation)
         if capability is not None:
-            return triton.qkv(x, layers, norms, cos, sin, head_dim, eps, capability)
+            return triton.qkv(x, layers, norms, cos, sin, head_dim, eps or 0.0, capability)
     way = reference if implementation == "reference" else composed
-    return way.qkv(x, layers, norms, cos, sin, head_dim=head_dim, eps=eps, dropout=dropout, key=key)
+    return way.qkv(x, layers, norms, cos, sin, head_dim=head_dim, eps=eps or 0.0, dropout=dropout, key=key)

@@ -11,8 +11,8 @@ import functools
 from dataclasses import dataclass
 
 import jax
-import jax.numpy as jnp
 
+from jaxft.kernels.gpu import check_16_bits
 from jaxft.kernels.linear import Weights
 from jaxft.kernels.linear import fused as linear
 from jaxft.kernels.norm_rope import triton as kernels
@@ -23,15 +23,15 @@ from jaxft.quant import multiply
 Layers = tuple[Weights, Weights, Weights]
 Norms = tuple[jax.Array, jax.Array] | None
 NO_KEYS = (None, None, None)
+LARGEST_HEAD = 256
 
 
 def check(x: jax.Array, layers: Layers, head_dim: int, dropped: bool, capability: int) -> None:
     """Raises NotImplementedError with the reason where this way cannot serve."""
     kernels.check(jax.ShapeDtypeStruct((head_dim,), x.dtype), capability)  # type: ignore[arg-type]
-    if x.dtype not in (jnp.bfloat16, jnp.float16):
-        raise NotImplementedError(f"dtype {x.dtype}: needs bfloat16 or float16")
-    if capability < 80:
-        raise NotImplementedError(f"compute capability {capability / 10}: needs 8.0 (tensor cores through Triton)")
+    check_16_bits(x.dtype, capability)
+    if head_dim > LARGEST_HEAD:
+        raise NotImplementedError(f"head size {head_dim}: needs at most {LARGEST_HEAD} (shared memory)")
     if dropped:
         raise NotImplementedError("dropout: each layer would have low-rank inputs of its own")
     if any(layer.bias is not None or layer.magnitude is not None for layer in layers):

@@ -15,7 +15,7 @@ from jaxft.kernels import launch
 from jaxft.kernels.gpu import check_installed
 
 ROWS = 8  # that a program of the backward kernel walks over
-FEW = 2  # the same where there are so few rows that programs would be, too
+FEW = 2  # the same of fewer than MANY rows, whose programs would not fill a card
 MANY = 8192
 LARGEST = 16384
 
