@@ -28,8 +28,6 @@ from jaxft.without_torch import unseen
 
 THREADS = 8  # that compile kernels
 LEGACY, TYPED = "triton_kernel_call", "triton_kernel_call_ffi"
-
-
 GRID = 65535  # the most programs along any axis of a grid but the first
 
 

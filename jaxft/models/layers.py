@@ -98,10 +98,10 @@ def round_factors(block: nnx.Module, dtype: jnp.dtype) -> None:
     for _, module in nnx.iter_graph(block):
         for names in READ_TOGETHER if isinstance(module, nnx.Module) and one_device() else ():
             loras = [getattr(getattr(module, name, None), "lora", None) for name in names]
-            rounded = [lora.rounded.get_value()[0] for lora in loras if lora is not None and lora.rounded is not None]
+            rounded = [lora for lora in loras if lora is not None and lora.rounded is not None]
             if len(rounded) > 1:
-                first = next(lora for lora in loras if lora is not None)
-                first.joint = Rounded(jnp.concatenate(rounded, axis=-2))
+                factors = [lora.rounded.get_value()[0] for lora in rounded]
+                rounded[0].joint = Rounded(jnp.concatenate(factors, axis=-2))
 
 
 class Linear(nnx.Module):

@@ -13,7 +13,7 @@ it again in backward.
 import functools
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,13 +33,11 @@ class _Pull:
     """How one layer's backward function is put together again: from inputs of the layer and from what was kept.
 
     sources: for each leaf of the function, where it comes from: ("far" | "near" | "layer" | "shared" | "constant",
-    index); far is what waits on the host, near what stays on the device. wanted: which leaves of a layer are
-    differentiated.
+    index); far is what waits on the host, near what stays on the device.
     """
 
     treedef: Any
     sources: tuple[tuple[str, int], ...]
-    wanted: tuple[bool, ...]
 
 
 @jax.tree_util.register_static
@@ -48,6 +46,24 @@ class _Wanted:
     """Which leaves of a layer are differentiated."""
 
     layers: tuple[bool, ...]
+
+    def tree(self, layers: Any, grads: Iterable[jax.Array]) -> Any:
+        """The gradients of those, one after the other, in the structure of `layers`; None for the others."""
+        rest = iter(grads)
+        return jax.tree.unflatten(jax.tree.structure(layers), [next(rest) if want else None for want in self.layers])
+
+
+def _in_turn(body: Body, x: jax.Array, layers: Any, shared: Any) -> jax.Array:
+    """x after body(x, layer, shared) for each layer."""
+    return jax.lax.scan(lambda x, layer: (body(x, layer, shared), None), x, layers)[0]
+
+
+def _primals(scan: str, x: Any, layers: Any, shared: Any) -> tuple[jax.Array, Any, Any, _Wanted]:
+    """The arrays of a scan's `custom_vjp` primals, and what of the layers is differentiated."""
+    if any(leaf.perturbed for leaf in jax.tree.leaves(shared)):
+        raise TypeError(f"what all layers share is differentiated; {scan} has no derivative for it")
+    wanted = _Wanted(tuple(leaf.perturbed for leaf in jax.tree.leaves(layers)))
+    return *jax.tree.map(lambda leaf: leaf.value, (x, layers, shared)), wanted
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
@@ -59,14 +75,11 @@ def checkpointed_scan(body: Body, host: bool, ahead: int | None, x: jax.Array, l
     fetched a layer ahead, into a second array each. Differentiated with respect to x and whatever leaves of layers are
     differentiated; `shared` has no derivative: TypeError where one is asked for.
     """
-    return jax.lax.scan(lambda x, layer: (body(x, layer, shared), None), x, layers)[0]
+    return _in_turn(body, x, layers, shared)
 
 
 def _forward(body, host, ahead, x, layers, shared):
-    if any(leaf.perturbed for leaf in jax.tree.leaves(shared)):
-        raise TypeError("what all layers share is differentiated; checkpointed_scan has no derivative for it")
-    wanted = tuple(leaf.perturbed for leaf in jax.tree.leaves(layers))
-    x, layers, shared = jax.tree.map(lambda leaf: leaf.value, (x, layers, shared))
+    x, layers, shared, wanted = _primals("checkpointed_scan", x, layers, shared)
     pulls: list[_Pull] = []
     constants: list[jax.Array] = []  # what is the same in each layer, such as the levels of four bits
     count = jax.tree.leaves(layers)[0].shape[0]
@@ -87,7 +100,7 @@ def _forward(body, host, ahead, x, layers, shared):
         near = [leaf for leaf in kept if not host or leaf.size * SMALL < x.size]
         own |= {id(leaf): ("far", i) for i, leaf in enumerate(far)}
         own |= {id(leaf): ("near", i) for i, leaf in enumerate(near)}
-        pulls.append(_Pull(treedef, tuple(own[id(leaf)] for leaf in leaves), wanted))
+        pulls.append(_Pull(treedef, tuple(own[id(leaf)] for leaf in leaves)))
         return y, far, near
 
     def step(carry):
@@ -109,7 +122,7 @@ def _forward(body, host, ahead, x, layers, shared):
     last = [_empty(leaf.shape, leaf.dtype) for leaf in far[:ahead]]
     start = (jnp.int32(0), x, there, here, last)
     _, x, there, here, last = jax.lax.while_loop(lambda carry: carry[0] < count, step, start)
-    return _unbatched(x) if host else x, (there, last, here, layers, shared, constants, pulls[-1])
+    return _unbatched(x) if host else x, (there, last, here, layers, shared, constants, pulls[-1], wanted)
 
 
 @jax.custom_batching.custom_vmap
@@ -150,19 +163,19 @@ def _at(tree, index):
 def _pull_back(body, x, layer, shared, wanted):
     """The layer's output, and the function from its cotangent to those of x and of the wanted leaves."""
     leaves, treedef = jax.tree.flatten(layer)
-    asked = [leaf for leaf, want in zip(leaves, wanted, strict=True) if want]
+    asked = [leaf for leaf, want in zip(leaves, wanted.layers, strict=True) if want]
 
     def of_wanted(x, asked):
         rest = iter(asked)
-        merged = [next(rest) if want else leaf for leaf, want in zip(leaves, wanted, strict=True)]
+        merged = [next(rest) if want else leaf for leaf, want in zip(leaves, wanted.layers, strict=True)]
         return body(x, jax.tree.unflatten(treedef, merged), shared)
 
     return jax.vjp(of_wanted, x, asked)
 
 
 def _backward(body, host, ahead, residuals, dy):
-    there, last, device, layers, shared, constants, pull = residuals
-    treedef, count = jax.tree.structure(layers), jax.tree.leaves(layers)[0].shape[0]
+    there, last, device, layers, shared, constants, pull, wanted = residuals
+    count = jax.tree.leaves(layers)[0].shape[0]
 
     def fetch(stacks, slot):
         """What waits in `slot`: the residuals of layer count − 1 − slot."""
@@ -180,14 +193,13 @@ def _backward(body, host, ahead, residuals, dy):
         dx, new = back(dx)
         return below + 1, dx, next_here, _put(grads, _packed(new, groups), index)
 
-    asked = [leaf for leaf, want in zip(jax.tree.leaves(layers), pull.wanted, strict=True) if want]
+    asked = [leaf for leaf, want in zip(jax.tree.leaves(layers), wanted.layers, strict=True) if want]
     groups = _groups(asked)
     first = jax.eval_shape(lambda rows: _packed(rows, groups), _at(asked, 0))
     grads = [_empty((count, *one.shape), one.dtype) for one in first]
     start = (jnp.int32(1), dy, last, grads)
     _, dx, _, grads = jax.lax.while_loop(lambda carry: carry[0] <= count, step, start)
-    rest = iter(_unpacked(grads, asked, groups))
-    return dx, jax.tree.unflatten(treedef, [next(rest) if want else None for want in pull.wanted]), None
+    return dx, wanted.tree(layers, _unpacked(grads, asked, groups)), None
 
 
 def _groups(stacks: list[jax.Array]) -> tuple[tuple[int, ...], ...]:
@@ -224,31 +236,26 @@ checkpointed_scan.defvjp(_forward, _backward, symbolic_zeros=True)
 def unrolled_scan(body: Body, x: jax.Array, layers: Any, shared: Any) -> jax.Array:
     """As `checkpointed_scan`, x after body(x, layer, shared) for each layer; where it is differentiated, they stand one
     after the other instead of in a loop. What body's own derivative keeps is kept, on the device and without a copy."""
-    return jax.lax.scan(lambda x, layer: (body(x, layer, shared), None), x, layers)[0]
+    return _in_turn(body, x, layers, shared)
 
 
 def _unrolled_forward(body, x, layers, shared):
-    if any(leaf.perturbed for leaf in jax.tree.leaves(shared)):
-        raise TypeError("what all layers share is differentiated; unrolled_scan has no derivative for it")
-    wanted = tuple(leaf.perturbed for leaf in jax.tree.leaves(layers))
-    x, layers, shared = jax.tree.map(lambda leaf: leaf.value, (x, layers, shared))
+    x, layers, shared, wanted = _primals("unrolled_scan", x, layers, shared)
     pulls = []
     for index in range(jax.tree.leaves(layers)[0].shape[0]):
         layer = jax.tree.map(lambda leaf, index=index: leaf[index], layers)
         x, pull = _pull_back(body, x, layer, shared, wanted)
         pulls.append(pull)
-    return x, (pulls, layers, _Wanted(wanted))
+    return x, (pulls, layers, wanted)
 
 
 def _unrolled_backward(body, residuals, dx):
-    pulls, layers, asked = residuals
+    pulls, layers, wanted = residuals
     rows = []
     for pull in reversed(pulls):
         dx, row = pull(dx)
         rows.append(row)
-    stacks = iter([jnp.stack(row) for row in zip(*reversed(rows), strict=True)])
-    grads = [next(stacks) if want else None for want in asked.layers]
-    return dx, jax.tree.unflatten(jax.tree.structure(layers), grads), None
+    return dx, wanted.tree(layers, [jnp.stack(row) for row in zip(*reversed(rows), strict=True)]), None
 
 
 unrolled_scan.defvjp(_unrolled_forward, _unrolled_backward, symbolic_zeros=True)

@@ -81,7 +81,8 @@ def rotated(
     capability: int,
 ) -> jax.Array:  # fmt: skip
     """rotate(norm(x + u bᵀ)) of x (B, T, N, H), without the norm where weight is None."""
-    return _launch("forward", x, low, weight, cos, sin, (), x, eps, capability)
+    like = jax.ShapeDtypeStruct(x.shape, x.dtype)
+    return _launch("forward", _tile(x, low, False), x, low, weight, cos, sin, (), like, eps, capability)
 
 
 def rotated_backward(
@@ -89,18 +90,26 @@ def rotated_backward(
     eps: float, capability: int, wanted: bool,
 ) -> tuple[jax.Array, jax.Array | None]:  # fmt: skip
     """The gradients of x, which is u bᵀ's too, and where wanted of weight, (H,) float32."""
-    H = x.shape[-1]
-    _, _, grid = _tile(x, low, wanted)
+    tile = _tile(x, low, wanted)
+    programs = math.prod(tile.grid) if wanted else 1
     like = (
         jax.ShapeDtypeStruct(x.shape, x.dtype),
-        jax.ShapeDtypeStruct((math.prod(grid) if wanted else 1, H), jnp.float32),
+        jax.ShapeDtypeStruct((programs, x.shape[-1]), jnp.float32),
     )
-    dx, parts = _launch("backward", x, low, weight, cos, sin, (dy,), like, eps, capability, DW=wanted)
+    dx, parts = _launch("backward", tile, x, low, weight, cos, sin, (dy,), like, eps, capability, DW=wanted)
     return dx, jnp.sum(parts, axis=0) if wanted else None
 
 
-def _tile(x: jax.Array, low: LowRank | None, wanted: bool) -> tuple[int, int, tuple[int, int]]:
-    """Tokens and heads of a program, and the grid; wanted: whether the weight has a gradient."""
+class Tile(NamedTuple):
+    """Tokens of a program, the heads that it walks over, and the grid."""
+
+    tokens: int
+    heads: int
+    grid: tuple[int, int]
+
+
+def _tile(x: jax.Array, low: LowRank | None, wanted: bool) -> Tile:
+    """wanted: whether the weight has a gradient."""
     N, H = x.shape[-2:]
     elements, most = ELEMENTS, HEADS // 2
     if low is not None:
@@ -110,25 +119,23 @@ def _tile(x: jax.Array, low: LowRank | None, wanted: bool) -> tuple[int, int, tu
     rows, heads = -(-T // tokens), math.gcd(N, most)
     while heads % 2 == 0 and rows * (N // heads) < PROGRAMS:
         heads //= 2
-    return tokens, heads, (N // heads, rows)
+    return Tile(tokens, heads, (N // heads, rows))
 
 
-def _launch(name, x, low, weight, cos, sin, more, like: Any, eps, capability, **flags):
+def _launch(name, tile, x, low, weight, cos, sin, more, like: Any, eps, capability, **flags):
     from jaxft.kernels.norm_rope import triton_kernels
 
     N, H = x.shape[-2:]
     T = x.size // (N * H)
-    tokens, heads, grid = _tile(x, low, flags.get("DW", False))
     u, b, start = low or LowRank(x, x, 0)  # an array that is not read is stood for by another
     rank, width = (b.shape[1], u.shape[-1]) if low else (0, 0)
     columns = padded(rank) if low else 16
     # heads that are on their way: with those of `check` in `qkv` what fits shared memory everywhere
     stages = (3 if columns == 16 else 2) if low else 1
-    like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), like)
     return launch.triton_call(
         x, u, b, cos if weight is None else weight, cos, sin, *more, kernel=getattr(triton_kernels, name),
-        out_shape=like, grid=grid, num_warps=WARPS, num_stages=1,
+        out_shape=like, grid=tile.grid, num_warps=WARPS, num_stages=1,
         compute_capability=capability, name=f"norm_rope_{name}", eps=float(eps), T=T, N=N, H=H, R=rank,
-        RP=columns, WIDTH=width, START=start, BT=tokens, HEADS=heads, STAGES=stages,
+        RP=columns, WIDTH=width, START=start, BT=tile.tokens, HEADS=tile.heads, STAGES=stages,
         LOW=low is not None, NORM=weight is not None, **flags,
     )  # fmt: skip

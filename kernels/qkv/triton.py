@@ -17,7 +17,7 @@ from jaxft.kernels.linear import Weights
 from jaxft.kernels.linear import fused as linear
 from jaxft.kernels.norm_rope import triton as kernels
 from jaxft.kernels.norm_rope.triton import LowRank
-from jaxft.kernels.qkv.composed import heads
+from jaxft.kernels.qkv.reference import heads
 from jaxft.quant import multiply
 
 Layers = tuple[Weights, Weights, Weights]
