@@ -111,11 +111,12 @@ class Tile(NamedTuple):
 def _tile(x: jax.Array, low: LowRank | None, wanted: bool) -> Tile:
     """wanted: whether the weight has a gradient."""
     N, H = x.shape[-2:]
-    elements, most = ELEMENTS, HEADS // 2
+    elements, most, least = ELEMENTS, HEADS // 2, 1
     if low is not None:
+        least = 16  # rows of a product
         elements, most = RANK_16 if padded(low.b.shape[1]) == 16 and H <= 128 and not wanted else MORE, HEADS
     T = x.size // (N * H)
-    tokens = fitting(T, max(16, elements // H))
+    tokens = fitting(T, max(least, elements // H))
     rows, heads = -(-T // tokens), math.gcd(N, most)
     while heads % 2 == 0 and rows * (N // heads) < PROGRAMS:
         heads //= 2
