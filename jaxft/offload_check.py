@@ -26,7 +26,7 @@ def difference() -> float:
     x, weights = normal((ROWS, FEATURES)), normal((LAYERS, FEATURES, FEATURES)) * np.float32(FEATURES**-0.5)
     shared = jnp.asarray(normal((1, FEATURES)))
 
-    def layer(x: jax.Array, weight: jax.Array, shared: jax.Array) -> jax.Array:
+    def layer(x: jax.Array, weight: jax.Array, shared: jax.Array, _: jax.Array) -> jax.Array:
         product = jnp.matmul(x, weight, precision=jax.lax.Precision.HIGHEST)
         hidden = checkpoint_name(jnp.tanh(product), "hidden")
         wide = checkpoint_name(jnp.concatenate([jnp.sin(hidden), jnp.cos(x)], axis=1), "wide")
@@ -36,7 +36,7 @@ def difference() -> float:
     body = jax.checkpoint(layer, prevent_cse=False, policy=policy)
 
     def kept(x: jax.Array, weights: jax.Array) -> jax.Array:
-        return jax.lax.scan(lambda x, weight: (layer(x, weight, shared), None), x, weights)[0]
+        return jax.lax.scan(lambda x, weight: (layer(x, weight, shared, jnp.int32(0)), None), x, weights)[0]
 
     def on_host(x: jax.Array, weights: jax.Array) -> jax.Array:
         return checkpointed_scan(body, True, 1, x, weights, shared)

@@ -17,12 +17,18 @@ kept = jax.checkpoint_policies.save_only_these_names
 
 
 def body(policy):
-    def block(x, layer, shared):
+    def block(x, layer, shared, number):
         hidden = checkpoint_name(jnp.tanh(x @ layer["in"]), "hidden")
         small = checkpoint_name(jnp.sum(hidden, axis=1, keepdims=True), "small")
-        return x + hidden * shared @ layer["out"] * layer["number"].astype(jnp.float32) + jnp.sin(small)
+        factor = layer["factor"].astype(jnp.float32) / (1 + number).astype(jnp.float32)
+        return x + hidden * shared @ layer["out"] * factor + jnp.sin(small) * jnp.sin(hidden)
 
     return jax.checkpoint(block, prevent_cse=False, policy=policy)
+
+
+def plain(x, layers, shared):
+    numbers = jnp.arange(len(layers["factor"]))
+    return jax.lax.scan(lambda x, own: (body(None)(x, own[0], shared, own[1]), None), x, (layers, numbers))[0]
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +37,7 @@ def inputs():
     layers = {
         "in": jax.random.normal(keys[0], (L, D, D)),
         "out": jax.random.normal(keys[1], (L, D, D)),
-        "number": jnp.arange(1, L + 1, dtype=jnp.int32),
+        "factor": jnp.arange(1, L + 1, dtype=jnp.int32),
     }
     return jax.random.normal(keys[2], (B, D)), layers, jax.random.normal(keys[3], (B, D))
 
@@ -56,9 +62,6 @@ def loss(run, x, trained, layers, shared):
 def test_it_equals_a_scan_that_keeps_everything(inputs, names, host, ahead, count):
     x, layers, shared = inputs
     layers = jax.tree.map(lambda leaf: leaf[:count], layers)
-
-    def plain(x, layers, shared):
-        return jax.lax.scan(lambda x, layer: (body(None)(x, layer, shared), None), x, layers)[0]
 
     def offloaded(x, layers, shared):
         return checkpointed_scan(body(kept(*names)), host, ahead, x, layers, shared)
@@ -114,10 +117,9 @@ def constants(x, layers, shared):
     """A scan whose layers all read a table that is no argument."""
     table = np.linspace(0.01, 0.02, 3 * D, dtype=np.float32).reshape(3, D)
 
-    def block(x, layer, shared):
-        return x + jnp.tanh(x @ layer["in"]) * jnp.sin(table).sum(axis=0, keepdims=True) * layer["number"].astype(
-            jnp.float32
-        )
+    def block(x, layer, shared, number):
+        factor = layer["factor"].astype(jnp.float32) / (1 + number).astype(jnp.float32)
+        return x + jnp.tanh(x @ layer["in"]) * jnp.sin(table).sum(axis=0, keepdims=True) * factor
 
     return checkpointed_scan(jax.checkpoint(block, prevent_cse=False), False, None, x, layers, shared)
 
@@ -148,9 +150,6 @@ def unrolled(x, layers, shared):
 def test_unrolled_layers_give_the_gradients_of_a_scan_and_are_a_loop_where_nothing_is_differentiated(inputs, count):
     x, layers, shared = inputs
     layers = jax.tree.map(lambda leaf: leaf[:count], layers)
-
-    def plain(x, layers, shared):
-        return jax.lax.scan(lambda x, layer: (body(None)(x, layer, shared), None), x, layers)[0]
 
     def gradient(run):
         return jax.value_and_grad(lambda x, trained: loss(run, x, trained, layers, shared), (0, 1))

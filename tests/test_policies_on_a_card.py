@@ -154,7 +154,7 @@ def test_a_profile_says_what_the_device_waited_for(tmp_path):
 
 
 def test_layers_that_keep_everything_are_unrolled_and_nothing_is_copied_into_a_stack(compiled):
-    stacks = r"bf16\[3,2,256,"
+    stacks = r"bf16\[3,(2,256,|\d+,64\])"  # one residual's, or that of small ones together
     assert re.search(stacks, compiled("products"))
     text = compiled("none")
     assert not re.search(stacks, text)

@@ -347,32 +347,31 @@ def scan_layers(block: nnx.Module, x: jax.Array, layers: LayerData, context: Con
     # stacks in 4 bits stay whole: a kernel reads a layer where it lies, where a scan would copy it out first
     stacks = [leaf if isinstance(leaf, NF4) else None for leaf in leaves]
     sliced = [None if isinstance(leaf, NF4) else leaf for leaf in leaves]
-    index = jnp.arange(layers.window.shape[0], dtype=jnp.int32)
 
-    def run(x, layer, shared, cache):
-        (sliced, data, index), (stacks, context) = layer, shared
+    def run(x, layer, shared, number, cache):
+        (sliced, data), (stacks, context) = layer, shared
         leaves = [
-            own if stack is None else replace(stack, layer=index) for own, stack in zip(sliced, stacks, strict=True)
+            own if stack is None else replace(stack, layer=number) for own, stack in zip(sliced, stacks, strict=True)
         ]
         x, cache = nnx.merge(graphdef, jax.tree.unflatten(treedef, leaves))(x, data, context, cache)
         return constrain(x, ("batch", "length", "embed_activation")), cache
 
-    def body(x, layer, shared):
-        return run(x, layer, shared, None)[0]
+    def body(x, layer, shared, number):
+        return run(x, layer, shared, number, None)[0]
 
     host = remat in OFFLOADED
     # elsewhere XLA would have to split what these scans make without a word about how
     if cache is None and (host or (REMAT[remat] is not None and one_device())):
         body = jax.checkpoint(body, prevent_cse=False, policy=REMAT[remat])
-        shared = (stacks, context)
-        return checkpointed_scan(body, host, AHEAD.get(remat), x, (sliced, layers, index), shared), None
+        return checkpointed_scan(body, host, AHEAD.get(remat), x, (sliced, layers), (stacks, context)), None
     if cache is None and remat == "none" and one_gpu():  # a CPU's compiler takes long for it, and little is gained
-        return unrolled_scan(body, x, (sliced, layers, index), (stacks, context)), None
+        return unrolled_scan(body, x, (sliced, layers), (stacks, context)), None
 
     def step(x, inputs):
-        layer, cache = inputs
-        return run(x, layer, (stacks, context), cache)
+        *layer, number, cache = inputs
+        return run(x, layer, (stacks, context), number, cache)
 
     if REMAT[remat] is not None:
         step = jax.checkpoint(step, prevent_cse=False, policy=REMAT[remat])
-    return jax.lax.scan(step, x, ((sliced, layers, index), cache))
+    numbers = jnp.arange(layers.window.shape[0], dtype=jnp.int32)
+    return jax.lax.scan(step, x, (sliced, layers, numbers, cache))

@@ -11,9 +11,7 @@ it again in backward.
 """
 
 import functools
-import itertools
-import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,10 +19,13 @@ import jax
 import jax.numpy as jnp
 
 from jaxft.kernels.gpu import one_device
+from jaxft.kernels.kept import recomputing
 
-Body = Callable[[jax.Array, Any, Any], jax.Array]  # (x, what one layer has, what all layers share) -> x
+# (x, what one layer has, what all layers share, the layer's number () int32) -> x
+Body = Callable[[jax.Array, Any, Any, jax.Array], jax.Array]
 SMALL = 4  # a residual of less than a fourth of x's numbers stays on the device
-TOGETHER = 2**21  # numbers of a layer's leaf up to which its gradient shares an array with others
+TOGETHER = 2**21  # numbers up to which an array of a layer lies in one with others
+LINE = 128  # bytes
 
 
 @jax.tree_util.register_static
@@ -32,8 +33,8 @@ TOGETHER = 2**21  # numbers of a layer's leaf up to which its gradient shares an
 class _Pull:
     """How one layer's backward function is put together again: from inputs of the layer and from what was kept.
 
-    sources: for each leaf of the function, where it comes from: ("far" | "near" | "layer" | "shared" | "constant",
-    index); far is what waits on the host, near what stays on the device.
+    sources: for each leaf of the function, where it comes from: ("far" | "near" | "layer" | "shared" | "number" |
+    "constant", index); far is what waits on the host, near what stays on the device.
     """
 
     treedef: Any
@@ -54,8 +55,13 @@ class _Wanted:
 
 
 def _in_turn(body: Body, x: jax.Array, layers: Any, shared: Any) -> jax.Array:
-    """x after body(x, layer, shared) for each layer."""
-    return jax.lax.scan(lambda x, layer: (body(x, layer, shared), None), x, layers)[0]
+    """x after body(x, layer, shared, number) for each layer."""
+    numbers = jnp.arange(_count(layers), dtype=jnp.int32)
+    return jax.lax.scan(lambda x, own: (body(x, own[0], shared, own[1]), None), x, (layers, numbers))[0]
+
+
+def _count(layers: Any) -> int:
+    return jax.tree.leaves(layers)[0].shape[0]
 
 
 def _primals(scan: str, x: Any, layers: Any, shared: Any) -> tuple[jax.Array, Any, Any, _Wanted]:
@@ -66,9 +72,20 @@ def _primals(scan: str, x: Any, layers: Any, shared: Any) -> tuple[jax.Array, An
     return *jax.tree.map(lambda leaf: leaf.value, (x, layers, shared)), wanted
 
 
+@jax.tree_util.register_static
+@dataclass(frozen=True)
+class _Kept:
+    """What `checkpointed_scan`'s backward pass knows without arrays; near: shape and dtype of each residual that stays
+    on the device."""
+
+    pull: _Pull
+    near: tuple[tuple[tuple[int, ...], Any], ...]
+    wanted: _Wanted
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def checkpointed_scan(body: Body, host: bool, ahead: int | None, x: jax.Array, layers: Any, shared: Any) -> jax.Array:
-    """x after body(x, layer, shared) for each layer; the leaves of `layers` have a leading L.
+    """x after body(x, layer, shared, number) for each layer; the leaves of `layers` have a leading L.
 
     body is `jax.checkpoint`ed, so that its residuals are few. host: whether the larger ones wait there. ahead: how many
     of those, from the last that a layer's forward pass makes, its backward pass begins with; None: all. They are
@@ -82,13 +99,16 @@ def _forward(body, host, ahead, x, layers, shared):
     x, layers, shared, wanted = _primals("checkpointed_scan", x, layers, shared)
     pulls: list[_Pull] = []
     constants: list[jax.Array] = []  # what is the same in each layer, such as the levels of four bits
-    count = jax.tree.leaves(layers)[0].shape[0]
+    nears: list[jax.ShapeDtypeStruct] = []  # what stays on the device of a layer
+    count = _count(layers)
 
     def one(x, index):
         layer = _at(layers, index)
-        y, pull = _pull_back(body, x, layer, shared, wanted)
+        with recomputing():
+            y, pull = _pull_back(body, x, layer, shared, index, wanted)
         leaves, treedef = jax.tree.flatten(pull)
         own = {id(leaf): ("layer", i) for i, leaf in enumerate(jax.tree.leaves(layer))}
+        own[id(index)] = ("number", 0)
         own |= {id(leaf): ("shared", i) for i, leaf in enumerate(jax.tree.leaves(shared))}
         plain = jax.config.jax_disable_jit  # type: ignore[attr-defined]  # then every residual looks like a constant
         constants[:] = [leaf for leaf in leaves if not (plain or isinstance(leaf, jax.core.Tracer))]
@@ -101,7 +121,8 @@ def _forward(body, host, ahead, x, layers, shared):
         own |= {id(leaf): ("far", i) for i, leaf in enumerate(far)}
         own |= {id(leaf): ("near", i) for i, leaf in enumerate(near)}
         pulls.append(_Pull(treedef, tuple(own[id(leaf)] for leaf in leaves)))
-        return y, far, near
+        nears[:] = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in near]
+        return y, far, _packed(near, _together(near))
 
     def step(carry):
         index, x, there, here, _ = carry
@@ -122,7 +143,8 @@ def _forward(body, host, ahead, x, layers, shared):
     last = [_empty(leaf.shape, leaf.dtype) for leaf in far[:ahead]]
     start = (jnp.int32(0), x, there, here, last)
     _, x, there, here, last = jax.lax.while_loop(lambda carry: carry[0] < count, step, start)
-    return _unbatched(x) if host else x, (there, last, here, layers, shared, constants, pulls[-1], wanted)
+    kept = _Kept(pulls[-1], tuple((leaf.shape, leaf.dtype) for leaf in nears), wanted)
+    return _unbatched(x) if host else x, (there, last, here, layers, shared, constants, kept)
 
 
 @jax.custom_batching.custom_vmap
@@ -160,7 +182,7 @@ def _at(tree, index):
     )
 
 
-def _pull_back(body, x, layer, shared, wanted):
+def _pull_back(body, x, layer, shared, number, wanted):
     """The layer's output, and the function from its cotangent to those of x and of the wanted leaves."""
     leaves, treedef = jax.tree.flatten(layer)
     asked = [leaf for leaf, want in zip(leaves, wanted.layers, strict=True) if want]
@@ -168,14 +190,15 @@ def _pull_back(body, x, layer, shared, wanted):
     def of_wanted(x, asked):
         rest = iter(asked)
         merged = [next(rest) if want else leaf for leaf, want in zip(leaves, wanted.layers, strict=True)]
-        return body(x, jax.tree.unflatten(treedef, merged), shared)
+        return body(x, jax.tree.unflatten(treedef, merged), shared, number)
 
     return jax.vjp(of_wanted, x, asked)
 
 
 def _backward(body, host, ahead, residuals, dy):
-    there, last, device, layers, shared, constants, pull, wanted = residuals
-    count = jax.tree.leaves(layers)[0].shape[0]
+    there, last, device, layers, shared, constants, kept = residuals
+    pull, wanted, count = kept.pull, kept.wanted, _count(layers)
+    nears = [jax.ShapeDtypeStruct(*one) for one in kept.near]
 
     def fetch(stacks, slot):
         """What waits in `slot`: the residuals of layer count − 1 − slot."""
@@ -186,46 +209,84 @@ def _backward(body, host, ahead, residuals, dy):
         index = count - below
         later = fetch(there[len(here) :], below - 1)
         next_here = fetch(there[: len(here)], below)
-        layer, near = _at(layers, index), _at(device, index)
+        layer, near = _at(layers, index), _row(device, nears, _together(nears), index)
         found = {"far": here + later, "near": near, "layer": jax.tree.leaves(layer), "shared": jax.tree.leaves(shared)}
-        found["constant"] = constants
+        found |= {"number": [index], "constant": constants}
         back = jax.tree.unflatten(pull.treedef, [found[source][i] for source, i in pull.sources])
         dx, new = back(dx)
         return below + 1, dx, next_here, _put(grads, _packed(new, groups), index)
 
     asked = [leaf for leaf, want in zip(jax.tree.leaves(layers), wanted.layers, strict=True) if want]
-    groups = _groups(asked)
-    first = jax.eval_shape(lambda rows: _packed(rows, groups), _at(asked, 0))
-    grads = [_empty((count, *one.shape), one.dtype) for one in first]
+    rows = jax.eval_shape(lambda: _at(asked, 0))
+    groups = _together(rows)
+    grads = [_empty((count, *one.shape), one.dtype) for one in jax.eval_shape(lambda rows: _packed(rows, groups), rows)]
     start = (jnp.int32(1), dy, last, grads)
     _, dx, _, grads = jax.lax.while_loop(lambda carry: carry[0] <= count, step, start)
-    return dx, wanted.tree(layers, _unpacked(grads, asked, groups)), None
+    return dx, wanted.tree(layers, _unpacked(grads, rows, groups)), None
 
 
-def _groups(stacks: list[jax.Array]) -> tuple[tuple[int, ...], ...]:
-    """Which gradients lie in one array: the small ones of a dtype, whose own kernels would be shorter than their
+Groups = tuple[tuple[int, ...], ...]
+
+
+def _together(rows: list[Any]) -> Groups:
+    """Which of a layer's arrays lie in one: the small ones of a dtype, whose own kernels would be shorter than their
     launches. On a mesh none, as they are split over it each in its own way."""
     together: dict[Any, list[int]] = {}
-    for number, leaf in enumerate(stacks):
-        small = math.prod(leaf.shape[1:]) <= TOGETHER and one_device()
-        together.setdefault(leaf.dtype if small else number, []).append(number)
+    for number, row in enumerate(rows):
+        small = row.size <= TOGETHER and one_device() and not jnp.issubdtype(row.dtype, jax.dtypes.extended)
+        together.setdefault(row.dtype if small else number, []).append(number)
     return tuple(map(tuple, together.values()))
 
 
-def _packed(rows: list[jax.Array], groups: tuple[tuple[int, ...], ...]) -> list[jax.Array]:
-    """One layer's gradients as one array a group, flat where they are several."""
-    return [
-        rows[group[0]] if len(group) == 1 else jnp.concatenate([rows[n].ravel() for n in group]) for group in groups
-    ]
+def _lines(row: Any) -> tuple[int, int]:
+    """How many lines of how many numbers hold an array where it lies with others: a line is LINE bytes, as XLA hands a
+    kernel no part of an array that begins elsewhere but a copy of it."""
+    width = LINE // row.dtype.itemsize
+    return -(-row.size // width), width
 
 
-def _unpacked(packed: list[jax.Array], like: list[jax.Array], groups: tuple[tuple[int, ...], ...]) -> list[jax.Array]:
-    """All layers' gradients, of the shapes of `like`, from the stacks of what `_packed` gives."""
+def _packed(rows: list[jax.Array], groups: Groups) -> list[jax.Array]:
+    """One layer's arrays as one a group, lines one below the other where they are several."""
+
+    def lines(row):
+        count, width = _lines(row)
+        return jnp.pad(row.ravel(), (0, count * width - row.size)).reshape(count, width)
+
+    return [rows[of[0]] if len(of) == 1 else jnp.concatenate([lines(rows[n]) for n in of]) for of in groups]
+
+
+def _places(like: list[Any], group: tuple[int, ...]) -> Iterator[tuple[int, int, int, int]]:
+    """Of each array of a group its number, first line, count of lines and their width."""
+    first = 0
+    for n in group:
+        count, width = _lines(like[n])
+        yield n, first, count, width
+        first += count
+
+
+def _row(stacks: list[jax.Array], like: list[Any], groups: Groups, index: jax.Array) -> list[jax.Array]:
+    """One layer's arrays, of the shapes of `like`, from the stacks of what `_packed` gives."""
     found: dict[int, jax.Array] = {}
-    for array, group in zip(packed, groups, strict=True):
-        ends = list(itertools.accumulate(math.prod(like[n].shape[1:]) for n in group))
-        parts = [array] if len(group) == 1 else jnp.split(array, ends[:-1], axis=1)
-        found |= {n: part.reshape(like[n].shape) for n, part in zip(group, parts, strict=True)}
+    for stack, group in zip(stacks, groups, strict=True):
+        if len(group) == 1:
+            found[group[0]] = _at(stack, index)
+            continue
+        for n, first, count, width in _places(like, group):
+            lines = jax.lax.dynamic_slice(stack, (index, first, 0), (1, count, width), allow_negative_indices=False)
+            found[n] = lines.reshape(-1)[: like[n].size].reshape(like[n].shape)
+    return [found[n] for n in range(len(like))]
+
+
+def _unpacked(stacks: list[jax.Array], like: list[Any], groups: Groups) -> list[jax.Array]:
+    """All layers' arrays at once, with a leading L, from the stacks of what `_packed` gives."""
+    found: dict[int, jax.Array] = {}
+    for stack, group in zip(stacks, groups, strict=True):
+        if len(group) == 1:
+            found[group[0]] = stack
+            continue
+        for n, first, count, _ in _places(like, group):
+            rows = stack[:, first : first + count].reshape(stack.shape[0], -1)
+            found[n] = rows[:, : like[n].size].reshape(-1, *like[n].shape)
     return [found[n] for n in range(len(like))]
 
 
@@ -234,17 +295,18 @@ checkpointed_scan.defvjp(_forward, _backward, symbolic_zeros=True)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def unrolled_scan(body: Body, x: jax.Array, layers: Any, shared: Any) -> jax.Array:
-    """As `checkpointed_scan`, x after body(x, layer, shared) for each layer; where it is differentiated, they stand one
-    after the other instead of in a loop. What body's own derivative keeps is kept, on the device and without a copy."""
+    """As `checkpointed_scan`, x after body(x, layer, shared, number) for each layer; where it is differentiated, they
+    stand one after the other instead of in a loop. What body's own derivative keeps is kept, on the device and without
+    a copy."""
     return _in_turn(body, x, layers, shared)
 
 
 def _unrolled_forward(body, x, layers, shared):
     x, layers, shared, wanted = _primals("unrolled_scan", x, layers, shared)
     pulls = []
-    for index in range(jax.tree.leaves(layers)[0].shape[0]):
+    for index in range(_count(layers)):
         layer = jax.tree.map(lambda leaf, index=index: leaf[index], layers)
-        x, pull = _pull_back(body, x, layer, shared, wanted)
+        x, pull = _pull_back(body, x, layer, shared, jnp.int32(index), wanted)
         pulls.append(pull)
     return x, (pulls, layers, wanted)
 
