@@ -15,6 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxft.kernels.linear import Weights
+from jaxft.kernels.linear import fused as linear
+from jaxft.kernels.linear import reference as linear_reference
 from jaxft.kernels.linear import triton as linear_triton
 from jaxft.kernels.linear_cross_entropy import reference as cross_entropy_reference
 from jaxft.kernels.linear_cross_entropy import tiled
@@ -140,14 +142,66 @@ def qkv(
     interpreted.compare(name, got, with_gradients(definition, raised(arguments), of=of), tolerance)
 
 
-def summed(name, *, T, O, R, dtype=jnp.float32, tolerance=EXACT):
+def summed(name, *, T, O, R, of=None, added=True, dtype=jnp.float32, tolerance=EXACT):
+    """of: the first of the R columns that are the layer's, and how many; None for all."""
+    start, rank = of or (0, R)
     random = np.random.default_rng(T)
     product, u, b, add = (
-        jnp.asarray(random.standard_normal(shape), dtype) for shape in ((1, T, O), (1, T, R), (O, R), (1, T, O))
+        jnp.asarray(random.standard_normal(shape), dtype) for shape in ((1, T, O), (1, T, R), (O, rank), (1, T, O))
     )
-    got = linear_triton.summed(product, u, b, add, CARD)
+    got = linear_triton.summed(product, u, start, b, add if added else None, CARD)
     product, u, b, add = raised((product, u, b, add))
-    interpreted.compare(name, {"y": got}, {"y": product + u @ b.T + add}, tolerance)
+    wanted = product + u[..., start : start + rank] @ b.T + (add if added else 0.0)
+    interpreted.compare(name, {"y": got}, {"y": wanted}, tolerance)
+
+
+def thin_products(name, *, T, columns, ranks, programs=512, dtype=jnp.float32, tolerance=EXACT):
+    """Sums over tokens of each wide array with its own columns of u and of the first with all of them, and the products
+    that stand side by side, of matrices that lie either way."""
+    linear_triton.PROGRAMS = programs
+    random = np.random.default_rng(T)
+    xs = [jnp.asarray(random.standard_normal((1, T, count)), dtype) for count in columns]
+    u = jnp.asarray(random.standard_normal((1, T, sum(ranks))), dtype)
+    bs = [jnp.asarray(random.standard_normal(shape), dtype) for shape in zip(columns, ranks, strict=True)]
+    starts = [sum(ranks[:number]) for number in range(len(ranks))]
+    asked = [linear_triton.Thin(*one, False) for one in zip(xs, [u] * len(xs), starts, ranks, strict=True)]
+    asked += [linear_triton.Thin(xs[0], u, 0, sum(ranks), True), linear_triton.Thin(xs[0], u, starts[-1], 1, True)]
+    got = {
+        "sums": linear_triton.over_tokens(asked, CARD),
+        "beside": linear_triton.side_by_side(xs, bs, CARD),
+        "across": linear_triton.side_by_side(xs, [b.T for b in bs], CARD, across=True),
+    }
+    xs, u, bs = raised((xs, u, bs))
+    parts = [u[0, :, start : start + rank] for start, rank in zip(starts, ranks, strict=True)]
+    sums = [x[0].T @ part for x, part in zip(xs, parts, strict=True)]
+    sums += [u[0].T @ xs[0][0], parts[-1][:, :1].T @ xs[0][0]]
+    beside = jnp.concatenate([x @ b for x, b in zip(xs, bs, strict=True)], axis=-1)
+    interpreted.compare(name, got, {"sums": sums, "beside": beside, "across": beside}, tolerance)
+
+
+def linears(name, *, T, O, I, ranks, dtype=jnp.float16, tolerance=HALF):
+    """Layers that read one x, the first beside a residual, and their gradients."""
+    random = np.random.default_rng(T)
+
+    def draw(*shape, scale=0.3):
+        return jnp.asarray(random.normal(0, scale, shape), dtype)
+
+    loras = tuple((draw(rank, I), draw(O, rank), jnp.asarray(1.7, dtype)) if rank else None for rank in ranks)
+    weights = tuple(draw(O, I) for _ in ranks)
+    arguments = draw(1, T, I, scale=1.0), loras, draw(1, T, O, scale=1.0)
+
+    def layers(loras, dtype):
+        return tuple(Weights(weight.astype(dtype), None, lora) for weight, lora in zip(weights, loras, strict=True))
+
+    def kernels(x, loras, add):
+        return linear.linears(x, layers(loras, x.dtype), 0.0, (None,) * len(ranks), add, CARD)
+
+    def definition(x, loras, add):
+        first, *rest = (linear_reference.linear(x, *layer[:3], 0.0, None) for layer in layers(loras, x.dtype))
+        return first + add, *rest
+
+    got = with_gradients(kernels, arguments, of=(0, 1, 2))
+    interpreted.compare(name, got, with_gradients(definition, raised(arguments), of=(0, 1, 2)), tolerance)
 
 
 def rms_norm(name, *, shape, dtype=jnp.float32, of=(0, 1), tolerance=EXACT):
@@ -228,6 +282,21 @@ if __name__ == "__main__":
     norm_rope("norm_rope, four heads a program", B=2, T=7, N=4, H=32)  # as the last one left it
     summed("linear, summed", T=37, O=130, R=5)
     summed("linear, summed, float16", T=64, O=256, R=16, dtype=jnp.float16, tolerance=HALF)
+    summed("linear, summed, columns of more, nothing beside", T=37, O=130, R=12, of=(3, 5), added=False)
+    linears("linear, one beside a residual", T=37, O=70, I=48, ranks=(5,))
+    thin_products("thin products", T=75, columns=(96, 64, 33), ranks=(5, 16, 3))
+    thin_products("thin products, one token, one array", T=1, columns=(130,), ranks=(16,))
+    thin_products("thin products, chunks of tokens", T=300, columns=(130, 40, 64), ranks=(8, 40, 16), programs=12)
+    thin_products("thin products, float16", T=140, columns=(64, 72), ranks=(4, 8), dtype=jnp.float16, tolerance=HALF)
+    linear_triton.THIN = True
+    linears("linear by thin kernels", T=150, O=70, I=48, ranks=(5, 0, 16))
+    linears("linear by thin kernels, ranks that do not fit together", T=20, O=140, I=130, ranks=(100, 70))
+    mlp("mlp by thin kernels, ranks 8, 40, 16", T=64, F=192, ranks=(8, 40, 16))
+    mlp("mlp by thin kernels, computed again in place", T=131, F=64, ranks=(8, 8, 8), tiles=1)
+    mlp("mlp by thin kernels, weights and LoRA trained", T=64, F=96, ranks=(8, 8, 8), trained=True)
+    qkv("qkv by thin kernels", B=2, T=21, N=4, K=2, H=32, ranks=(5, 16, 8))
+    qkv("qkv by thin kernels, one without LoRA", B=1, T=70, N=3, K=1, H=64, ranks=(4, 0, 4), of=(0, 1))
+    qkv("qkv by thin kernels, v without LoRA", B=1, T=30, N=3, K=1, H=64, ranks=(4, 4, 0), of=(0, 1))
     rms_norm("rms_norm", shape=(3, 7, 200))
     rms_norm("rms_norm, weight frozen", shape=(1, 5, 129), of=(0,))
     rms_norm("rms_norm, one program, float16", shape=(1, 8, 256), dtype=jnp.float16, tolerance=HALF)

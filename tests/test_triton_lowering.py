@@ -147,9 +147,40 @@ def test_what_adds_low_rank_parts_compiles_for_every_card_and_fits_it(capability
         low = norm_rope.LowRank(u, b, rank)
         rotated = norm_rope.rotated(x, low, w, cos, cos, 1e-6, capability)
         back = norm_rope.rotated_backward(x, low, w, cos, cos, dy, 1e-6, capability, rank > 16)
-        return rotated, back, linear.summed(y, u[:, :rank], b, add, capability)
+        return rotated, back, linear.summed(y, u, 0, b, add, capability)
 
     fits(compiled(run, x, u, b, w, angle, x, y, y), ["backward", "forward", "summed"], capability, tmp_path, spill=256)
+
+
+def check_thin(capability, ranks, folder, T=2048):
+    """The kernels of thin products as the layers that read one x launch them, forward and backward."""
+    dtype, sizes = jnp.bfloat16, (4096, 1024, 1024)
+    x, u, dys = S((T, 2560), dtype), S((T, sum(ranks)), dtype), [S((T, size), dtype) for size in sizes]
+    a, bs = S((sum(ranks), 2560), dtype), [S(shape, dtype) for shape in zip(sizes, ranks, strict=True)]
+
+    def forward(x, a):
+        return linear.side_by_side([x], [a], capability, across=True)
+
+    def backward(x, u, dys, bs):
+        starts = [sum(ranks[:number]) for number in range(len(ranks))]
+        products = [linear.Thin(*one, False) for one in zip(dys, [u] * 3, starts, ranks, strict=True)]
+        g = linear.side_by_side(dys, bs, capability)
+        return linear.over_tokens([*products, linear.Thin(x, g, 0, sum(ranks), True)], capability)
+
+    fits(compiled(forward, x, a), ["side_by_side"], capability, folder, spill=16)
+    fits(compiled(backward, x, u, dys, bs), ["over_tokens", "side_by_side"], capability, folder, spill=16)
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_the_kernels_of_thin_products_compile_for_every_card_and_fit_it(capability, tmp_path):
+    check_thin(capability, (16, 16, 16), tmp_path)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("ranks, T", [((40, 40, 40), 16384), ((8, 4, 8), 1537), ((32, 32, 64), 4096)])
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_the_kernels_of_thin_products_fit_at_every_rank(capability, ranks, T, tmp_path):
+    check_thin(capability, ranks, tmp_path, T)
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
@@ -200,7 +231,7 @@ def test_named_residuals_keep_the_backward_from_running_the_forward_kernel_again
     assert kernels(jax.checkpoint_policies.nothing_saveable) == ["forward", *KERNELS]
 
 
-@pytest.mark.parametrize("script, cases", [("interpret_attention.py", 8), ("interpret_blocks.py", 27)])
+@pytest.mark.parametrize("script, cases", [("interpret_attention.py", 8), ("interpret_blocks.py", 41)])
 def test_interpreted_kernels_equal_the_reference_with_gradients(script, cases):
     path = Path(__file__).with_name(script)
     root = path.parents[1]

@@ -14,6 +14,7 @@ each product that reads it.
 """
 
 import functools
+import itertools
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -99,54 +100,60 @@ def _concatenated_a(layers: tuple[Weights, ...], dtype: jnp.dtype) -> jax.Array:
     return jnp.concatenate([rounded_a(layer, dtype) for layer in present])
 
 
-def split_ranks(array: jax.Array, layers: tuple[Weights, ...], axis: int) -> list[jax.Array | None]:
-    """Cuts `array` along `axis` into one part a layer, R wide; None for a layer without LoRA."""
+def ranks(layers: tuple[Weights, ...]) -> list[int]:
+    """R of each layer; 0 for one without LoRA."""
+    return [0 if layer.lora is None else layer.lora[0].shape[0] for layer in layers]
+
+
+def split_ranks(u: jax.Array | None, layers: tuple[Weights, ...]) -> list[jax.Array | None]:
+    """Cuts what stands side by side, (..., Σ R), into one part a layer, R wide; None for a layer without LoRA."""
     parts: list[jax.Array | None] = []
     start = 0
-    for layer in layers:
-        rank = 0 if layer.lora is None else layer.lora[0].shape[0]
-        parts.append(jax.lax.slice_in_dim(array, start, start + rank, axis=axis) if rank else None)
+    for rank in ranks(layers):
+        parts.append(None if u is None or not rank else jax.lax.slice_in_dim(u, start, start + rank, axis=u.ndim - 1))
         start += rank
     return parts
 
 
-def low_rank_inputs(x: jax.Array, layers: tuple[Weights, ...], rate: float, keys: Keys) -> list[jax.Array | None]:
-    """u_i = drop_i(x) A_iᵀ, (..., R) in x's dtype each; None for a layer without LoRA."""
+def low_rank_inputs(
+    x: jax.Array, layers: tuple[Weights, ...], rate: float, keys: Keys, capability: int | None = None
+) -> jax.Array | None:
+    """The u_i = drop_i(x) A_iᵀ side by side, (..., Σ R) in x's dtype; None where no layer has LoRA. capability: that
+    the kernel of a thin product is compiled for, None for plain XLA."""
     if all(layer.lora is None for layer in layers):
-        return [None] * len(layers)
+        return None
     if _dropped(keys, rate):  # each layer has its own mask
-        return [
-            None
-            if layer.lora is None
-            else kept_product(reference.matmul(_dropout(x, rate, key), rounded_a(layer, x.dtype)), "lora_low_rank")
+        parts = [
+            reference.matmul(_dropout(x, rate, key), rounded_a(layer, x.dtype))
             for layer, key in zip(layers, keys, strict=True)
+            if layer.lora is not None
         ]
-    return split_ranks(joint_low_rank_input(x, layers), layers, axis=x.ndim - 1)
-
-
-def joint_low_rank_input(x: jax.Array, layers: tuple[Weights, ...]) -> jax.Array:
-    """The u_i of layers that all read x as it is, (..., Σ R), side by side."""
-    return kept_product(reference.matmul(x, _concatenated_a(layers, x.dtype)), "lora_low_rank")
+        return jnp.concatenate([kept_product(part, "lora_low_rank") for part in parts], axis=-1)
+    a = _concatenated_a(layers, x.dtype)
+    if capability is not None and triton.THIN and a.shape[0] <= triton.LARGEST_RANK:
+        return kept_product(triton.side_by_side([x], [a], capability, across=True), "lora_low_rank")
+    return kept_product(reference.matmul(x, a), "lora_low_rank")
 
 
 def outputs(
-    x: jax.Array, lows: list[jax.Array | None], layers: tuple[Weights, ...], add: jax.Array | None = None,
+    x: jax.Array, u: jax.Array | None, layers: tuple[Weights, ...], add: jax.Array | None = None,
     capability: int | None = None,
 ) -> tuple[jax.Array, ...]:  # fmt: skip
-    """y_i = x W_iᵀ + u_i (s_i B_i)ᵀ + bias_i, (..., O_i) in x's dtype each; the first one + add. capability: that the
-    kernel which adds the parts of the first one up is compiled for, None for plain XLA."""
+    """y_i = x W_iᵀ + u_i (s_i B_i)ᵀ + bias_i, (..., O_i) in x's dtype each; the first one + add. u: the
+    `low_rank_inputs`; capability: that the kernel which adds the parts of the first one up is compiled for, None for
+    plain XLA."""
     found: list[jax.Array] = []
-    for layer, u in zip(layers, lows, strict=True):
+    for layer, low in zip(layers, split_ranks(u, layers), strict=True):
         y = multiply(x, layer.weight)
-        if layer.lora is not None and u is not None:
+        if low is not None:
             b = scaled_b(layer, x.dtype)
             if capability is not None and add is not None:
-                found.append(triton.summed(y, u, b, add, capability))
+                found.append(triton.summed(y, low, 0, b, add, capability))
                 add = None
                 continue
             # the large product can take it as its own start (beta = 1). Added to the residual first, whose numbers are
             # larger, a young adapter's part would be rounded away, every time in the same direction
-            y = y + reference.matmul(u, b)
+            y = y + reference.matmul(low, b)
         if add is not None:
             y, add = y + add, None
         if layer.bias is not None:
@@ -157,44 +164,66 @@ def outputs(
 
 def gradients(
     x: jax.Array,
-    lows: list[jax.Array | None],
+    u: jax.Array | None,
     dys: tuple[jax.Array, ...],
     layers: tuple[Weights, ...],
     wanted: Wanted,
     rate: float,
     keys: Keys,
+    *,
     weight_dtype: jnp.dtype | None = None,
-    unscaled: tuple[jax.Array | None, ...] | None = None,
-    g: list[jax.Array | None] | None = None,
+    g: jax.Array | None = None,
+    known: tuple[tuple[jax.Array | None, jax.Array | None], ...] | None = None,
+    capability: int | None = None,
 ) -> tuple[jax.Array | None, tuple[PerLeaf, ...]]:
     """dx (..., I) in x's dtype, and for each layer its gradients: float32, dW in weight_dtype (the weight's own where
-    None), None for what is not wanted. unscaled: dYᵀ u of each layer, g: its `low_rank_gradient`, where they are
-    known already."""
-    g = g or [low_rank_gradient(dy, layer) for layer, dy in zip(layers, dys, strict=True)]
-    d_a = _a_gradients(x, g, layers, wanted, rate, keys)
-    return (
-        input_gradient(g, dys, layers, rate, keys) if wanted.x else None,
-        parameter_gradients(x, lows, d_a, dys, layers, wanted, weight_dtype, unscaled),
-    )
+    None), None for what is not wanted.
+
+    u: the `low_rank_inputs`; g: the `low_rank_gradient`, where it is known already; known: of each layer dYᵀ u and gᵀ x
+    or None, likewise. capability: that the kernels of the thin products are compiled for, None for plain XLA.
+    """
+    g = low_rank_gradient(dys, layers, capability) if g is None else g
+    products = _low_rank_products(x, u, g, dys, layers, wanted, rate, keys, known, capability)
+    grads = []
+    for layer, want, dy, (of_b, of_a) in zip(layers, wanted.layers, dys, products, strict=True):
+        d_weight = over_tokens(dy, x, weight_dtype or layer.weight.dtype) if want.weight else None
+        d_bias = jnp.sum(dy.astype(jnp.float32), axis=tuple(range(dy.ndim - 1))) if want.bias else None
+        d_lora = None
+        if layer.lora is not None:
+            _, b, scale = layer.lora
+            d_lora = (
+                of_a,
+                of_b * scale.astype(jnp.float32) if want.lora[1] else None,
+                jnp.sum(of_b * b.astype(jnp.float32)) if want.lora[2] else None,
+            )
+        grads.append(PerLeaf(d_weight, d_bias, d_lora))
+    return input_gradient(g, dys, layers, rate, keys) if wanted.x else None, tuple(grads)
 
 
-def low_rank_gradient(dy: jax.Array, layer: Weights) -> jax.Array | None:
-    """g = dY (s B), (..., R) in dY's dtype; None for a layer without LoRA."""
-    return None if layer.lora is None else times(dy, scaled_b(layer, dy.dtype))
+def low_rank_gradient(
+    dys: tuple[jax.Array, ...], layers: tuple[Weights, ...], capability: int | None = None
+) -> jax.Array | None:
+    """The g_i = dY_i (s_i B_i) side by side, (..., Σ R) in dY's dtype; None where no layer has LoRA."""
+    dys = tuple(dy for layer, dy in zip(layers, dys, strict=True) if layer.lora is not None)
+    bs = [scaled_b(layer, dys[0].dtype) for layer in layers if layer.lora is not None]
+    if not bs:
+        return None
+    if capability is not None and triton.THIN:
+        return triton.side_by_side(dys, bs, capability)
+    return jnp.concatenate([times(dy, b) for dy, b in zip(dys, bs, strict=True)], axis=-1)
 
 
 def input_gradient(
-    g: list[jax.Array | None], dys: tuple[jax.Array, ...], layers: tuple[Weights, ...], rate: float, keys: Keys
+    g: jax.Array | None, dys: tuple[jax.Array, ...], layers: tuple[Weights, ...], rate: float, keys: Keys
 ) -> jax.Array:
-    """dx (..., I) of `gradients` alone; g: each layer's `low_rank_gradient`."""
+    """dx (..., I) of `gradients` alone; g: the `low_rank_gradient`."""
     dropped = _dropped(keys, rate)
-    present = [part for part in g if part is not None]
     dx: jax.Array | None = None
     before: jax.Array | None = None
-    if present and not dropped:
-        dx = times(jnp.concatenate(present, axis=-1), _concatenated_a(layers, dys[0].dtype))
-    for layer, part, dy, key in zip(layers, g, dys, keys, strict=True):
-        if part is not None and dropped and layer.lora is not None:
+    if g is not None and not dropped:
+        dx = times(g, _concatenated_a(layers, g.dtype))
+    for layer, part, dy, key in zip(layers, split_ranks(g, layers), dys, keys, strict=True):
+        if part is not None and dropped:
             low_rank = _dropout(times(part, rounded_a(layer, part.dtype)), rate, key)
             dx = low_rank if dx is None else low_rank + dx
         # the large product stands on the left, so that it takes the sum so far as its own start (beta = 1); weights
@@ -205,51 +234,38 @@ def input_gradient(
     return dx
 
 
-def _a_gradients(x, g, layers, wanted, rate, keys):
-    """dA_i (R, I) float32; None where it is not wanted."""
-    asked = [want.lora is not None and want.lora[0] for want in wanted.layers]
-    if not any(asked):
-        return (None,) * len(layers)
-    if _dropped(keys, rate):
-        together = [
-            None if part is None else over_tokens(part, _dropout(x, rate, key), jnp.float32)
-            for part, key in zip(g, keys, strict=True)
-        ]
+def _low_rank_products(x, u, g, dys, layers, wanted, rate, keys, known, capability):
+    """dY_iᵀ u_i (O, R) and g_iᵀ drop_i(x) (R, I) of each layer, float32; None for what is not wanted."""
+    known = known or ((None, None),) * len(layers)
+    sizes = ranks(layers)
+    starts = list(itertools.accumulate(sizes, initial=0))
+    present = [(i, wanted.layers[i].lora) for i, size in enumerate(sizes) if size]
+    of_b = [i for i, want in present if (want[1] or want[2]) and known[i][0] is None]
+    of_a = [i for i, want in present if want[0] and known[i][1] is None]
+    dropped = _dropped(keys, rate)
+    asked = [triton.Thin(dys[i], u, starts[i], sizes[i], False) for i in of_b]
+    together = bool(of_a) and not dropped and starts[-1] <= triton.LARGEST_RANK  # x is read once for all of them
+    if together:
+        asked.append(triton.Thin(x, g, 0, starts[-1], True))
     else:
-        joined = jnp.concatenate([part for part in g if part is not None], axis=-1)
-        together = split_ranks(over_tokens(joined, x, jnp.float32), layers, axis=0)
-    return tuple(d_a if want else None for d_a, want in zip(together, asked, strict=True))
+        inputs = [_dropout(x, rate, keys[i]) if dropped else x for i in of_a]
+        asked += [triton.Thin(own, g, starts[i], sizes[i], True) for i, own in zip(of_a, inputs, strict=True)]
+    if capability is not None and triton.THIN:
+        products = triton.over_tokens(asked, capability)
+    else:
+        products = [_thin(one) for one in asked]
+    rest = products[len(of_b) :]
+    if together:
+        rest = [rest[0][starts[i] : starts[i + 1]] for i in of_a]
+    d_b, d_a = dict(zip(of_b, products[: len(of_b)], strict=True)), dict(zip(of_a, rest, strict=True))
+    return [(d_b.get(i) if b is None else b, d_a.get(i) if a is None else a) for i, (b, a) in enumerate(known)]
 
 
-def parameter_gradients(
-    x: jax.Array,
-    lows: list[jax.Array | None],
-    d_a: tuple[jax.Array | None, ...],
-    dys: tuple[jax.Array, ...],
-    layers: tuple[Weights, ...],
-    wanted: Wanted,
-    weight_dtype: jnp.dtype | None = None,
-    unscaled: tuple[jax.Array | None, ...] | None = None,
-) -> tuple[PerLeaf, ...]:
-    """The gradients that `gradients` returns for each layer, with dA_i given."""
-    found = []
-    known = unscaled or (None,) * len(layers)
-    for layer, want, u, dy, of_a, product in zip(layers, wanted.layers, lows, dys, d_a, known, strict=True):
-        tokens = tuple(range(dy.ndim - 1))
-        d_weight = over_tokens(dy, x, weight_dtype or layer.weight.dtype) if want.weight else None
-        d_bias = jnp.sum(dy.astype(jnp.float32), axis=tokens) if want.bias else None
-        d_lora = None
-        if layer.lora is not None:
-            _, b, scale = layer.lora
-            if product is None and u is not None and (want.lora[1] or want.lora[2]):
-                product = over_tokens(dy, u, jnp.float32)
-            d_lora = (
-                of_a,
-                product * scale.astype(jnp.float32) if want.lora[1] else None,
-                jnp.sum(product * b.astype(jnp.float32)) if want.lora[2] else None,
-            )
-        found.append(PerLeaf(d_weight, d_bias, d_lora))
-    return tuple(found)
+def _thin(product: triton.Thin) -> jax.Array:
+    """The product by plain XLA."""
+    u = jax.lax.slice_in_dim(product.u, product.start, product.start + product.rank, axis=product.u.ndim - 1)
+    pair = (u, product.x) if product.across else (product.x, u)
+    return over_tokens(*pair, jnp.float32)
 
 
 def no_gradients(layers: tuple[Weights, ...], wanted: Wanted) -> tuple[PerLeaf, ...]:
@@ -308,20 +324,20 @@ def linears(
 ) -> tuple[jax.Array, ...]:
     """As `reference.linear` for each layer, keys one a layer (None switches dropout off); the first one + add.
     capability: see `outputs`."""
-    return outputs(x, low_rank_inputs(x, layers, rate, keys), layers, add, capability)
+    return outputs(x, low_rank_inputs(x, layers, rate, keys, capability), layers, add, capability)
 
 
 def _vjp_forward(x, layers, rate, keys, add, capability):
     wanted, x, layers, keys, add = perturbed(x, layers), x.value, values(layers), values(keys), values(add)
-    lows = low_rank_inputs(x, layers, rate, keys)
-    out = outputs(x, lows, layers, add, capability)
-    return out, (x, lows, layers, keys, wanted, add is not None)
+    u = low_rank_inputs(x, layers, rate, keys, capability)
+    out = outputs(x, u, layers, add, capability)
+    return out, (x, u, layers, keys, wanted, add is not None)
 
 
-def _vjp_backward(rate, _, kept, upstream):
-    x, lows, layers, keys, wanted, added = kept
+def _vjp_backward(rate, capability, kept, upstream):
+    x, u, layers, keys, wanted, added = kept
     dys = cotangents(upstream)
-    dx, grads = gradients(x, lows, dys, layers, wanted, rate, keys)
+    dx, grads = gradients(x, u, dys, layers, wanted, rate, keys, capability=capability)
     return dx, in_dtypes(grads, layers), (None,) * len(keys), dys[0] if added else None
 
 

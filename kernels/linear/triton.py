@@ -1,17 +1,37 @@
-"""Product, low-rank part and residual added up by our own Triton kernel (`triton_kernels.py`): serving, launch.
+"""A linear layer's thin products and its sum beside a residual by our own Triton kernels: serving, tiles, launches.
 
-Triton and jax-triton are imported when a kernel is launched and not before.
+The kernels and their formulas are in `triton_kernels.py`. Triton and jax-triton are imported when a kernel is launched
+and not before.
 """
 
+import itertools
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import jax
+import jax.numpy as jnp
 
 from jaxft.kernels import launch
 from jaxft.kernels.gpu import check_16_bits, check_installed
 from jaxft.kernels.launch import fitting, padded
 from jaxft.kernels.linear.weights import Weights
 
-TOKENS, FEATURES, WARPS = 64, 64, 4  # of a program
+TOKENS, FEATURES, WARPS = 64, 64, 4  # of a program of `summed`
 LARGEST_RANK = 128
+THIN = False  # whether the thin products are these kernels': not before a card has run them (docs/log.md)
+MOST = 4  # products of a launch
+PROGRAMS = 512  # of `over_tokens`, about: what fills a card
+MANY = 8192  # tokens, from which on `side_by_side` has programs enough with larger tiles
+
+
+class Tile(NamedTuple):
+    """BT tokens by BK columns of a thin product's wide array, and how Triton compiles the kernel."""
+
+    tokens: int
+    columns: int
+    warps: int = 4
+    stages: int = 3
 
 
 def check(x: jax.Array, layers: tuple[Weights, ...], add: jax.Array | None, capability: int) -> None:
@@ -28,15 +48,89 @@ def check(x: jax.Array, layers: tuple[Weights, ...], add: jax.Array | None, capa
     check_installed()
 
 
-def summed(product: jax.Array, u: jax.Array, b: jax.Array, add: jax.Array, capability: int) -> jax.Array:
-    """product + u bᵀ + add in float32, rounded once: product and add (..., O), u (..., R), b (O, R), of one dtype."""
+def summed(
+    product: jax.Array, u: jax.Array, start: int, b: jax.Array, add: jax.Array | None, capability: int
+) -> jax.Array:
+    """product + u bᵀ + add in float32, rounded once: product and add (..., O), b (O, R), of u (..., WIDTH) the R
+    columns from `start` on, all of one dtype."""
     from jaxft.kernels.linear import triton_kernels
 
     O, R = b.shape
     T = product.size // O
     tokens = fitting(T, TOKENS)
     return launch.triton_call(
-        product, u, b, add, kernel=triton_kernels.summed, out_shape=jax.ShapeDtypeStruct(product.shape, product.dtype),
-        grid=(-(-O // FEATURES), -(-T // tokens)), num_warps=WARPS, num_stages=1, compute_capability=capability,
-        name="linear_summed", T=T, O=O, R=R, RP=padded(R), BT=tokens, BO=FEATURES,
+        product, u, b, product if add is None else add, kernel=triton_kernels.summed,
+        out_shape=jax.ShapeDtypeStruct(product.shape, product.dtype), grid=(-(-O // FEATURES), -(-T // tokens)),
+        num_warps=WARPS, num_stages=1, compute_capability=capability, name="linear_summed", T=T, O=O, R=R,
+        RP=padded(R), WIDTH=u.shape[-1], START=start, ADD=add is not None, BT=tokens, BO=FEATURES,
     )  # fmt: skip
+
+
+class Thin(NamedTuple):
+    """XᵀU over all tokens: x (..., K), and of u (..., WIDTH) the `rank` columns from `start` on; of one 16-bit dtype.
+    across: the product lies as (R, K) instead of (K, R)."""
+
+    x: jax.Array
+    u: jax.Array
+    start: int
+    rank: int
+    across: bool
+
+
+def over_tokens(products: list[Thin], capability: int, tile: Tile | None = None) -> list[jax.Array]:
+    """Each product, (K, R) or (R, K) float32, of arrays with the same tokens; ranks of at most `LARGEST_RANK`."""
+    groups = [products[first : first + MOST] for first in range(0, len(products), MOST)]
+    return [one for group in groups for one in _over_tokens(group, capability, tile)]
+
+
+def _over_tokens(products: list[Thin], capability: int, tile: Tile | None) -> list[jax.Array]:
+    from jaxft.kernels.linear import triton_kernels
+
+    columns = [one.x.shape[-1] for one in products]
+    T = products[0].x.size // columns[0]
+    ranks = tuple(padded(one.rank) for one in products)
+    tile = tile or Tile(128 if max(ranks) <= 32 else 64, 64)
+    tiles = tuple(itertools.accumulate((-(-k // tile.columns) for k in columns), initial=0))
+    out = tuple(itertools.accumulate((k * one.rank for k, one in zip(columns, products, strict=True)), initial=0))
+    chunk = max(1, -(-T * tiles[-1] // PROGRAMS // tile.tokens)) * tile.tokens
+    chunks = -(-T // chunk)
+    parts = launch.triton_call(
+        *_filled([one.x for one in products], MOST), *_filled([one.u for one in products], MOST),
+        kernel=triton_kernels.over_tokens, out_shape=jax.ShapeDtypeStruct((chunks, out[-1]), jnp.float32),
+        grid=(tiles[-1], chunks), num_warps=tile.warps, num_stages=1, compute_capability=capability,
+        name="linear_over_tokens", COUNT=len(products), T=T, K=tuple(columns), R=tuple(one.rank for one in products),
+        START=tuple(one.start for one in products), WIDTH=tuple(one.u.shape[-1] for one in products),
+        ACROSS=tuple(one.across for one in products), TILE=tiles, OUT=out, CHUNK=chunk, RP=ranks, BT=tile.tokens,
+        BK=tile.columns, STAGES=tile.stages,
+    )  # fmt: skip
+    sums = jnp.split(jnp.sum(parts, axis=0), out[1:-1])
+    shapes = [(one.rank, k) if one.across else (k, one.rank) for one, k in zip(products, columns, strict=True)]
+    return [one.reshape(shape) for one, shape in zip(sums, shapes, strict=True)]
+
+
+def side_by_side(
+    xs: Sequence[jax.Array], bs: Sequence[jax.Array], capability: int, across: bool = False, tile: Tile | None = None
+) -> jax.Array:
+    """[x_0 b_0 | x_1 b_1 | ...], (..., Σ R) in x's dtype, for at most three: x_i (..., K_i) of the same tokens, b_i
+    (K_i, R_i), or where they lie across (R_i, K_i)."""
+    from jaxft.kernels.linear import triton_kernels
+
+    lead = xs[0].shape[:-1]
+    T = math.prod(lead)
+    R = tuple(b.shape[0 if across else 1] for b in bs)
+    start = tuple(itertools.accumulate(R, initial=0))
+    tile = tile or Tile(16 if T < MANY else 64, 128 if max(R) <= 32 else 64)
+    tokens = fitting(T, tile.tokens)
+    g = launch.triton_call(
+        *_filled(xs, 3), *_filled(bs, 3), kernel=triton_kernels.side_by_side,
+        out_shape=jax.ShapeDtypeStruct((T, start[-1]), xs[0].dtype), grid=(-(-T // tokens), len(xs)),
+        num_warps=tile.warps, num_stages=1, compute_capability=capability, name="linear_side_by_side", COUNT=len(xs),
+        T=T, K=tuple(x.shape[-1] for x in xs), R=R, ACROSS=across, START=start[:-1], WIDTH=start[-1],
+        RP=tuple(map(padded, R)), BT=tokens, BK=tile.columns, STAGES=tile.stages,
+    )  # fmt: skip
+    return g.reshape(*lead, -1)
+
+
+def _filled(arrays: Sequence[jax.Array], count: int) -> list[jax.Array]:
+    """So many arrays: what is missing is stood for by the first."""
+    return [*arrays, *[arrays[0]] * (count - len(arrays))]

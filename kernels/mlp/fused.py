@@ -41,45 +41,40 @@ def _product(e: jax.Array, v: jax.Array, activation: str) -> jax.Array:
 
 def hidden(x: jax.Array, layers: tuple[Weights, Weights], activation: str) -> jax.Array:
     """h of gate and up alone, by plain XLA and without dropout."""
-    lows = linear.low_rank_inputs(x, layers, 0.0, (None, None))
-    e, v = linear.outputs(x, lows, layers)
+    e, v = linear.outputs(x, linear.low_rank_inputs(x, layers, 0.0, (None, None)), layers)
     return _product(e, v, activation)
 
 
 def _inner(x, layers: Layers, rate: float, keys: Keys, kernels: Kernels | None):
-    """e, v and the low-rank inputs of gate and up; e and v without their low-rank parts and the inputs side by side
-    where kernels add them."""
-    lows: list[jax.Array | None]
-    if kernels and kernels.low_rank:
-        lows = [linear.joint_low_rank_input(x, layers[:2])]
+    """e, v and the low-rank inputs of gate and up; e and v without their low-rank parts where kernels add them."""
+    capability = kernels.capability if kernels and kernels.low_rank else None
+    u = linear.low_rank_inputs(x, layers[:2], rate, keys[:2], capability)
+    if capability is not None:
         e, v = (multiply(x, layer.weight) for layer in layers[:2])
     else:
-        lows = linear.low_rank_inputs(x, layers[:2], rate, keys[:2])
-        e, v = linear.outputs(x, lows, layers[:2])
-    return kept_product(e, "mlp_gate"), kept_product(v, "mlp_up"), lows
+        e, v = linear.outputs(x, u, layers[:2])
+    return kept_product(e, "mlp_gate"), kept_product(v, "mlp_up"), u
 
 
 def _outer(
-    e, v, lows, layers: Layers, activation: str, rate: float, keys: Keys, kernels: Kernels | None, add, in_place: bool
+    e, v, u, layers: Layers, activation: str, rate: float, keys: Keys, kernels: Kernels | None, add, in_place: bool
 ):
     """y and the low-rank input of down; in_place: e is not read again."""
-    low: list[jax.Array | None]
+    added, of_down = None, None
     if kernels and kernels.low_rank:
-        h, u = triton.forward(
-            e, v, lows[0], _scaled(layers, e.dtype), _a(layers, e.dtype), activation, kernels.capability,
-            in_place=in_place,
-        )  # fmt: skip
-        low = [u]
+        h, of_down = triton.forward(
+            e, v, u, _scaled(layers, e.dtype), _a(layers, e.dtype), activation, kernels.capability, in_place=in_place
+        )
+        added = kernels.capability
     else:
         h = triton.product(e, v, activation, kernels.capability, in_place) if kernels else _product(e, v, activation)
-        low = linear.low_rank_inputs(h, layers[2:], rate, keys[2:])
-    added = kernels.capability if kernels and kernels.low_rank else None
-    return linear.outputs(h, low, layers[2:], add, added)[0], low
+        of_down = linear.low_rank_inputs(h, layers[2:], rate, keys[2:])
+    return linear.outputs(h, of_down, layers[2:], add, added)[0], of_down
 
 
-def _named(lows: list[jax.Array | None]) -> list[jax.Array | None]:
+def _named(u: jax.Array | None) -> jax.Array | None:
     """Down's low-rank input under its name: R columns that spare backward the whole of h."""
-    return [None if u is None else checkpoint_name(u, "mlp_low_rank") for u in lows]
+    return None if u is None else checkpoint_name(u, "mlp_low_rank")
 
 
 def _scaled(layers: Layers, dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
@@ -93,33 +88,35 @@ def _a(layers: Layers, dtype: jnp.dtype) -> jax.Array:
 
 
 def _gradients(
-    x, e, v, lows, dy, layers: Layers, wanted: Wanted, activation: str, rate: float, keys: Keys,
+    x, e, v, u, of_down, dy, layers: Layers, wanted: Wanted, activation: str, rate: float, keys: Keys,
     kernels: Kernels | None, in_place: bool, weight_dtype=None,
 ):  # fmt: skip
-    """dx or None, and the gradients of gate, up and down as `linear.fused.gradients` returns them; in_place: e and v
-    are not read again."""
-    inner_wanted = Wanted(wanted.x, wanted.layers[:2])
-    g = linear.low_rank_gradient(dy, layers[2])
-    if kernels and kernels.low_rank and not any(want.weight for want in wanted.layers):
-        assert lows[0] is not None and g is not None
-        de, dv, *unscaled, d_a = triton.backward(
-            e, v, linear.times(dy, layers[2].weight), lows[0], g, _scaled(layers, e.dtype), _a(layers, e.dtype),
-            activation, kernels.capability, in_place=in_place,
+    """dx or None, and the gradients of gate, up and down as `linear.fused.gradients` returns them; u, of_down: the
+    low-rank inputs; in_place: e and v are not read again."""
+    inner_wanted, down_wanted = Wanted(wanted.x, wanted.layers[:2]), Wanted(False, wanted.layers[2:])
+    capability = kernels.capability if kernels and kernels.low_rank else None
+    g = linear.low_rank_gradient((dy,), layers[2:], capability)
+    if capability is not None and not any(want.weight for want in wanted.layers):
+        assert g is not None
+        de, dv, *of_b, of_a = triton.backward(
+            e, v, linear.times(dy, layers[2].weight), u, g, _scaled(layers, e.dtype), _a(layers, e.dtype), activation,
+            capability, in_place=in_place,
         )  # fmt: skip
-        down_grads = linear.parameter_gradients(
-            dy, lows[1:], (d_a,), (dy,), layers[2:], Wanted(True, wanted.layers[2:])
-        )
+        _, down_grads = linear.gradients(
+            dy, of_down, (dy,), layers[2:], down_wanted, rate, keys[2:], g=g, known=((None, of_a),),
+            capability=capability,
+        )  # fmt: skip
         dx, inner_grads = linear.gradients(
-            x, [None, None], (de, dv), layers[:2], inner_wanted, rate, keys[:2], unscaled=tuple(unscaled)
-        )
+            x, u, (de, dv), layers[:2], inner_wanted, rate, keys[:2], known=tuple((one, None) for one in of_b),
+            capability=capability,
+        )  # fmt: skip
         return dx, inner_grads + down_grads
-    if kernels and kernels.low_rank:
-        lows = linear.split_ranks(lows[0], layers[:2], axis=x.ndim - 1) + lows[1:]
+    if capability is not None:
         e, v = (
-            product + reference.matmul(low, linear.scaled_b(layer, product.dtype))
-            for product, low, layer in zip((e, v), lows[:2], layers[:2], strict=True)
+            product + reference.matmul(low, linear.scaled_b(layer, product.dtype))  # type: ignore[arg-type]  # all have LoRA
+            for product, low, layer in zip((e, v), linear.split_ranks(u, layers[:2]), layers[:2], strict=True)
         )
-    dh = linear.input_gradient([g], (dy,), layers[2:], rate, keys[2:])
+    dh = linear.input_gradient(g, (dy,), layers[2:], rate, keys[2:])
     if kernels:
         de, dv, h = triton.product_backward(e, v, dh, activation, kernels.capability, in_place)
     else:
@@ -128,9 +125,21 @@ def _gradients(
             lambda e, v: ACTIVATIONS[activation](e) * v, e.astype(jnp.float32), v.astype(jnp.float32)
         )  # the derivative of an elementwise function: float32 in registers, one pass
         de, dv = (d.astype(e.dtype) for d in pull(dh.astype(jnp.float32)))
-    down_wanted = Wanted(False, wanted.layers[2:])
-    _, down_grads = linear.gradients(h, lows[2:], (dy,), layers[2:], down_wanted, rate, keys[2:], weight_dtype, g=[g])
-    dx, inner_grads = linear.gradients(x, lows[:2], (de, dv), layers[:2], inner_wanted, rate, keys[:2], weight_dtype)
+    _, down_grads = linear.gradients(
+        h,
+        of_down,
+        (dy,),
+        layers[2:],
+        down_wanted,
+        rate,
+        keys[2:],
+        weight_dtype=weight_dtype,
+        g=g,
+        capability=capability,
+    )
+    dx, inner_grads = linear.gradients(
+        x, u, (de, dv), layers[:2], inner_wanted, rate, keys[:2], weight_dtype=weight_dtype, capability=capability
+    )
     if any(want.weight for want in wanted.layers):
         # else XLA puts them off to the end of the layer, and h, de and dv are there during attention's backward pass
         return jax.lax.optimization_barrier((dx, inner_grads + down_grads))
@@ -143,22 +152,22 @@ def mlp(
     kernels: Kernels | None,
 ) -> jax.Array:  # fmt: skip
     """As `reference.mlp` + add; keys one a layer (None switches dropout off). kernels: None takes plain XLA."""
-    e, v, lows = _inner(x, layers, rate, keys, kernels)
-    return _outer(e, v, lows, layers, activation, rate, keys, kernels, add, False)[0]
+    e, v, u = _inner(x, layers, rate, keys, kernels)
+    return _outer(e, v, u, layers, activation, rate, keys, kernels, add, False)[0]
 
 
 def _mlp_forward(x, layers, activation, rate, keys, add, kernels):
     wanted = linear.perturbed(x, layers)
     x, layers, keys, add = linear.values((x, layers, keys, add))
-    e, v, inner_lows = _inner(x, layers, rate, keys, kernels)
-    y, outer_lows = _outer(e, v, inner_lows, layers, activation, rate, keys, kernels, add, False)
-    return y, (x, e, v, inner_lows + _named(outer_lows), layers, keys, wanted, add is not None)
+    e, v, u = _inner(x, layers, rate, keys, kernels)
+    y, of_down = _outer(e, v, u, layers, activation, rate, keys, kernels, add, False)
+    return y, (x, e, v, u, _named(of_down), layers, keys, wanted, add is not None)
 
 
 def _mlp_backward(activation, rate, kernels, kept, dy):
-    x, e, v, lows, layers, keys, wanted, added = kept
+    x, e, v, u, of_down, layers, keys, wanted, added = kept
     dy = linear.cotangents(dy)
-    dx, grads = _gradients(x, e, v, lows, dy, layers, wanted, activation, rate, keys, kernels, False)
+    dx, grads = _gradients(x, e, v, u, of_down, dy, layers, wanted, activation, rate, keys, kernels, False)
     return dx, linear.in_dtypes(grads, layers), (None,) * len(keys), dy if added else None
 
 
@@ -223,52 +232,52 @@ def tiled_mlp(
 def _tiles(x, layers, activation, rate, keys, add, kernels, tiles):
     """y, and each tile's low-rank input of down."""
     if tiles == 1:
-        e, v, lows = _inner(x, layers, rate, keys, kernels)
-        return _outer(e, v, lows, layers, activation, rate, keys, kernels, add, True)
+        e, v, u = _inner(x, layers, rate, keys, kernels)
+        return _outer(e, v, u, layers, activation, rate, keys, kernels, add, True)
     if _hoisted(x, tiles):
         layers = _dense(layers, x.dtype)
 
     def one(_, inputs):
         part, part_add, index = inputs
         own = tile_keys(keys, index)
-        e, v, lows = _inner(part, layers, rate, own, kernels)
-        return None, _outer(e, v, lows, layers, activation, rate, own, kernels, part_add, True)
+        e, v, u = _inner(part, layers, rate, own, kernels)
+        return None, _outer(e, v, u, layers, activation, rate, own, kernels, part_add, True)
 
     adds = None if add is None else cut(add, tiles)
-    _, (parts, lows) = jax.lax.scan(one, None, (cut(x, tiles), adds, jnp.arange(tiles)))
-    return join(parts, x.shape), lows
+    _, (parts, of_down) = jax.lax.scan(one, None, (cut(x, tiles), adds, jnp.arange(tiles)))
+    return join(parts, x.shape), of_down
 
 
 def _tiled_forward(x, layers, activation, rate, keys, add, kernels, tiles):
     wanted = linear.perturbed(x, layers)
     x, layers, keys, add = linear.values((x, layers, keys, add))
-    y, lows = _tiles(x, layers, activation, rate, keys, add, kernels, tiles)
-    return y, (x, _named(lows), layers, keys, wanted, add is not None)
+    y, of_down = _tiles(x, layers, activation, rate, keys, add, kernels, tiles)
+    return y, (x, _named(of_down), layers, keys, wanted, add is not None)
 
 
 def _tiled_backward(activation, rate, kernels, tiles, kept, dy):
-    x, lows, layers, keys, wanted, added = kept
+    x, of_down, layers, keys, wanted, added = kept
     dy = linear.cotangents(dy)
 
-    def gradients(x, dy, outer_lows, own, weight_dtype=None):
-        e, v, inner_lows = _inner(x, layers, rate, own, kernels)
+    def gradients(x, dy, of_down, own, weight_dtype=None):
+        e, v, u = _inner(x, layers, rate, own, kernels)
         return _gradients(
-            x, e, v, inner_lows + outer_lows, dy, layers, wanted, activation, rate, own, kernels, True, weight_dtype
-        )
+            x, e, v, u, of_down, dy, layers, wanted, activation, rate, own, kernels, True, weight_dtype
+        )  # fmt: skip
 
     def one(total, inputs):
-        part, d_part, outer_lows, index = inputs
-        dx, grads = gradients(part, d_part, outer_lows, tile_keys(keys, index), jnp.float32)
+        part, d_part, of_down, index = inputs
+        dx, grads = gradients(part, d_part, of_down, tile_keys(keys, index), jnp.float32)
         return jax.tree.map(lambda a, b: a + b.astype(jnp.float32), total, grads), dx
 
     if tiles == 1:
         if _hoisted(x, tiles):  # it is read twice; gate, too, but memory for both is more than that is worth
             layers = (layers[0], *_dense(layers[1:2], x.dtype, after=dy), layers[2])
-        dx, grads = gradients(x, dy, lows, keys)
+        dx, grads = gradients(x, dy, of_down, keys)
     else:
         if _hoisted(x, tiles):
             layers = _dense(layers, x.dtype, after=dy)
-        inputs = (cut(x, tiles), cut(dy, tiles), lows, jnp.arange(tiles))
+        inputs = (cut(x, tiles), cut(dy, tiles), of_down, jnp.arange(tiles))
         grads, parts = jax.lax.scan(one, linear.no_gradients(layers, wanted), inputs)
         dx = None if parts is None else join(parts, x.shape)
     return dx, linear.in_dtypes(grads, layers), (None,) * len(keys), dy if added else None

@@ -11,14 +11,17 @@ import functools
 from dataclasses import dataclass
 
 import jax
+import jax.numpy as jnp
 
 from jaxft.kernels.gpu import check_16_bits
+from jaxft.kernels.kept import is_recomputed
 from jaxft.kernels.linear import Weights
 from jaxft.kernels.linear import fused as linear
+from jaxft.kernels.linear import triton as thin
 from jaxft.kernels.norm_rope import triton as kernels
 from jaxft.kernels.norm_rope.triton import LowRank
 from jaxft.kernels.qkv.reference import heads
-from jaxft.quant import multiply
+from jaxft.quant import dense, is_quantized, multiply
 
 Layers = tuple[Weights, Weights, Weights]
 Norms = tuple[jax.Array, jax.Array] | None
@@ -36,19 +39,18 @@ def check(x: jax.Array, layers: Layers, head_dim: int, dropped: bool, capability
         raise NotImplementedError("dropout: each layer would have low-rank inputs of its own")
     if any(layer.bias is not None or layer.magnitude is not None for layer in layers):
         raise NotImplementedError("biases or magnitudes (DoRA): LoRA alone")
-    ranks = [0 if layer.lora is None else layer.lora[0].shape[0] for layer in layers]
+    ranks = linear.ranks(layers)
     if not any(ranks[:2]) or max(ranks) > kernels.LARGEST_RANK:
         raise NotImplementedError(f"ranks {ranks}: needs LoRA on q or k, of at most {kernels.LARGEST_RANK}")
 
 
 def _low_ranks(u: jax.Array, layers: Layers) -> list[LowRank | None]:
     """What the kernels of q and k read beside a product."""
-    found: list[LowRank | None] = []
-    start = 0
-    for layer in layers[:2]:
-        found.append(None if layer.lora is None else LowRank(u, linear.scaled_b(layer, u.dtype), start))
-        start += 0 if layer.lora is None else layer.lora[0].shape[0]
-    return found
+    starts = 0, linear.ranks(layers)[0]
+    return [
+        None if layer.lora is None else LowRank(u, linear.scaled_b(layer, u.dtype), start)
+        for layer, start in zip(layers[:2], starts, strict=True)
+    ]
 
 
 @jax.tree_util.register_static
@@ -68,10 +70,22 @@ def qkv(
     return _run(x, layers, norms, cos, sin, head_dim, eps, capability)[0]
 
 
+def _shared(layers: Layers, dtype: jnp.dtype) -> Layers:
+    """The layers with quantised q and k dense, where a product that is computed again reads them beside the gradient's.
+    v is most often kept, and its product not computed again."""
+    if not is_recomputed():
+        return layers
+    q, k = (
+        layer._replace(weight=dense(layer.weight, dtype)) if is_quantized(layer.weight) else layer
+        for layer in layers[:2]
+    )
+    return q, k, layers[2]
+
+
 def _run(x, layers, norms, cos, sin, head_dim, eps, capability):
-    u = linear.joint_low_rank_input(x, layers)
-    low = linear.split_ranks(u, layers, axis=u.ndim - 1)[2:]
-    products = *(multiply(x, layer.weight) for layer in layers[:2]), linear.outputs(x, low, layers[2:])[0]
+    u = linear.low_rank_inputs(x, layers, 0.0, NO_KEYS, capability)
+    assert u is not None  # `check` has seen LoRA
+    products = *(multiply(x, layer.weight) for layer in layers[:2]), _v(x, u, layers, capability)
     q, k, v = heads(products, head_dim)
     rotated = [
         kernels.rotated(part, low, norm, cos, sin, eps, capability)
@@ -80,10 +94,19 @@ def _run(x, layers, norms, cos, sin, head_dim, eps, capability):
     return (*rotated, v), (q, k, u)
 
 
+def _v(x, u, layers, capability):
+    v = layers[2]
+    if v.lora is None or not thin.THIN:
+        return linear.outputs(x, linear.split_ranks(u, layers)[2], layers[2:])[0]
+    start = sum(linear.ranks(layers[:2]))
+    return thin.summed(multiply(x, v.weight), u, start, linear.scaled_b(v, x.dtype), None, capability)
+
+
 def _forward(x, layers, norms, cos, sin, head_dim, eps, capability):
     wanted = linear.perturbed(x, layers)
     trained = _Trained(tuple(norm.perturbed for norm in norms or ()))
     x, layers, norms, cos, sin = linear.values((x, layers, norms, cos, sin))
+    layers = _shared(layers, x.dtype)
     out, kept = _run(x, layers, norms, cos, sin, head_dim, eps, capability)
     return out, (x, layers, norms, cos, sin, kept, wanted, trained)
 
@@ -98,9 +121,7 @@ def _backward(head_dim, eps, capability, residuals, upstream):
         rotated.append(d_part)
         d_norms.append(None if d_norm is None else d_norm.astype(norm.dtype))
     dys = tuple(dy.reshape(*x.shape[:-1], -1) for dy in (*rotated, upstream[2]))
-    dx, grads = linear.gradients(
-        x, linear.split_ranks(u, layers, axis=u.ndim - 1), dys, layers, wanted, 0.0, NO_KEYS
-    )  # fmt: skip
+    dx, grads = linear.gradients(x, u, dys, layers, wanted, 0.0, NO_KEYS, capability=capability)
     return dx, linear.in_dtypes(grads, layers), None if norms is None else tuple(d_norms), None, None
 
 
