@@ -113,19 +113,16 @@ def dense(
         return weight.astype(dtype)
     if weight.ndim != 2:
         raise ValueError(f"a stack of shape {weight.shape} is read one layer at a time")
-    held: Quantized = weight
-    if after is not None:
-        first = jax.lax.slice(after, (0,) * after.ndim, (1,) * after.ndim)
-        if isinstance(held, NF4) and held.layer is not None:
-            held = dataclasses.replace(held, layer=jax.lax.optimization_barrier((held.layer, first))[0])
-        else:
-            held, _ = jax.lax.optimization_barrier((held, first))
-    if isinstance(held, Int8):
-        rows = held.codes.astype(jnp.float32) * held.scales[:, None]
+    if isinstance(weight, Int8):
+        codes, scales = weight.codes, weight.scales
+        if after is not None:
+            first = jax.lax.slice(after, (0,) * after.ndim, (1,) * after.ndim)
+            codes, scales, _ = jax.lax.optimization_barrier((codes, scales, first))
+        rows = codes.astype(jnp.float32) * scales[:, None]
         return (rows * jnp.float32(7.874015718698502e-3)).astype(dtype)  # bitsandbytes' own constant for 1/127
     return dequantize_nf4(
-        held.codes, held.scales, held.nested, held.offset, shape=held.weight_shape, block=held.block,
-        dtype=jnp.dtype(dtype), layer=held.layer, implementation=implementation,
+        weight.codes, weight.scales, weight.nested, weight.offset, shape=weight.weight_shape, block=weight.block,
+        dtype=jnp.dtype(dtype), layer=weight.layer, after=after, implementation=implementation,
     )  # fmt: skip
 
 

@@ -34,13 +34,13 @@ def compare(shape: tuple[int, int], dtype: str, block: int = 64, double: bool = 
     leaf = jax.jit(lambda w: quantize_nf4(w, block=block, double=double))(weight)
     parts = leaf.codes, leaf.scales, leaf.nested, leaf.offset
     wanted = reference.dequantize_nf4(*parts, shape, block, jnp.dtype("float32" if dtype == "bfloat16" else dtype))
-    got = np.asarray(triton.dequantize_nf4(*parts, None, shape, block, jnp.dtype(dtype), 90))
+    got = np.asarray(triton.dequantize_nf4(*parts, None, None, shape, block, jnp.dtype(dtype), 90))
     wanted = np.asarray(wanted)
     if dtype == "bfloat16":  # the interpreter cuts off where the compiled kernel rounds
         wanted = (wanted.view(np.uint32) >> 16).astype(np.uint16).view(jnp.bfloat16)
     name = f"{shape} {dtype} block {block} {'double' if double else 'single'}"
     interpreted.compare(name, got, wanted, 1e-30)
-    got = triton.dequantize_nf4(*stacked(parts), jnp.int32(1), shape, block, jnp.dtype(dtype), 90)
+    got = triton.dequantize_nf4(*stacked(parts), jnp.int32(1), None, shape, block, jnp.dtype(dtype), 90)
     interpreted.compare(f"{name}, the second of a stack", np.asarray(got), wanted, 1e-30)
 
 

@@ -123,10 +123,24 @@ def test_the_kernel_compiles_for_every_card_with_wide_stores_and_no_shared_memor
     sizes = ((n // 2,), jnp.uint8), ((n // 64,), jnp.uint8), ((n // 64 // 256,), jnp.float32), ((), jnp.float32)
     arrays = [jax.ShapeDtypeStruct((*stack, *size), dtype) for size, dtype in sizes]
     layer = jax.ShapeDtypeStruct((), jnp.int32) if stack else None
-    function = lambda *x: triton.dequantize_nf4(*x, (4096, 1024), 64, jnp.bfloat16, capability)  # noqa: E731
+    function = lambda *x: triton.dequantize_nf4(*x, None, (4096, 1024), 64, jnp.bfloat16, capability)  # noqa: E731
     ((shared, ptx),) = compiled(function, *arrays, layer).values()
     assert shared == 0
     assert "st.global.v4.b32" in ptx and "fma.rn.f32" not in ptx
+
+
+@needs_triton
+def test_the_kernel_is_handed_what_it_waits_for():
+    """A barrier's operand that nothing reads is dropped by XLA, and with it the order."""
+    n, S = 512, jax.ShapeDtypeStruct
+    arrays = S((n // 2,), jnp.uint8), S((n // 64,), jnp.float32), S((3, 7), jnp.bfloat16)
+
+    def run(codes, scales, before):
+        return triton.dequantize_nf4(codes, scales, None, None, None, before, (8, 64), 64, jnp.bfloat16, 90)
+
+    text = jax.jit(run).trace(*arrays).lower(lowering_platforms=("cuda",)).as_text()
+    (call,) = re.findall(r"custom_call @triton_kernel_call.*", text)
+    assert "tensor<3x7xbf16>" in call
 
 
 def product_of(rows: int, dtype, capability: int) -> tuple[int, str]:

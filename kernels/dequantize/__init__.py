@@ -25,6 +25,7 @@ def dequantize_nf4(
     block: int,
     dtype: jnp.dtype,
     layer: jax.Array | None = None,
+    after: jax.Array | None = None,
     implementation: str | None = None,
 ) -> jax.Array:
     """level[code] · scale of its block, multiplied in float32 and rounded once: an array of `shape` and `dtype`.
@@ -32,8 +33,9 @@ def dequantize_nf4(
     packed: (⌈n/2⌉,) uint8 with n = prod(shape), value 2i in the high nibble of byte i. scales: one a block of `block`
     values: float32, or uint8 codes of the 8-bit dynamic map with nested: (⌈blocks/256⌉,) float32 and offset: ()
     float32: scale = map[code] · nested + offset, each of the two operations rounded to float32.
-    layer: () int32 where all four have a leading L; the weight is that row of them, in [0, L).
-    implementation: "triton" (one GPU), "reference", or None: the first that serves. Has no derivative. Raises
+    layer: () int32 where all four have a leading L; the weight is that row of them, in [0, L). after: an array that is
+    computed before, of any shape and dtype. implementation: "triton" (one GPU), "reference", or None: the first that
+    serves. Has no derivative. Raises
     ValueError where a shape or dtype does not fit, NotImplementedError where Triton was asked for and cannot serve.
     """
     _check_parts(packed, scales, nested, offset, layer, shape, block)
@@ -43,8 +45,11 @@ def dequantize_nf4(
         check = partial(triton.check, math.prod(shape), jnp.dtype(dtype))
         capability = serving("dequantize_nf4", check, implementation)
         if capability is not None:
-            return triton.dequantize_nf4(packed, scales, nested, offset, layer, shape, block, dtype, capability)
+            return triton.dequantize_nf4(packed, scales, nested, offset, layer, after, shape, block, dtype, capability)
     parts = (packed, scales, nested, offset)
+    if after is not None:  # XLA may forget the order, not that there is another such array
+        first = jax.lax.slice(after, (0,) * after.ndim, (1,) * after.ndim)
+        parts, layer, _ = jax.lax.optimization_barrier((parts, layer, first))
     if layer is not None:
         parts = jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, layer, keepdims=False), parts)
     return reference.dequantize_nf4(*parts, shape, block, dtype)

@@ -145,19 +145,23 @@ def dequantize_nf4(
     nested: jax.Array | None,
     offset: jax.Array | None,
     layer: jax.Array | None,
+    after: jax.Array | None,
     shape: tuple[int, ...],
     block: int,
     dtype: jnp.dtype,
     capability: int,
 ) -> jax.Array:
-    """level[code] · scale; see `__init__`. capability: compute capability of the device, 90 for 9.0."""
+    """level[code] · scale; see `__init__`. capability: compute capability of the device, 90 for 9.0.
 
+    The kernel is handed `after` and does not read it: XLA drops a barrier's operand that nothing reads, and with it the
+    order.
+    """
     from jaxft.kernels.dequantize import triton_kernels
 
     n = math.prod(shape)
     double = nested is not None and offset is not None
     out = launch.triton_call(
-        *_arrays(packed, scales, nested, offset, layer),
+        *_arrays(packed, scales, nested, offset, layer), scales if after is None else after,
         kernel=triton_kernels.nf4, out_shape=jax.ShapeDtypeStruct((n,), dtype), name="dequantize_nf4",
         grid=(-(-n // (UNROLL * THREADS * 8)),), num_warps=THREADS // 32, num_stages=1, enable_fp_fusion=False,
         compute_capability=capability, **constants(n, block, double, layer is not None),

@@ -50,11 +50,12 @@ def _of_layer(
 
 @triton.jit
 def nf4(
-    codes, scales, nested, offset, layer, levels, entries, out,
+    codes, scales, nested, offset, layer, levels, entries, after, out,
     N: tl.constexpr, BLOCK: tl.constexpr, NESTED: tl.constexpr, DOUBLE: tl.constexpr, STACKED: tl.constexpr,
     UNROLL: tl.constexpr, THREADS: tl.constexpr,
 ):  # fmt: skip
-    """N values in out, BLOCK of them a scale, NESTED scales a second one; STACKED: of that layer of a stack."""
+    """N values in out, BLOCK of them a scale, NESTED scales a second one; STACKED: of that layer of a stack. after: for
+    the order alone, it is not read."""
     codes, scales, nested, offset = _of_layer(codes, scales, nested, offset, layer, N, BLOCK, NESTED, DOUBLE, STACKED)
     first = tl.program_id(0) * (UNROLL * THREADS)  # counted in groups of 4 bytes
     # threads stand in the first dimension: of two that are equally far apart Triton spreads a warp over the first

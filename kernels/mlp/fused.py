@@ -87,21 +87,34 @@ def _a(layers: Layers, dtype: jnp.dtype) -> jax.Array:
     return linear.rounded_a(layers[2], dtype)
 
 
+def _adds(kernels: Kernels | None, wanted: Wanted) -> bool:
+    """Whether the backward kernel adds the low-rank parts itself. It gives no h, which a trained weight's gradient
+    reads."""
+    return kernels is not None and kernels.low_rank and not any(want.weight for want in wanted.layers)
+
+
+def _through_down(dy, layers: Layers, wanted: Wanted, rate: float, keys: Keys, kernels: Kernels | None):
+    """Down's low-rank gradient, and dh, without its low-rank part where the kernel adds that."""
+    capability = kernels.capability if kernels and kernels.low_rank else None
+    g = linear.low_rank_gradient((dy,), layers[2:], capability)
+    if _adds(kernels, wanted):
+        return g, linear.times(dy, layers[2].weight)
+    return g, linear.input_gradient(g, (dy,), layers[2:], rate, keys[2:])
+
+
 def _gradients(
-    x, e, v, u, of_down, dy, layers: Layers, wanted: Wanted, activation: str, rate: float, keys: Keys,
+    x, e, v, u, of_down, dy, back, layers: Layers, wanted: Wanted, activation: str, rate: float, keys: Keys,
     kernels: Kernels | None, in_place: bool, weight_dtype=None,
 ):  # fmt: skip
     """dx or None, and the gradients of gate, up and down as `linear.fused.gradients` returns them; u, of_down: the
-    low-rank inputs; in_place: e and v are not read again."""
+    low-rank inputs; back: what `_through_down` gives; in_place: e and v are not read again."""
     inner_wanted, down_wanted = Wanted(wanted.x, wanted.layers[:2]), Wanted(False, wanted.layers[2:])
+    g, dh = back
     capability = kernels.capability if kernels and kernels.low_rank else None
-    g = linear.low_rank_gradient((dy,), layers[2:], capability)
-    if capability is not None and not any(want.weight for want in wanted.layers):
-        assert g is not None
+    if capability is not None and _adds(kernels, wanted):
         de, dv, *of_b, of_a = triton.backward(
-            e, v, linear.times(dy, layers[2].weight), u, g, _scaled(layers, e.dtype), _a(layers, e.dtype), activation,
-            capability, in_place=in_place,
-        )  # fmt: skip
+            e, v, dh, u, g, _scaled(layers, e.dtype), _a(layers, e.dtype), activation, capability, in_place=in_place
+        )
         _, down_grads = linear.gradients(
             dy, of_down, (dy,), layers[2:], down_wanted, rate, keys[2:], g=g, known=((None, of_a),),
             capability=capability,
@@ -116,7 +129,6 @@ def _gradients(
             product + reference.matmul(low, linear.scaled_b(layer, product.dtype))  # type: ignore[arg-type]  # all have LoRA
             for product, low, layer in zip((e, v), linear.split_ranks(u, layers[:2]), layers[:2], strict=True)
         )
-    dh = linear.input_gradient(g, (dy,), layers[2:], rate, keys[2:])
     if kernels:
         de, dv, h = triton.product_backward(e, v, dh, activation, kernels.capability, in_place)
     else:
@@ -167,7 +179,8 @@ def _mlp_forward(x, layers, activation, rate, keys, add, kernels):
 def _mlp_backward(activation, rate, kernels, kept, dy):
     x, e, v, u, of_down, layers, keys, wanted, added = kept
     dy = linear.cotangents(dy)
-    dx, grads = _gradients(x, e, v, u, of_down, dy, layers, wanted, activation, rate, keys, kernels, False)
+    back = _through_down(dy, layers, wanted, rate, keys, kernels)
+    dx, grads = _gradients(x, e, v, u, of_down, dy, back, layers, wanted, activation, rate, keys, kernels, False)
     return dx, linear.in_dtypes(grads, layers), (None,) * len(keys), dy if added else None
 
 
@@ -259,21 +272,24 @@ def _tiled_backward(activation, rate, kernels, tiles, kept, dy):
     x, of_down, layers, keys, wanted, added = kept
     dy = linear.cotangents(dy)
 
-    def gradients(x, dy, of_down, own, weight_dtype=None):
+    def gradients(x, dy, back, of_down, own, weight_dtype=None):
         e, v, u = _inner(x, layers, rate, own, kernels)
         return _gradients(
-            x, e, v, u, of_down, dy, layers, wanted, activation, rate, own, kernels, True, weight_dtype
+            x, e, v, u, of_down, dy, back, layers, wanted, activation, rate, own, kernels, True, weight_dtype
         )  # fmt: skip
 
     def one(total, inputs):
         part, d_part, of_down, index = inputs
-        dx, grads = gradients(part, d_part, of_down, tile_keys(keys, index), jnp.float32)
+        own = tile_keys(keys, index)
+        back = _through_down(d_part, layers, wanted, rate, own, kernels)
+        dx, grads = gradients(part, d_part, back, of_down, own, jnp.float32)
         return jax.tree.map(lambda a, b: a + b.astype(jnp.float32), total, grads), dx
 
     if tiles == 1:
-        if _hoisted(x, tiles):  # it is read twice; gate, too, but memory for both is more than that is worth
-            layers = (layers[0], *_dense(layers[1:2], x.dtype, after=dy), layers[2])
-        dx, grads = gradients(x, dy, of_down, keys)
+        back = _through_down(dy, layers, wanted, rate, keys, kernels)
+        if _hoisted(x, tiles):  # gate and up are read twice, and are dense when down's dense array is gone
+            layers = (*_dense(layers[:2], x.dtype, after=back[1]), layers[2])
+        dx, grads = gradients(x, dy, back, of_down, keys)
     else:
         if _hoisted(x, tiles):
             layers = _dense(layers, x.dtype, after=dy)
