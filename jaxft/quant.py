@@ -103,10 +103,9 @@ def dense(
 ) -> jax.Array:
     """The (O, I) array of a plain or quantised weight in `dtype`: what a matmul reads.
 
-    A matmul whose backward is written by hand keeps the *weight* (the leaf) for backward, never the array that comes
-    out of here, and calls this again there with after=dY: the compiler then cannot merge the two, which would keep the
-    dense arrays of all linear layers of a block alive from its forward to its backward pass. A plain weight is only
-    cast.
+    A matmul whose backward is written by hand keeps the *weight* (the leaf) for backward, not the array that comes out
+    of here, and calls this again there with after=dY, an array that is computed before: the dense arrays of all linear
+    layers of a block would else be alive from its forward to its backward pass. A plain weight is only cast.
     Not differentiable for a quantised weight; it has no gradient.
     """
     if not isinstance(weight, NF4 | Int8):

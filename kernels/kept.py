@@ -1,4 +1,4 @@
-"""Names for what a rematerialisation policy may keep, and whether what has none is computed again."""
+"""Names for what a rematerialisation policy may keep, and whether dense copies of quantised weights are among it."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,23 +9,23 @@ import jax
 from jax.ad_checkpoint import checkpoint_name
 
 T = TypeVar("T")
-_recomputed: ContextVar[bool] = ContextVar("recomputed", default=False)
+_dense_kept: ContextVar[bool] = ContextVar("dense_kept", default=False)
 
 
 @contextmanager
-def recomputing() -> Iterator[None]:
-    """Of what is differentiated inside, residuals without a name are made again in the layer's backward pass: one that
-    is large costs no memory for longer than that."""
-    before = _recomputed.set(True)
+def recomputing(dense: bool) -> Iterator[None]:
+    """What is differentiated inside is computed again in a layer's backward pass. dense: where that is right before
+    a gradient reads the same quantised weight, so that one dense copy may serve both and costs no memory elsewhere."""
+    before = _dense_kept.set(dense)
     try:
         yield
     finally:
-        _recomputed.reset(before)
+        _dense_kept.reset(before)
 
 
-def is_recomputed() -> bool:
-    """Whether this is inside of `recomputing`."""
-    return _recomputed.get()
+def keeps_dense() -> bool:
+    """Whether an op may keep dense copies of quantised weights for its backward pass."""
+    return _dense_kept.get()
 
 
 def kept_product(x: T, name: str) -> T:

@@ -96,6 +96,31 @@ def mlp(
     )
 
 
+def mlp_of_b(name, tiles):
+    """Gradients of B alone, of layers whose A is frozen."""
+    random = np.random.default_rng(0)
+    draw = lambda *shape: jnp.asarray(random.normal(0, 0.3, shape), jnp.float32)  # noqa: E731
+    weights, pairs = (draw(32, 24), draw(32, 24), draw(24, 32)), [(24, 32), (24, 32), (32, 24)]
+    factors = [(draw(4, inner), draw(outer, 4)) for inner, outer in pairs]
+    x = draw(1, 70, 24)
+
+    def layers(bs):
+        return tuple(
+            Weights(weight, None, (a, b, jnp.float32(1.7)))
+            for weight, (a, _), b in zip(weights, factors, bs, strict=True)
+        )
+
+    def kernels(bs):
+        return fused.tiled_mlp(x, layers(bs), "silu", 0.0, (None,) * 3, None, Kernels(CARD, True), tiles)
+
+    def definition(bs):
+        return reference.mlp(x, *layers(bs), "silu", 0.0, (None,) * 3)
+
+    arguments = ([b for _, b in factors],)
+    got = with_gradients(kernels, arguments, of=(0,))
+    interpreted.compare(name, got, with_gradients(definition, arguments, of=(0,)), EXACT)
+
+
 def norm_rope(name, *, B, T, N, H, dtype=jnp.float32, of=(0, 1), tolerance=EXACT):
     random = np.random.default_rng(T)
     x, w = jnp.asarray(random.standard_normal((B, T, N, H)), dtype), jnp.asarray(random.standard_normal(H), jnp.float32)
@@ -271,6 +296,7 @@ if __name__ == "__main__":
         "mlp, weights and LoRA trained, gelu", T=64, F=96, ranks=(8, 8, 8), activation="gelu_pytorch_tanh", trained=True
     )
     mlp("mlp, float16", T=70, F=130, ranks=(16, 8, 40), dtype=jnp.float16, tolerance=HALF)
+    mlp_of_b("mlp, B alone, two tiles of tokens", 2)
     norm_rope("norm_rope", B=2, T=7, N=5, H=32)
     norm_rope("norm_rope, weight frozen", B=1, T=9, N=3, H=64, of=(0,))
     norm_rope("norm_rope, several programs, float16", B=2, T=13, N=3, H=128, dtype=jnp.float16, tolerance=HALF)
@@ -294,6 +320,7 @@ if __name__ == "__main__":
     mlp("mlp by thin kernels, ranks 8, 40, 16", T=64, F=192, ranks=(8, 40, 16))
     mlp("mlp by thin kernels, computed again in place", T=131, F=64, ranks=(8, 8, 8), tiles=1)
     mlp("mlp by thin kernels, weights and LoRA trained", T=64, F=96, ranks=(8, 8, 8), trained=True)
+    mlp_of_b("mlp by thin kernels, B alone", 1)
     qkv("qkv by thin kernels", B=2, T=21, N=4, K=2, H=32, ranks=(5, 16, 8))
     qkv("qkv by thin kernels, one without LoRA", B=1, T=70, N=3, K=1, H=64, ranks=(4, 0, 4), of=(0, 1))
     qkv("qkv by thin kernels, v without LoRA", B=1, T=30, N=3, K=1, H=64, ranks=(4, 4, 0), of=(0, 1))

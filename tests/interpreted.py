@@ -5,6 +5,7 @@ and its own derivative are run as on a GPU. Outputs are filled with NaN before: 
 """
 
 import os
+import threading
 
 os.environ["TRITON_INTERPRET"] = "1"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -16,6 +17,7 @@ from triton.runtime import interpreter
 from jaxft.kernels import launch
 
 _patch_tensor = interpreter._patch_lang_tensor
+_one_at_a_time = threading.Lock()  # XLA runs callbacks side by side; the interpreter patches Triton's modules
 
 
 def _patch_tensor_and_index(tensor, scope):
@@ -76,7 +78,8 @@ def triton_call(
         results = [HostArray(np.full(like.shape, np.nan, like.dtype)) for like in jax.tree.leaves(out_shape)]
         for source, to in input_output_aliases:
             results[to] = HostArray(np.array(inputs[source]))
-        kernel[grid](*[HostArray(np.asarray(x)) for x in inputs], *results, **constants)
+        with _one_at_a_time:
+            kernel[grid](*[HostArray(np.asarray(x)) for x in inputs], *results, **constants)
         return jax.tree.unflatten(jax.tree.structure(out_shape), [x.array for x in results])
 
     return jax.pure_callback(run, out_shape, *arrays)

@@ -327,6 +327,8 @@ REMAT: dict[str, Callable[..., bool] | None] = {
 FETCHED_EARLY = ("offload_attention", "offload_middle", "offload_v", "offload_qkv")
 # of what is fetched, how much a layer's backward pass begins with: the MLP's reads nothing but what stands before it
 AHEAD = {"offload_middle": 1, "offload_v": 1, "offload_qkv": 1}
+# q and k are computed again right before their gradients, and not ahead of the MLP's, where memory is at its peak
+DENSE_KEPT = ("offload_middle", "offload_v")
 LEANEST = "offload"  # which is not given a second copy of LoRA's factors
 OFFLOADED = (LEANEST, *FETCHED_EARLY)
 KEPT_MLP = ("none", "products")  # policies that keep what stands between an MLP's products
@@ -363,7 +365,8 @@ def scan_layers(block: nnx.Module, x: jax.Array, layers: LayerData, context: Con
     # elsewhere XLA would have to split what these scans make without a word about how
     if cache is None and (host or (REMAT[remat] is not None and one_device())):
         body = jax.checkpoint(body, prevent_cse=False, policy=REMAT[remat])
-        return checkpointed_scan(body, host, AHEAD.get(remat), x, (sliced, layers), (stacks, context)), None
+        inputs = x, (sliced, layers), (stacks, context)
+        return checkpointed_scan(body, host, AHEAD.get(remat), remat in DENSE_KEPT, *inputs), None
     if cache is None and remat == "none" and one_gpu():  # a CPU's compiler takes long for it, and little is gained
         return unrolled_scan(body, x, (sliced, layers), (stacks, context)), None
 

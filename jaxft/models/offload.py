@@ -11,7 +11,7 @@ it again in backward.
 """
 
 import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,39 +72,43 @@ def _primals(scan: str, x: Any, layers: Any, shared: Any) -> tuple[jax.Array, An
     return *jax.tree.map(lambda leaf: leaf.value, (x, layers, shared)), wanted
 
 
+Groups = tuple[tuple[int, ...], ...]
+
+
 @jax.tree_util.register_static
 @dataclass(frozen=True)
-class _Kept:
-    """What `checkpointed_scan`'s backward pass knows without arrays; near: shape and dtype of each residual that stays
-    on the device."""
+class _Near:
+    """What of a layer's residuals stays on the device, as shapes, and which of them lie in one array."""
 
-    pull: _Pull
-    near: tuple[tuple[tuple[int, ...], Any], ...]
-    wanted: _Wanted
+    like: tuple[jax.ShapeDtypeStruct, ...]
+    groups: Groups
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def checkpointed_scan(body: Body, host: bool, ahead: int | None, x: jax.Array, layers: Any, shared: Any) -> jax.Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
+def checkpointed_scan(
+    body: Body, host: bool, ahead: int | None, dense: bool, x: jax.Array, layers: Any, shared: Any
+) -> jax.Array:
     """x after body(x, layer, shared, number) for each layer; the leaves of `layers` have a leading L.
 
     body is `jax.checkpoint`ed, so that its residuals are few. host: whether the larger ones wait there. ahead: how many
     of those, from the last that a layer's forward pass makes, its backward pass begins with; None: all. They are
-    fetched a layer ahead, into a second array each. Differentiated with respect to x and whatever leaves of layers are
+    fetched a layer ahead, into a second array each. dense: whether what is computed again may hand the dense copy of a
+    quantised weight on to the gradient's product. Differentiated with respect to x and whatever leaves of layers are
     differentiated; `shared` has no derivative: TypeError where one is asked for.
     """
     return _in_turn(body, x, layers, shared)
 
 
-def _forward(body, host, ahead, x, layers, shared):
+def _forward(body, host, ahead, dense, x, layers, shared):
     x, layers, shared, wanted = _primals("checkpointed_scan", x, layers, shared)
     pulls: list[_Pull] = []
     constants: list[jax.Array] = []  # what is the same in each layer, such as the levels of four bits
-    nears: list[jax.ShapeDtypeStruct] = []  # what stays on the device of a layer
+    nears: list[_Near] = []
     count = _count(layers)
 
     def one(x, index):
         layer = _at(layers, index)
-        with recomputing():
+        with recomputing(dense):
             y, pull = _pull_back(body, x, layer, shared, index, wanted)
         leaves, treedef = jax.tree.flatten(pull)
         own = {id(leaf): ("layer", i) for i, leaf in enumerate(jax.tree.leaves(layer))}
@@ -121,8 +125,8 @@ def _forward(body, host, ahead, x, layers, shared):
         own |= {id(leaf): ("far", i) for i, leaf in enumerate(far)}
         own |= {id(leaf): ("near", i) for i, leaf in enumerate(near)}
         pulls.append(_Pull(treedef, tuple(own[id(leaf)] for leaf in leaves)))
-        nears[:] = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in near]
-        return y, far, _packed(near, _together(near))
+        nears.append(_Near(_like(near), _together(near)))
+        return y, far, _packed(near, nears[-1].groups)
 
     def step(carry):
         index, x, there, here, _ = carry
@@ -143,8 +147,7 @@ def _forward(body, host, ahead, x, layers, shared):
     last = [_empty(leaf.shape, leaf.dtype) for leaf in far[:ahead]]
     start = (jnp.int32(0), x, there, here, last)
     _, x, there, here, last = jax.lax.while_loop(lambda carry: carry[0] < count, step, start)
-    kept = _Kept(pulls[-1], tuple((leaf.shape, leaf.dtype) for leaf in nears), wanted)
-    return _unbatched(x) if host else x, (there, last, here, layers, shared, constants, kept)
+    return _unbatched(x) if host else x, (there, last, here, layers, shared, constants, pulls[-1], nears[-1], wanted)
 
 
 @jax.custom_batching.custom_vmap
@@ -195,10 +198,9 @@ def _pull_back(body, x, layer, shared, number, wanted):
     return jax.vjp(of_wanted, x, asked)
 
 
-def _backward(body, host, ahead, residuals, dy):
-    there, last, device, layers, shared, constants, kept = residuals
-    pull, wanted, count = kept.pull, kept.wanted, _count(layers)
-    nears = [jax.ShapeDtypeStruct(*one) for one in kept.near]
+def _backward(body, host, ahead, dense, residuals, dy):
+    there, last, device, layers, shared, constants, pull, nears, wanted = residuals
+    count = _count(layers)
 
     def fetch(stacks, slot):
         """What waits in `slot`: the residuals of layer count − 1 − slot."""
@@ -209,7 +211,7 @@ def _backward(body, host, ahead, residuals, dy):
         index = count - below
         later = fetch(there[len(here) :], below - 1)
         next_here = fetch(there[: len(here)], below)
-        layer, near = _at(layers, index), _row(device, nears, _together(nears), index)
+        layer, near = _at(layers, index), _row(device, nears.like, nears.groups, index)
         found = {"far": here + later, "near": near, "layer": jax.tree.leaves(layer), "shared": jax.tree.leaves(shared)}
         found |= {"number": [index], "constant": constants}
         back = jax.tree.unflatten(pull.treedef, [found[source][i] for source, i in pull.sources])
@@ -225,10 +227,11 @@ def _backward(body, host, ahead, residuals, dy):
     return dx, wanted.tree(layers, _unpacked(grads, rows, groups)), None
 
 
-Groups = tuple[tuple[int, ...], ...]
+def _like(rows: Sequence[jax.Array]) -> tuple[jax.ShapeDtypeStruct, ...]:
+    return tuple(jax.ShapeDtypeStruct(row.shape, row.dtype) for row in rows)
 
 
-def _together(rows: list[Any]) -> Groups:
+def _together(rows: Sequence[Any]) -> Groups:
     """Which of a layer's arrays lie in one: the small ones of a dtype, whose own kernels would be shorter than their
     launches. On a mesh none, as they are split over it each in its own way."""
     together: dict[Any, list[int]] = {}
@@ -255,7 +258,7 @@ def _packed(rows: list[jax.Array], groups: Groups) -> list[jax.Array]:
     return [rows[of[0]] if len(of) == 1 else jnp.concatenate([lines(rows[n]) for n in of]) for of in groups]
 
 
-def _places(like: list[Any], group: tuple[int, ...]) -> Iterator[tuple[int, int, int, int]]:
+def _places(like: Sequence[Any], group: tuple[int, ...]) -> Iterator[tuple[int, int, int, int]]:
     """Of each array of a group its number, first line, count of lines and their width."""
     first = 0
     for n in group:
@@ -264,7 +267,7 @@ def _places(like: list[Any], group: tuple[int, ...]) -> Iterator[tuple[int, int,
         first += count
 
 
-def _row(stacks: list[jax.Array], like: list[Any], groups: Groups, index: jax.Array) -> list[jax.Array]:
+def _row(stacks: list[jax.Array], like: Sequence[Any], groups: Groups, index: jax.Array) -> list[jax.Array]:
     """One layer's arrays, of the shapes of `like`, from the stacks of what `_packed` gives."""
     found: dict[int, jax.Array] = {}
     for stack, group in zip(stacks, groups, strict=True):
@@ -277,7 +280,7 @@ def _row(stacks: list[jax.Array], like: list[Any], groups: Groups, index: jax.Ar
     return [found[n] for n in range(len(like))]
 
 
-def _unpacked(stacks: list[jax.Array], like: list[Any], groups: Groups) -> list[jax.Array]:
+def _unpacked(stacks: list[jax.Array], like: Sequence[Any], groups: Groups) -> list[jax.Array]:
     """All layers' arrays at once, with a leading L, from the stacks of what `_packed` gives."""
     found: dict[int, jax.Array] = {}
     for stack, group in zip(stacks, groups, strict=True):
@@ -285,8 +288,8 @@ def _unpacked(stacks: list[jax.Array], like: list[Any], groups: Groups) -> list[
             found[group[0]] = stack
             continue
         for n, first, count, _ in _places(like, group):
-            rows = stack[:, first : first + count].reshape(stack.shape[0], -1)
-            found[n] = rows[:, : like[n].size].reshape(-1, *like[n].shape)
+            rows = stack[:, first : first + count].reshape(len(stack), -1)
+            found[n] = rows[:, : like[n].size].reshape(len(stack), *like[n].shape)
     return [found[n] for n in range(len(like))]
 
 

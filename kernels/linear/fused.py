@@ -9,8 +9,8 @@
 Kept for backward: x, the u_i (R columns each), and the parameters as they came. Gradients of A, B, biases and the
 scales are float32 sums over bfloat16 operands (a float32 operand would make the product a slow TF32 one); dW has the
 weight's own dtype. Whatever is not differentiated gets no gradient: a frozen W costs no product. Dropout's masks are
-drawn again from the key in backward. A quantised W is kept as it is held, has no gradient, and is made dense once for
-each product that reads it.
+drawn again from the key in backward. A quantised W is kept as it is held, has no gradient, and is made dense for each
+product that reads it, unless who calls has a dense copy at hand.
 """
 
 import functools
@@ -105,10 +105,10 @@ def ranks(layers: tuple[Weights, ...]) -> list[int]:
     return [0 if layer.lora is None else layer.lora[0].shape[0] for layer in layers]
 
 
-def split_ranks(u: jax.Array | None, layers: tuple[Weights, ...]) -> list[jax.Array | None]:
-    """Cuts what stands side by side, (..., Σ R), into one part a layer, R wide; None for a layer without LoRA."""
+def split_ranks(u: jax.Array | None, layers: tuple[Weights, ...], start: int = 0) -> list[jax.Array | None]:
+    """Cuts what stands side by side, (..., Σ R), into one part a layer, R wide; None for a layer without LoRA. start:
+    where the first layer's columns begin."""
     parts: list[jax.Array | None] = []
-    start = 0
     for rank in ranks(layers):
         parts.append(None if u is None or not rank else jax.lax.slice_in_dim(u, start, start + rank, axis=u.ndim - 1))
         start += rank
@@ -128,27 +128,31 @@ def low_rank_inputs(
             for layer, key in zip(layers, keys, strict=True)
             if layer.lora is not None
         ]
-        return jnp.concatenate([kept_product(part, "lora_low_rank") for part in parts], axis=-1)
+        return kept_product(jnp.concatenate(parts, axis=-1), "lora_low_rank")
     a = _concatenated_a(layers, x.dtype)
-    if capability is not None and triton.THIN and a.shape[0] <= triton.LARGEST_RANK:
+    capability = triton.thin(capability, a.shape[:1])
+    if capability is not None:
         return kept_product(triton.side_by_side([x], [a], capability, across=True), "lora_low_rank")
     return kept_product(reference.matmul(x, a), "lora_low_rank")
 
 
 def outputs(
     x: jax.Array, u: jax.Array | None, layers: tuple[Weights, ...], add: jax.Array | None = None,
-    capability: int | None = None,
+    capability: int | None = None, start: int = 0,
 ) -> tuple[jax.Array, ...]:  # fmt: skip
     """y_i = x W_iᵀ + u_i (s_i B_i)ᵀ + bias_i, (..., O_i) in x's dtype each; the first one + add. u: the
-    `low_rank_inputs`; capability: that the kernel which adds the parts of the first one up is compiled for, None for
-    plain XLA."""
+    `low_rank_inputs`, in which these layers' begin with the column `start`; capability: that the kernel which adds the
+    parts up is compiled for, None for plain XLA."""
     found: list[jax.Array] = []
-    for layer, low in zip(layers, split_ranks(u, layers), strict=True):
+    sizes = ranks(layers)
+    starts = itertools.accumulate(sizes, initial=start)
+    for layer, low, first, rank in zip(layers, split_ranks(u, layers, start), starts, sizes, strict=False):
         y = multiply(x, layer.weight)
-        if low is not None:
+        if u is not None and low is not None:
             b = scaled_b(layer, x.dtype)
-            if capability is not None and add is not None:
-                found.append(triton.summed(y, low, 0, b, add, capability))
+            by = capability if add is not None else triton.thin(capability, (rank,))
+            if by is not None and layer.bias is None:
+                found.append(triton.summed(y, u, first, b, add, by))
                 add = None
                 continue
             # the large product can take it as its own start (beta = 1). Added to the residual first, whose numbers are
@@ -163,7 +167,7 @@ def outputs(
 
 
 def gradients(
-    x: jax.Array,
+    x: jax.Array | None,
     u: jax.Array | None,
     dys: tuple[jax.Array, ...],
     layers: tuple[Weights, ...],
@@ -179,14 +183,18 @@ def gradients(
     """dx (..., I) in x's dtype, and for each layer its gradients: float32, dW in weight_dtype (the weight's own where
     None), None for what is not wanted.
 
-    u: the `low_rank_inputs`; g: the `low_rank_gradient`, where it is known already; known: of each layer dYᵀ u and gᵀ x
-    or None, likewise. capability: that the kernels of the thin products are compiled for, None for plain XLA.
+    x: None where no gradient reads it. u: the `low_rank_inputs`; g: the `low_rank_gradient`, where it is known already;
+    known: of each layer dYᵀ u and gᵀ x or None, likewise. capability: that the kernels of the thin products are
+    compiled for, None for plain XLA.
     """
     g = low_rank_gradient(dys, layers, capability) if g is None else g
     products = _low_rank_products(x, u, g, dys, layers, wanted, rate, keys, known, capability)
     grads = []
     for layer, want, dy, (of_b, of_a) in zip(layers, wanted.layers, dys, products, strict=True):
-        d_weight = over_tokens(dy, x, weight_dtype or layer.weight.dtype) if want.weight else None
+        d_weight = None
+        if want.weight:
+            assert x is not None
+            d_weight = over_tokens(dy, x, weight_dtype or layer.weight.dtype)
         d_bias = jnp.sum(dy.astype(jnp.float32), axis=tuple(range(dy.ndim - 1))) if want.bias else None
         d_lora = None
         if layer.lora is not None:
@@ -208,7 +216,8 @@ def low_rank_gradient(
     bs = [scaled_b(layer, dys[0].dtype) for layer in layers if layer.lora is not None]
     if not bs:
         return None
-    if capability is not None and triton.THIN:
+    capability = triton.thin(capability, [b.shape[1] for b in bs])
+    if capability is not None:
         return triton.side_by_side(dys, bs, capability)
     return jnp.concatenate([times(dy, b) for dy, b in zip(dys, bs, strict=True)], axis=-1)
 
@@ -227,7 +236,7 @@ def input_gradient(
             low_rank = _dropout(times(part, rounded_a(layer, part.dtype)), rate, key)
             dx = low_rank if dx is None else low_rank + dx
         # the large product stands on the left, so that it takes the sum so far as its own start (beta = 1); weights
-        # that are dequantised wait for it, so that their dense arrays are never there together
+        # that are dequantised here wait for it, so that their dense arrays are never there together
         full = times(dy, layer.weight, after=before)
         dx = before = full if dx is None else full + dx
     assert dx is not None  # there is a layer
@@ -240,25 +249,25 @@ def _low_rank_products(x, u, g, dys, layers, wanted, rate, keys, known, capabili
     sizes = ranks(layers)
     starts = list(itertools.accumulate(sizes, initial=0))
     present = [(i, wanted.layers[i].lora) for i, size in enumerate(sizes) if size]
-    of_b = [i for i, want in present if (want[1] or want[2]) and known[i][0] is None]
-    of_a = [i for i, want in present if want[0] and known[i][1] is None]
+    wants_b, wants_a = [i for i, want in present if want[1] or want[2]], [i for i, want in present if want[0]]
+    of_b, of_a = [i for i in wants_b if known[i][0] is None], [i for i in wants_a if known[i][1] is None]
     dropped = _dropped(keys, rate)
+    capability = triton.thin(capability, [size for size in sizes if size])
     asked = [triton.Thin(dys[i], u, starts[i], sizes[i], False) for i in of_b]
-    together = bool(of_a) and not dropped and starts[-1] <= triton.LARGEST_RANK  # x is read once for all of them
+    fits = capability is None or starts[-1] <= triton.LARGEST_RANK
+    together = bool(of_a) and not dropped and fits  # x is read once for all of them
     if together:
         asked.append(triton.Thin(x, g, 0, starts[-1], True))
     else:
         inputs = [_dropout(x, rate, keys[i]) if dropped else x for i in of_a]
         asked += [triton.Thin(own, g, starts[i], sizes[i], True) for i, own in zip(of_a, inputs, strict=True)]
-    if capability is not None and triton.THIN:
-        products = triton.over_tokens(asked, capability)
-    else:
-        products = [_thin(one) for one in asked]
+    products = [_thin(one) for one in asked] if capability is None else triton.over_tokens(asked, capability)
     rest = products[len(of_b) :]
     if together:
         rest = [rest[0][starts[i] : starts[i + 1]] for i in of_a]
-    d_b, d_a = dict(zip(of_b, products[: len(of_b)], strict=True)), dict(zip(of_a, rest, strict=True))
-    return [(d_b.get(i) if b is None else b, d_a.get(i) if a is None else a) for i, (b, a) in enumerate(known)]
+    d_b = {i: known[i][0] for i in wants_b} | dict(zip(of_b, products[: len(of_b)], strict=True))
+    d_a = {i: known[i][1] for i in wants_a} | dict(zip(of_a, rest, strict=True))
+    return [(d_b.get(i), d_a.get(i)) for i in range(len(layers))]
 
 
 def _thin(product: triton.Thin) -> jax.Array:

@@ -21,6 +21,7 @@ TOKENS, FEATURES, WARPS = 64, 64, 4  # of a program of `summed`
 LARGEST_RANK = 128
 THIN = False  # whether the thin products are these kernels': not before a card has run them (docs/log.md)
 MOST = 4  # products of a launch
+SIDES = 3  # products that stand side by side
 PROGRAMS = 512  # of `over_tokens`, about: what fills a card
 MANY = 8192  # tokens, from which on `side_by_side` has programs enough with larger tiles
 
@@ -46,6 +47,13 @@ def check(x: jax.Array, layers: tuple[Weights, ...], add: jax.Array | None, capa
     if first.lora[0].shape[0] > LARGEST_RANK:
         raise NotImplementedError(f"rank {first.lora[0].shape[0]}: needs at most {LARGEST_RANK}")
     check_installed()
+
+
+def thin(capability: int | None, ranks: Sequence[int]) -> int | None:
+    """The compute capability that the kernels of thin products are compiled for; None where they serve no such ranks of
+    layers that read one x."""
+    fit = len(ranks) <= SIDES and max(ranks, default=0) <= LARGEST_RANK
+    return capability if THIN and fit else None
 
 
 def summed(
@@ -111,7 +119,7 @@ def _over_tokens(products: list[Thin], capability: int, tile: Tile | None) -> li
 def side_by_side(
     xs: Sequence[jax.Array], bs: Sequence[jax.Array], capability: int, across: bool = False, tile: Tile | None = None
 ) -> jax.Array:
-    """[x_0 b_0 | x_1 b_1 | ...], (..., Σ R) in x's dtype, for at most three: x_i (..., K_i) of the same tokens, b_i
+    """[x_0 b_0 | x_1 b_1 | ...], (..., Σ R) in x's dtype, for at most `SIDES`: x_i (..., K_i) of the same tokens, b_i
     (K_i, R_i), or where they lie across (R_i, K_i)."""
     from jaxft.kernels.linear import triton_kernels
 
@@ -122,13 +130,13 @@ def side_by_side(
     tile = tile or Tile(16 if T < MANY else 64, 128 if max(R) <= 32 else 64)
     tokens = fitting(T, tile.tokens)
     g = launch.triton_call(
-        *_filled(xs, 3), *_filled(bs, 3), kernel=triton_kernels.side_by_side,
+        *_filled(xs, SIDES), *_filled(bs, SIDES), kernel=triton_kernels.side_by_side,
         out_shape=jax.ShapeDtypeStruct((T, start[-1]), xs[0].dtype), grid=(-(-T // tokens), len(xs)),
         num_warps=tile.warps, num_stages=1, compute_capability=capability, name="linear_side_by_side", COUNT=len(xs),
         T=T, K=tuple(x.shape[-1] for x in xs), R=R, ACROSS=across, START=start[:-1], WIDTH=start[-1],
         RP=tuple(map(padded, R)), BT=tokens, BK=tile.columns, STAGES=tile.stages,
     )  # fmt: skip
-    return g.reshape(*lead, -1)
+    return g.reshape(*lead, start[-1])
 
 
 def _filled(arrays: Sequence[jax.Array], count: int) -> list[jax.Array]:

@@ -116,7 +116,7 @@ def _gradients(
             e, v, dh, u, g, _scaled(layers, e.dtype), _a(layers, e.dtype), activation, capability, in_place=in_place
         )
         _, down_grads = linear.gradients(
-            dy, of_down, (dy,), layers[2:], down_wanted, rate, keys[2:], g=g, known=((None, of_a),),
+            None, of_down, (dy,), layers[2:], down_wanted, rate, keys[2:], g=g, known=((None, of_a),),
             capability=capability,
         )  # fmt: skip
         dx, inner_grads = linear.gradients(

@@ -4,7 +4,8 @@
 
 The low-rank parts of q and k are added by the kernel that normalises and rotates them, in float32: a product of their
 own would write them, and the large product read them, as wide as q and k. Kept for backward: x, the products without
-those parts, named for a rematerialisation policy, and the columns of the low-rank inputs.
+those parts, named for a rematerialisation policy, the columns of the low-rank inputs, and where they cost nothing the
+dense copies of quantised weights.
 """
 
 import functools
@@ -14,10 +15,9 @@ import jax
 import jax.numpy as jnp
 
 from jaxft.kernels.gpu import check_16_bits
-from jaxft.kernels.kept import is_recomputed
+from jaxft.kernels.kept import keeps_dense
 from jaxft.kernels.linear import Weights
 from jaxft.kernels.linear import fused as linear
-from jaxft.kernels.linear import triton as thin
 from jaxft.kernels.norm_rope import triton as kernels
 from jaxft.kernels.norm_rope.triton import LowRank
 from jaxft.kernels.qkv.reference import heads
@@ -70,22 +70,23 @@ def qkv(
     return _run(x, layers, norms, cos, sin, head_dim, eps, capability)[0]
 
 
-def _shared(layers: Layers, dtype: jnp.dtype) -> Layers:
-    """The layers with quantised q and k dense, where a product that is computed again reads them beside the gradient's.
-    v is most often kept, and its product not computed again."""
-    if not is_recomputed():
+def _dense(layers: Layers, dtype: jnp.dtype) -> Layers:
+    """The layers with quantised weights dense, where their products are computed again right before the gradients that
+    read them, too (`keeps_dense`)."""
+    if not keeps_dense():
         return layers
-    q, k = (
-        layer._replace(weight=dense(layer.weight, dtype)) if is_quantized(layer.weight) else layer
-        for layer in layers[:2]
+    q, k, v = (
+        layer._replace(weight=dense(layer.weight, dtype)) if is_quantized(layer.weight) else layer for layer in layers
     )
-    return q, k, layers[2]
+    return q, k, v
 
 
 def _run(x, layers, norms, cos, sin, head_dim, eps, capability):
     u = linear.low_rank_inputs(x, layers, 0.0, NO_KEYS, capability)
     assert u is not None  # `check` has seen LoRA
-    products = *(multiply(x, layer.weight) for layer in layers[:2]), _v(x, u, layers, capability)
+    start = sum(linear.ranks(layers[:2]))
+    v = linear.outputs(x, u, layers[2:], capability=capability, start=start)[0]
+    products = *(multiply(x, layer.weight) for layer in layers[:2]), v
     q, k, v = heads(products, head_dim)
     rotated = [
         kernels.rotated(part, low, norm, cos, sin, eps, capability)
@@ -94,19 +95,11 @@ def _run(x, layers, norms, cos, sin, head_dim, eps, capability):
     return (*rotated, v), (q, k, u)
 
 
-def _v(x, u, layers, capability):
-    v = layers[2]
-    if v.lora is None or not thin.THIN:
-        return linear.outputs(x, linear.split_ranks(u, layers)[2], layers[2:])[0]
-    start = sum(linear.ranks(layers[:2]))
-    return thin.summed(multiply(x, v.weight), u, start, linear.scaled_b(v, x.dtype), None, capability)
-
-
 def _forward(x, layers, norms, cos, sin, head_dim, eps, capability):
     wanted = linear.perturbed(x, layers)
     trained = _Trained(tuple(norm.perturbed for norm in norms or ()))
     x, layers, norms, cos, sin = linear.values((x, layers, norms, cos, sin))
-    layers = _shared(layers, x.dtype)
+    layers = _dense(layers, x.dtype)
     out, kept = _run(x, layers, norms, cos, sin, head_dim, eps, capability)
     return out, (x, layers, norms, cos, sin, kept, wanted, trained)
 
