@@ -22,6 +22,7 @@ def records(bench, tmp_path, *arguments) -> tuple[int, list[dict]]:
     return code, [json.loads(line) for line in file.read_text().splitlines()]
 
 
+@pytest.mark.long
 def test_every_op_runs_at_a_tiny_shape_and_is_right(bench, tmp_path, capsys):
     code, found = records(bench, tmp_path, "all")
     assert code == 0, capsys.readouterr().out

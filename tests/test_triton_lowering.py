@@ -186,7 +186,7 @@ def test_the_kernels_of_thin_products_compile_for_every_card_and_fit_it(capabili
 @pytest.mark.parametrize(
     "ranks, T", [((40, 40, 40), 16384), ((8, 4, 8), 1537), ((32, 32, 64), 4096), ((128, 128, 128), 2048)]
 )
-@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("capability", [89, 90])
 def test_the_kernels_of_thin_products_fit_at_every_rank(capability, ranks, T, tmp_path):
     check_thin(capability, ranks, tmp_path, T)
 
