@@ -82,6 +82,7 @@ class Workload:
     full_finetuning: bool = False
     load_in_4bit: bool = False
     gradient_checkpointing: str = "full"
+    kept_layers: int = 0
     mean_document: int = 0
 
 
@@ -144,16 +145,20 @@ def planned(name: str, options: argparse.Namespace) -> Plan:
     optimizer = make_optimizer(2e-4, optim=options.optim)
     documents = max(int(batch["segment_ids"].max()) for batch in batches_of(workload, model))
 
-    def make(gradient_checkpointing: str, mlp_tiles: int) -> Plan:
+    def make(gradient_checkpointing: str, mlp_tiles: int, kept_layers: int = 0) -> Plan:
         return plan(
             model, optimizer=optimizer, trainable=trainable, opt_state=state_shapes(optimizer, trainable),
             frozen=frozen, batch=batch_shapes(mesh, 1, workload.batch, workload.length),
-            gradient_checkpointing=gradient_checkpointing, mlp_tiles=mlp_tiles, max_documents=documents,
-            compiler_options=dict(options.compiler_option),
+            gradient_checkpointing=gradient_checkpointing, mlp_tiles=mlp_tiles, kept_layers=kept_layers,
+            max_documents=documents, compiler_options=dict(options.compiler_option),
         )  # fmt: skip
 
     if options.memory_budget is None:
-        return make(options.gradient_checkpointing or workload.gradient_checkpointing, options.mlp_tiles or 1)
+        policy = options.gradient_checkpointing or workload.gradient_checkpointing
+        kept = options.kept_layers
+        if kept is None:  # the workload's own, with its own policy
+            kept = workload.kept_layers if policy == workload.gradient_checkpointing else 0
+        return make(policy, options.mlp_tiles or 1, kept)
     limit = device_limit(device) if options.memory_budget == "auto" else parse_bytes(options.memory_budget)
     if limit is None:
         raise InputError(f"--memory_budget auto: {device.device_kind} has no memory of its own; name a number")
@@ -231,6 +236,7 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
         "shape": [workload.batch, workload.length],
         "gradient_checkpointing": found.gradient_checkpointing,
         "mlp_tiles": found.mlp_tiles,
+        "kept_layers": found.kept_layers,
         "compiler_options": dict(options.compiler_option),
         "optim": options.optim,
         "device": device.device_kind,
@@ -272,6 +278,11 @@ def read_options(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--warmup", type=int, default=3, help="steps before them")
     parser.add_argument("--gradient_checkpointing", choices=list(REMAT), help="instead of the workload's own")
     parser.add_argument("--mlp_tiles", type=int, help="in how many parts the MLPs take the tokens, 1 where not given")
+    parser.add_argument(
+        "--kept_layers",
+        type=int,
+        help="how many of the last layers put nothing on the host, instead of the workload's own",
+    )
     parser.add_argument("--memory_budget", help="11GiB or auto: the fastest policy that fits, in place of those two")
     parser.add_argument("--dry_run", action="store_true", help="compile, say what the step needs, run nothing")
     parser.add_argument("--device", help="dry runs only: a card that is not here, h200")

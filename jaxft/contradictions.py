@@ -26,7 +26,7 @@ RANGES: list[tuple[str, str, Callable[[float], bool]]] = [
     ("lora_r lora_alpha logging_steps save_total_limit gradient_accumulation_steps", "at least 1", lambda x: x >= 1),
     ("buffer_size mlp_tiles conversation_extension", "at least 1", lambda x: x >= 1),
     ("loftq_iter init_r target_r deltaT", "at least 1", lambda x: x >= 1),
-    ("show_samples", "at least 0", lambda x: x >= 0),
+    ("show_samples kept_layers", "at least 0", lambda x: x >= 0),
     (
         "eval_split",
         "a share between 0 and 1, or a whole number of rows",
@@ -104,9 +104,14 @@ def check(settings: Any, where: dict[str, str]) -> None:
             raise InputError(f"{where['output']} is for the answers to --prompts FILE.jsonl; one answer goes to stdout")
     if isinstance(settings, TrainSettings):
         _ = settings.memory_limit  # raises where it cannot be read
-        chosen = [where[name] for name in ("gradient_checkpointing", "mlp_tiles") if name in where]
+        chosen = [where[name] for name in ("gradient_checkpointing", "mlp_tiles", "kept_layers") if name in where]
         if settings.memory_budget and chosen and not settings.dry_run:
             raise InputError(f"{where['memory_budget']} chooses what {chosen[0]} says; leave one of them out")
+        if settings.kept_layers and not settings.gradient_checkpointing.startswith("offload"):
+            raise InputError(
+                f"{where['kept_layers']} is about what waits on the host, and --gradient_checkpointing "
+                f"{settings.gradient_checkpointing} puts nothing there; offload and those that begin with it do"
+            )
         if settings.device and not settings.dry_run:
             raise InputError(
                 f"{where['device']} is {settings.device}, which is not here: it has a meaning with --dry_run only"

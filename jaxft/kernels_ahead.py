@@ -84,7 +84,7 @@ def trace(settings: TrainSettings, prepared: Prepared, optimizer: Any) -> jax.st
     """The run's step traced from shapes, as `memory.plan` does it, under a name of its own."""
     step = make_train_step(
         prepared.model, optimizer=optimizer, gradient_checkpointing=settings.gradient_checkpointing,
-        dtype=prepared.compute_dtype, mlp_tiles=settings.mlp_tiles,
+        dtype=prepared.compute_dtype, mlp_tiles=settings.mlp_tiles, kept_layers=settings.kept_layers,
         max_documents=None if settings.packing or settings.streaming else PADDED,
     )  # fmt: skip
 

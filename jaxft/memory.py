@@ -62,6 +62,7 @@ class Plan:
 
     gradient_checkpointing: str
     mlp_tiles: int
+    kept_layers: int
     weights: int
     trained: int
     optimizer: int
@@ -82,7 +83,8 @@ class Plan:
     @property
     def policy(self) -> str:
         """As the flags would be typed."""
-        return f"--gradient_checkpointing {self.gradient_checkpointing} --mlp_tiles {self.mlp_tiles}"
+        kept = f" --kept_layers {self.kept_layers}" if self.kept_layers else ""
+        return f"--gradient_checkpointing {self.gradient_checkpointing} --mlp_tiles {self.mlp_tiles}{kept}"
 
     def lines(self) -> list[str]:
         """The plan as a table, one part a line."""
@@ -102,8 +104,8 @@ class Plan:
 
 def plan(
     model: Model, *, optimizer: optax.GradientTransformation, trainable: Tree, opt_state: optax.OptState, frozen: Tree,
-    batch: dict[str, Any], gradient_checkpointing: str = "full", mlp_tiles: int = 1, dtype: Any = None,
-    max_documents: int | None = None, compiler_options: dict[str, Any] | None = None,
+    batch: dict[str, Any], gradient_checkpointing: str = "full", mlp_tiles: int = 1, kept_layers: int = 0,
+    dtype: Any = None, max_documents: int | None = None, compiler_options: dict[str, Any] | None = None,
 ) -> Plan:  # fmt: skip
     """Compiles the train step for these trees and says what it needs; nothing is run, and no array is needed.
 
@@ -124,7 +126,7 @@ def plan(
     step = jax.jit(
         make_train_step(
             model, optimizer=optimizer, gradient_checkpointing=gradient_checkpointing, dtype=dtype,
-            mlp_tiles=mlp_tiles, max_documents=max_documents,
+            mlp_tiles=mlp_tiles, kept_layers=kept_layers, max_documents=max_documents,
         ),
         donate_argnums=(0, 1), out_shardings=(*places, None), compiler_options=compiler_options,
     )  # fmt: skip
@@ -140,6 +142,7 @@ def plan(
     return Plan(
         gradient_checkpointing=gradient_checkpointing,
         mlp_tiles=mlp_tiles,
+        kept_layers=kept_layers,
         weights=device_bytes(frozen),
         trained=device_bytes(trainable),
         # on a CPU the host's memory is the device's
@@ -203,15 +206,15 @@ def plan_run(run: Run, prepared: Prepared, say: Callable[[str], None]) -> Plan:
     if limit is not None:
         say(f"memory: at most {gib(limit)}, {source}")
 
-    def make(gradient_checkpointing: str, mlp_tiles: int) -> Plan:
+    def make(gradient_checkpointing: str, mlp_tiles: int, kept_layers: int = 0) -> Plan:
         trainable, opt_state, frozen, batch, _ = step_shapes(settings, prepared, run.optimizer)
         return plan(
             prepared.model, optimizer=run.optimizer, trainable=trainable, opt_state=opt_state, frozen=frozen,
-            batch=batch, gradient_checkpointing=gradient_checkpointing, mlp_tiles=mlp_tiles,
+            batch=batch, gradient_checkpointing=gradient_checkpointing, mlp_tiles=mlp_tiles, kept_layers=kept_layers,
             dtype=prepared.compute_dtype, max_documents=run.batches.max_documents,
         )  # fmt: skip
 
-    given = settings.settings_given & {"gradient_checkpointing", "mlp_tiles"}
+    given = settings.settings_given & {"gradient_checkpointing", "mlp_tiles", "kept_layers"}
     if settings.memory_budget and not given:
         assert isinstance(limit, int)
         try:
@@ -223,7 +226,7 @@ def plan_run(run: Run, prepared: Prepared, say: Callable[[str], None]) -> Plan:
                 raise RunError(str(failure)) from failure
             raise
     else:
-        planned = make(settings.gradient_checkpointing, settings.mlp_tiles)
+        planned = make(settings.gradient_checkpointing, settings.mlp_tiles, settings.kept_layers)
     if settings.dry_run:
         print("\n".join([*planned.lines(), f"{run.total_steps} steps of {run.batches.rows_per_step} rows"]))
         for line in time_lines(run, prepared, planned):

@@ -265,6 +265,9 @@ def test_weights_that_must_be_seen_are_asked_for(command, place, tmp_path):
         (flags(memory_budget="much"), r"--memory_budget 'much': expected auto, or a number with its unit"),
         (flags(memory_budget="0GiB"), r"--memory_budget '0GiB': expected auto"),
         (flags(mlp_tiles=0), "--mlp_tiles is 0; it must be at least 1"),
+        (flags(kept_layers=2), "--kept_layers is about what waits on the host, and --gradient_checkpointing full puts"),
+        (flags(kept_layers=-1), "--kept_layers is -1; it must be at least 0"),
+        (flags(memory_budget="auto", kept_layers=1), "--memory_budget chooses what --kept_layers says; leave one"),
     ],
 )
 def test_contradictions_are_refused(argv, words):

@@ -30,14 +30,16 @@ def last_gradients():
 
 
 @cache
-def gradient_step(name, *, lora=False, dropout=0.0, weights="float32", compute=None, checkpointing="none"):
+def gradient_step(
+    name, *, lora=False, dropout=0.0, weights="float32", compute=None, checkpointing="none", kept_layers=0
+):
     """(run, trainable, frozen) of a tiny model, where run(trainable, frozen, batch, key) -> (metrics, gradients).
 
     Compiled once for all tests that ask for the same."""
     model, trainable, frozen = with_adapter(name, weights, dropout) if lora else (*tiny_model(name, dtype=weights), {})
     step = make_train_step(
         model, optimizer=last_gradients(), gradient_checkpointing=checkpointing,
-        dtype=None if compute is None else jnp.dtype(compute),
+        kept_layers=kept_layers, dtype=None if compute is None else jnp.dtype(compute),
     )  # fmt: skip
 
     @jax.jit
@@ -99,6 +101,16 @@ def test_gradient_checkpointing_changes_nothing():
     run, trainable, frozen = gradient_step("llama2", checkpointing="some")
     with pytest.raises(ValueError, match="gradient_checkpointing 'some': must be one of none, full"):
         run(trainable, frozen, packed_batch())
+
+
+@pytest.mark.parametrize("name, kept_layers", [("llama2", 1), ("gemma3", 3), ("llama2", 100)])  # gemma3: several runs
+def test_layers_that_keep_theirs_on_the_device_change_nothing(name, kept_layers):
+    run, trainable, frozen = gradient_step(name, lora=True)
+    wanted, gradients = run(trainable, frozen, packed_batch())
+    run, _, _ = gradient_step(name, lora=True, checkpointing="offload_middle", kept_layers=kept_layers)
+    got, again = run(trainable, frozen, packed_batch())
+    np.testing.assert_allclose(wanted["loss"], got["loss"], rtol=1e-6)
+    assert_same_gradients(again, gradients)
 
 
 def test_keeping_everything_on_a_gpu_unrolls_the_layers_and_gives_the_gradients_of_the_loop(monkeypatch):

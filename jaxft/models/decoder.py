@@ -84,18 +84,20 @@ class Decoder(nnx.Module):
         key: jax.Array | None = None,
         gradient_checkpointing: str = "none",
         mlp_tiles: int = 1,
+        kept_layers: int = 0,
         max_documents: int | None = None,
     ) -> jax.Array:
         """Hidden states (B, T, D) of packed rows; tokens, segment_ids, positions (B, T) int32.
 
         dtype: what activations are computed in, the embedding's own where None. key: LoRA's dropout, off where None.
-        mlp_tiles: in how many parts the MLPs take the tokens; more need less memory. max_documents: how many documents,
+        mlp_tiles: in how many parts the MLPs take the tokens; more need less memory. kept_layers: how many of the last
+        layers leave on the device what gradient_checkpointing puts on the host. max_documents: how many documents,
         padding included, a row holds at most, where that is known; it decides which attention kernel is the fastest.
         Where some row holds more, all hidden states are NaN.
         """
         tiles = None if mlp_tiles == 1 and gradient_checkpointing in KEPT_MLP else mlp_tiles
         context = self.context(segment_ids, positions, tiles, max_documents)
-        hidden = self._run(tokens, context, None, dtype, key, gradient_checkpointing)[0]
+        hidden = self._run(tokens, context, None, dtype, key, gradient_checkpointing, kept_layers)[0]
         return hidden if context.documents is None else jnp.where(context.documents.exact, hidden, jnp.nan)
 
     def context(
@@ -167,7 +169,7 @@ class Decoder(nnx.Module):
         """What the last layer gives (B, T, D), as the head reads it."""
         return self.norm(x)
 
-    def _run(self, tokens, context, cache, dtype, key, remat):
+    def _run(self, tokens, context, cache, dtype, key, remat, kept_layers=0):
         c = self.config
         x = self.embed(tokens, dtype or self.embed_tokens.weight[...].dtype)
         x = constrain(x, ("batch", "length", "embed_activation"))
@@ -176,5 +178,6 @@ class Decoder(nnx.Module):
         for start, count in self.run_lengths().items():
             layers = self.layer_data(start, count, keys)
             run_cache = None if cache is None else cache[start]
-            x, new_cache[start] = scan_layers(self.layers[start], x, layers, context, run_cache, remat)
+            kept = min(count, max(0, kept_layers - (c.num_layers - int(start) - count)))  # of this run's layers
+            x, new_cache[start] = scan_layers(self.layers[start], x, layers, context, run_cache, remat, kept)
         return self.finish(x), new_cache

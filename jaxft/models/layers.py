@@ -334,10 +334,13 @@ OFFLOADED = (LEANEST, *FETCHED_EARLY)
 KEPT_MLP = ("none", "products")  # policies that keep what stands between an MLP's products
 
 
-def scan_layers(block: nnx.Module, x: jax.Array, layers: LayerData, context: Context, cache, remat: str):
+def scan_layers(
+    block: nnx.Module, x: jax.Array, layers: LayerData, context: Context, cache, remat: str, kept_layers: int = 0
+):
     """Runs a stack of blocks in a loop: x (B, T, D) in and out; layers and cache have a leading L.
 
-    remat: what is kept for the backward pass, a name of `REMAT`. Raises ValueError for another name.
+    remat: what is kept for the backward pass, a name of `REMAT`. kept_layers: how many of the last layers leave on the
+    device what remat puts on the host. Raises ValueError for another name.
     """
     if remat not in REMAT:
         raise ValueError(f"gradient_checkpointing {remat!r}: must be one of {', '.join(REMAT)}")
@@ -361,12 +364,14 @@ def scan_layers(block: nnx.Module, x: jax.Array, layers: LayerData, context: Con
     def body(x, layer, shared, number):
         return run(x, layer, shared, number, None)[0]
 
-    host = remat in OFFLOADED
+    count = layers.window.shape[0]
+    host = remat in OFFLOADED and kept_layers < count
     # elsewhere XLA would have to split what these scans make without a word about how
-    if cache is None and (host or (REMAT[remat] is not None and one_device())):
-        body = jax.checkpoint(body, prevent_cse=False, policy=REMAT[remat])
+    if cache is None and (remat in OFFLOADED or (REMAT[remat] is not None and one_device())):
+        looped, alone = (jax.checkpoint(body, prevent_cse=apart, policy=REMAT[remat]) for apart in (False, True))
         inputs = x, (sliced, layers), (stacks, context)
-        return checkpointed_scan(body, host, AHEAD.get(remat), remat in DENSE_KEPT, *inputs), None
+        tail = (alone, kept_layers) if host and kept_layers else None
+        return checkpointed_scan(looped, host, AHEAD.get(remat), remat in DENSE_KEPT, tail, *inputs), None
     if cache is None and remat == "none" and one_gpu():  # a CPU's compiler takes long for it, and little is gained
         return unrolled_scan(body, x, (sliced, layers), (stacks, context)), None
 
@@ -376,5 +381,5 @@ def scan_layers(block: nnx.Module, x: jax.Array, layers: LayerData, context: Con
 
     if REMAT[remat] is not None:
         step = jax.checkpoint(step, prevent_cse=False, policy=REMAT[remat])
-    numbers = jnp.arange(layers.window.shape[0], dtype=jnp.int32)
+    numbers = jnp.arange(count, dtype=jnp.int32)
     return jax.lax.scan(step, x, (sliced, layers, numbers, cache))

@@ -84,27 +84,31 @@ class _Near:
     groups: Groups
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3, 4))
 def checkpointed_scan(
-    body: Body, host: bool, ahead: int | None, dense: bool, x: jax.Array, layers: Any, shared: Any
-) -> jax.Array:
+    body: Body, host: bool, ahead: int | None, dense: bool, tail: tuple[Body, int] | None, x: jax.Array, layers: Any,
+    shared: Any,
+) -> jax.Array:  # fmt: skip
     """x after body(x, layer, shared, number) for each layer; the leaves of `layers` have a leading L.
 
     body is `jax.checkpoint`ed, so that its residuals are few. host: whether the larger ones wait there. ahead: how many
     of those, from the last that a layer's forward pass makes, its backward pass begins with; None: all. They are
     fetched a layer ahead, into a second array each. dense: whether what is computed again may hand the dense copy of a
-    quantised weight on to the gradient's product. Differentiated with respect to x and whatever leaves of layers are
+    quantised weight on to the gradient's product. tail: what runs in the place of body for the last so many layers; it
+    keeps what it keeps on the device, where that is no longer than until the backward pass begins, and stands outside
+    of the loop. Differentiated with respect to x and whatever leaves of layers are
     differentiated; `shared` has no derivative: TypeError where one is asked for.
     """
     return _in_turn(body, x, layers, shared)
 
 
-def _forward(body, host, ahead, dense, x, layers, shared):
+def _forward(body, host, ahead, dense, tail, x, layers, shared):
     x, layers, shared, wanted = _primals("checkpointed_scan", x, layers, shared)
     pulls: list[_Pull] = []
     constants: list[jax.Array] = []  # what is the same in each layer, such as the levels of four bits
     nears: list[_Near] = []
-    count = _count(layers)
+    last_body, kept_layers = tail or (body, 0)
+    count = _count(layers) - kept_layers
 
     def one(x, index):
         layer = _at(layers, index)
@@ -147,7 +151,9 @@ def _forward(body, host, ahead, dense, x, layers, shared):
     last = [_empty(leaf.shape, leaf.dtype) for leaf in far[:ahead]]
     start = (jnp.int32(0), x, there, here, last)
     _, x, there, here, last = jax.lax.while_loop(lambda carry: carry[0] < count, step, start)
-    return _unbatched(x) if host else x, (there, last, here, layers, shared, constants, pulls[-1], nears[-1], wanted)
+    x, kept = _in_a_row(last_body, x, layers, shared, range(count, count + kept_layers), wanted)
+    residuals = there, last, here, layers, shared, constants, pulls[-1], nears[-1], wanted, kept
+    return _unbatched(x) if host else x, residuals
 
 
 @jax.custom_batching.custom_vmap
@@ -185,6 +191,16 @@ def _at(tree, index):
     )
 
 
+def _in_a_row(body, x, layers, shared, indices, wanted):
+    """x after those layers, one after the other instead of in a loop, and the backward function of each."""
+    pulls = []
+    for index in indices:
+        layer = jax.tree.map(lambda leaf, index=index: leaf[index], layers)
+        x, pull = _pull_back(body, x, layer, shared, jnp.int32(index), wanted)
+        pulls.append(pull)
+    return x, pulls
+
+
 def _pull_back(body, x, layer, shared, number, wanted):
     """The layer's output, and the function from its cotangent to those of x and of the wanted leaves."""
     leaves, treedef = jax.tree.flatten(layer)
@@ -198,9 +214,9 @@ def _pull_back(body, x, layer, shared, number, wanted):
     return jax.vjp(of_wanted, x, asked)
 
 
-def _backward(body, host, ahead, dense, residuals, dy):
-    there, last, device, layers, shared, constants, pull, nears, wanted = residuals
-    count = _count(layers)
+def _backward(body, host, ahead, dense, tail, residuals, dy):
+    there, last, device, layers, shared, constants, pull, nears, wanted, kept = residuals
+    count = _count(layers) - len(kept)
 
     def fetch(stacks, slot):
         """What waits in `slot`: the residuals of layer count − 1 − slot."""
@@ -221,7 +237,13 @@ def _backward(body, host, ahead, dense, residuals, dy):
     asked = [leaf for leaf, want in zip(jax.tree.leaves(layers), wanted.layers, strict=True) if want]
     rows = jax.eval_shape(lambda: _at(asked, 0))
     groups = _together(rows)
-    grads = [_empty((count, *one.shape), one.dtype) for one in jax.eval_shape(lambda rows: _packed(rows, groups), rows)]
+    grads = [
+        _empty((count + len(kept), *one.shape), one.dtype)
+        for one in jax.eval_shape(lambda rows: _packed(rows, groups), rows)
+    ]
+    for index, own in reversed(list(enumerate(kept, count))):
+        dy, new = own(dy)
+        grads = _put(grads, _packed(new, groups), jnp.int32(index))
     start = (jnp.int32(1), dy, last, grads)
     _, dx, _, grads = jax.lax.while_loop(lambda carry: carry[0] <= count, step, start)
     return dx, wanted.tree(layers, _unpacked(grads, rows, groups)), None
@@ -306,11 +328,7 @@ def unrolled_scan(body: Body, x: jax.Array, layers: Any, shared: Any) -> jax.Arr
 
 def _unrolled_forward(body, x, layers, shared):
     x, layers, shared, wanted = _primals("unrolled_scan", x, layers, shared)
-    pulls = []
-    for index in range(_count(layers)):
-        layer = jax.tree.map(lambda leaf, index=index: leaf[index], layers)
-        x, pull = _pull_back(body, x, layer, shared, jnp.int32(index), wanted)
-        pulls.append(pull)
+    x, pulls = _in_a_row(body, x, layers, shared, range(_count(layers)), wanted)
     return x, (pulls, layers, wanted)
 
 
