@@ -25,7 +25,7 @@ from jaxft.load import adapter_shapes, held_shapes, new_adapter, parameter_count
 from jaxft.lora import LoraConfig
 from jaxft.memory import Plan, batch_shapes, choose, device_limit, ladder_of, plan
 from jaxft.models import Model, describe_model, init_params
-from jaxft.models.layers import REMAT
+from jaxft.models.layers import OFFLOADED, REMAT
 from jaxft.models.quantized import all_linears, with_quantized
 from jaxft.optim import OPTIMS, make_optimizer, state_shapes
 from jaxft.optim_paged import on_host
@@ -283,7 +283,7 @@ def read_options(argv: list[str] | None) -> argparse.Namespace:
         type=int,
         help="how many of the last layers put nothing on the host, instead of the workload's own",
     )
-    parser.add_argument("--memory_budget", help="11GiB or auto: the fastest policy that fits, in place of those two")
+    parser.add_argument("--memory_budget", help="11GiB or auto: the fastest policy that fits, in place of those three")
     parser.add_argument("--dry_run", action="store_true", help="compile, say what the step needs, run nothing")
     parser.add_argument("--device", help="dry runs only: a card that is not here, h200")
     parser.add_argument("--optim", default="adamw_8bit", choices=OPTIMS)
@@ -294,8 +294,17 @@ def read_options(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--profile", help="write a trace of the timed steps here, and say where their time goes")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     options = parser.parse_args(argv)
-    if options.memory_budget and (options.gradient_checkpointing or options.mlp_tiles):
-        raise InputError("--memory_budget chooses --gradient_checkpointing and --mlp_tiles; leave them out, or it")
+    chosen = options.gradient_checkpointing or options.mlp_tiles or options.kept_layers is not None
+    if options.memory_budget and chosen:
+        raise InputError(
+            "--memory_budget chooses --gradient_checkpointing, --mlp_tiles and --kept_layers; leave them out, or it"
+        )
+    if options.kept_layers:
+        policies = [
+            options.gradient_checkpointing or WORKLOADS[name].gradient_checkpointing for name in options.workloads
+        ]
+        if options.kept_layers < 0 or not set(policies) <= set(OFFLOADED):
+            raise InputError(f"--kept_layers {options.kept_layers}: at least 0, and for {', '.join(OFFLOADED)} alone")
     if options.device and not options.dry_run:
         raise InputError(f"--device {options.device} is not here to be measured; it has a meaning with --dry_run")
     return options

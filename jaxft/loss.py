@@ -32,7 +32,7 @@ def sft_loss(
 
     batch: tokens, segment_ids, positions (B, T) int32 and loss_weights (B, T) float32, where loss_weights[b, t] weighs
     predicting tokens[b, t] from what stands before it. options: the model's own (dtype, gradient_checkpointing,
-    mlp_tiles, max_documents), see `Decoder.__call__`.
+    mlp_tiles, kept_layers, max_documents), see `Decoder.__call__`.
     """
     hidden = model(
         batch["tokens"], batch["segment_ids"], batch["positions"], key=key, **options

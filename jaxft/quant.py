@@ -19,6 +19,7 @@ import numpy as np
 
 from jaxft.kernels.dequantize import dequantize_nf4, multiply_nf4
 from jaxft.kernels.dequantize.tables import NESTED_BLOCK, dynamic_map, nf4_levels
+from jaxft.kernels.kept import later
 
 BLOCK = 64
 QUANTIZATIONS = ("nf4", "int8")
@@ -115,8 +116,7 @@ def dense(
     if isinstance(weight, Int8):
         codes, scales = weight.codes, weight.scales
         if after is not None:
-            first = jax.lax.slice(after, (0,) * after.ndim, (1,) * after.ndim)
-            codes, scales, _ = jax.lax.optimization_barrier((codes, scales, first))
+            codes, scales = later((codes, scales), after)
         rows = codes.astype(jnp.float32) * scales[:, None]
         return (rows * jnp.float32(7.874015718698502e-3)).astype(dtype)  # bitsandbytes' own constant for 1/127
     return dequantize_nf4(

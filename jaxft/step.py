@@ -36,15 +36,17 @@ def make_train_step(
     are the model's; only trainable is differentiated (LoRA: the adapter; full fine-tuning: everything, frozen {}).
     metrics, all scalars: loss (before the update), weight (Σ weight), grad_norm (before clipping), target_tokens,
     finite. Where loss or a gradient is not finite, trainable and opt_state come back unchanged and finite is False.
-    loss(model, micro_batch, key, **options) returns (Σ weight · loss, Σ weight); options are the five that follow.
-    gradient_checkpointing: what is kept for the backward pass, a name of `models.layers.REMAT`. dtype: of the
-    activations, the parameters' own where None. mlp_tiles, kept_layers, max_documents: see `Decoder.__call__`.
+    loss(model, micro_batch, key, **options) returns (Σ weight · loss, Σ weight); options are the five that follow,
+    kept_layers where it is not 0. gradient_checkpointing: what is kept for the backward pass, a name of
+    `models.layers.REMAT`. dtype: of the activations, the parameters' own where None. mlp_tiles, kept_layers,
+    max_documents: see `Decoder.__call__`.
     """
 
     options = dict(
-        gradient_checkpointing=gradient_checkpointing, dtype=dtype, mlp_tiles=mlp_tiles, kept_layers=kept_layers,
-        max_documents=max_documents,
-    )  # fmt: skip
+        gradient_checkpointing=gradient_checkpointing, dtype=dtype, mlp_tiles=mlp_tiles, max_documents=max_documents
+    )
+    if kept_layers:
+        options["kept_layers"] = kept_layers
 
     def train_step(trainable, opt_state, frozen, batch, key):
         scaled = isinstance(opt_state, LossScale)

@@ -28,6 +28,13 @@ def keeps_dense() -> bool:
     return _dense_kept.get()
 
 
+def later(arrays: T, after: jax.Array) -> T:
+    """The arrays behind a barrier that `after`, which is computed before, must pass. XLA may forget the order, as
+    nothing reads what it waits for; it does not take them for the same arrays elsewhere."""
+    first = jax.lax.slice(after, (0,) * after.ndim, (1,) * after.ndim)
+    return jax.lax.optimization_barrier((arrays, first))[0]
+
+
 def kept_product(x: T, name: str) -> T:
     """`checkpoint_name` of arrays that matrix products give.
 

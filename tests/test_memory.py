@@ -341,7 +341,9 @@ def test_the_benchmark_plans_and_chooses_too(tiny_bench, capsys, monkeypatch):
 
 def test_the_benchmark_refuses_contradictions(tiny_bench, capsys):
     for argv, words in (
-        (["--memory_budget", "1GiB", "--mlp_tiles", "2"], "--memory_budget chooses --gradient_checkpointing and"),
+        (["--memory_budget", "1GiB", "--mlp_tiles", "2"], "--memory_budget chooses --gradient_checkpointing, --ml"),
+        (["--memory_budget", "1GiB", "--kept_layers", "0"], "--memory_budget chooses --gradient_checkpointing, --ml"),
+        (["--kept_layers", "2", "--gradient_checkpointing", "full"], "--kept_layers 2: at least 0, and for offload,"),
         (["--device", "h200"], "--device h200 is not here to be measured"),
         (["--dry_run", "--memory_budget", "auto"], "cpu has no memory of its own"),
     ):

@@ -79,15 +79,24 @@ def trained(place):
     return run(place, "trained", "--load_in_4bit", *flags(eval_dataset=place / "held.jsonl"))
 
 
-@pytest.mark.parametrize(("kind", "remat"), [("nf4", "none"), ("nf4", "full"), ("int8", "full")])
-def test_gradients_equal_those_of_lora_over_the_dense_values(kind, remat, place):
+@pytest.mark.parametrize(
+    ("kind", "remat", "options"),
+    [
+        *(("nf4", "none", {}), ("nf4", "full", {}), ("int8", "full", {})),
+        *(("nf4", "offload_v", {"kept_layers": 1}), ("int8", "offload_middle", {"kept_layers": 1})),
+    ],
+    ids=str,
+)
+def test_gradients_equal_those_of_lora_over_the_dense_values(kind, remat, options, place):
     batch = {name: array[0] for name, array in packed_batch().items()}
 
     def gradients(model, params):
         model, trainable, frozen = add_lora(model, params, CONFIG, jax.random.key(0))
 
         def loss(trainable):
-            total, weight = sft_loss(model.bind(trainable, frozen), batch, None, gradient_checkpointing=remat)
+            total, weight = sft_loss(
+                model.bind(trainable, frozen), batch, None, gradient_checkpointing=remat, **options
+            )
             return total / weight
 
         return jax.jit(jax.value_and_grad(loss))(nonzero_adapter(trainable))

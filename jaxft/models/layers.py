@@ -367,11 +367,11 @@ def scan_layers(
     count = layers.window.shape[0]
     host = remat in OFFLOADED and kept_layers < count
     # elsewhere XLA would have to split what these scans make without a word about how
-    if cache is None and (remat in OFFLOADED or (REMAT[remat] is not None and one_device())):
-        looped, alone = (jax.checkpoint(body, prevent_cse=apart, policy=REMAT[remat]) for apart in (False, True))
+    if cache is None and (host or (REMAT[remat] is not None and one_device())):
+        body = jax.checkpoint(body, prevent_cse=False, policy=REMAT[remat])
         inputs = x, (sliced, layers), (stacks, context)
-        tail = (alone, kept_layers) if host and kept_layers else None
-        return checkpointed_scan(looped, host, AHEAD.get(remat), remat in DENSE_KEPT, tail, *inputs), None
+        kept_layers = kept_layers if host else 0
+        return checkpointed_scan(body, host, AHEAD.get(remat), remat in DENSE_KEPT, kept_layers, *inputs), None
     if cache is None and remat == "none" and one_gpu():  # a CPU's compiler takes long for it, and little is gained
         return unrolled_scan(body, x, (sliced, layers), (stacks, context)), None
 

@@ -6,6 +6,9 @@ layer below while it computes; the others it fetches for itself, as they are rea
 of `jax.checkpoint` names, and each layer's input; small residuals stay on the device. Where all of them do, what is
 gained over `jax.lax.scan` is that their stacks are not filled with zeros first.
 
+The last layers may keep theirs on the device. Their backward passes are the first, so that little of it is left when
+memory is at its peak; they stand outside of the loop.
+
 `unrolled_scan` is for who keeps everything: a loop copies whatever lives longer than its turn into a stack, and out of
 it again in backward.
 """
@@ -86,42 +89,35 @@ class _Near:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3, 4))
 def checkpointed_scan(
-    body: Body, host: bool, ahead: int | None, dense: bool, tail: tuple[Body, int] | None, x: jax.Array, layers: Any,
-    shared: Any,
-) -> jax.Array:  # fmt: skip
+    body: Body, host: bool, ahead: int | None, dense: bool, kept_layers: int, x: jax.Array, layers: Any, shared: Any
+) -> jax.Array:
     """x after body(x, layer, shared, number) for each layer; the leaves of `layers` have a leading L.
 
     body is `jax.checkpoint`ed, so that its residuals are few. host: whether the larger ones wait there. ahead: how many
     of those, from the last that a layer's forward pass makes, its backward pass begins with; None: all. They are
     fetched a layer ahead, into a second array each. dense: whether what is computed again may hand the dense copy of a
-    quantised weight on to the gradient's product. tail: what runs in the place of body for the last so many layers; it
-    keeps what it keeps on the device, where that is no longer than until the backward pass begins, and stands outside
-    of the loop. Differentiated with respect to x and whatever leaves of layers are
-    differentiated; `shared` has no derivative: TypeError where one is asked for.
+    quantised weight on to the gradient's product. kept_layers: how many of the last layers, fewer than all, put nothing
+    on the host. Differentiated with respect to x and whatever leaves of layers are differentiated; `shared` has no
+    derivative: TypeError where one is asked for.
     """
     return _in_turn(body, x, layers, shared)
 
 
-def _forward(body, host, ahead, dense, tail, x, layers, shared):
+def _forward(body, host, ahead, dense, kept_layers, x, layers, shared):
     x, layers, shared, wanted = _primals("checkpointed_scan", x, layers, shared)
     pulls: list[_Pull] = []
     constants: list[jax.Array] = []  # what is the same in each layer, such as the levels of four bits
     nears: list[_Near] = []
-    last_body, kept_layers = tail or (body, 0)
     count = _count(layers) - kept_layers
+
+    def pulled(x, layer, index):
+        with recomputing(dense):
+            y, pull = _pull_back(body, x, layer, shared, index, wanted)
+        return y, _apart(pull, layer, shared, index)
 
     def one(x, index):
         layer = _at(layers, index)
-        with recomputing(dense):
-            y, pull = _pull_back(body, x, layer, shared, index, wanted)
-        leaves, treedef = jax.tree.flatten(pull)
-        own = {id(leaf): ("layer", i) for i, leaf in enumerate(jax.tree.leaves(layer))}
-        own[id(index)] = ("number", 0)
-        own |= {id(leaf): ("shared", i) for i, leaf in enumerate(jax.tree.leaves(shared))}
-        plain = jax.config.jax_disable_jit  # type: ignore[attr-defined]  # then every residual looks like a constant
-        constants[:] = [leaf for leaf in leaves if not (plain or isinstance(leaf, jax.core.Tracer))]
-        own |= {id(leaf): ("constant", i) for i, leaf in enumerate(constants)}
-        kept = [leaf for leaf in leaves if id(leaf) not in own]
+        y, (leaves, treedef, own, constants[:], kept) = pulled(x, layer, index)
         # last first: XLA's scheduler sends what stands first in a loop as late as it can, and a copy that could have
         # begun behind attention would wait for the bus behind a later one's
         far = [leaf for leaf in reversed(kept) if host and leaf.size * SMALL >= x.size]
@@ -151,8 +147,12 @@ def _forward(body, host, ahead, dense, tail, x, layers, shared):
     last = [_empty(leaf.shape, leaf.dtype) for leaf in far[:ahead]]
     start = (jnp.int32(0), x, there, here, last)
     _, x, there, here, last = jax.lax.while_loop(lambda carry: carry[0] < count, step, start)
-    x, kept = _in_a_row(last_body, x, layers, shared, range(count, count + kept_layers), wanted)
-    residuals = there, last, here, layers, shared, constants, pulls[-1], nears[-1], wanted, kept
+    tail = []
+    for number in range(count, count + kept_layers):
+        x, (leaves, treedef, own, alike, kept) = pulled(x, _layer(layers, number), jnp.int32(number))
+        own |= {id(leaf): ("near", i) for i, leaf in enumerate(kept)}
+        tail.append((kept, alike, _Pull(treedef, tuple(own[id(leaf)] for leaf in leaves))))
+    residuals = there, last, here, layers, shared, constants, pulls[-1], nears[-1], wanted, tail
     return _unbatched(x) if host else x, residuals
 
 
@@ -191,14 +191,29 @@ def _at(tree, index):
     )
 
 
-def _in_a_row(body, x, layers, shared, indices, wanted):
-    """x after those layers, one after the other instead of in a loop, and the backward function of each."""
-    pulls = []
-    for index in indices:
-        layer = jax.tree.map(lambda leaf, index=index: leaf[index], layers)
-        x, pull = _pull_back(body, x, layer, shared, jnp.int32(index), wanted)
-        pulls.append(pull)
-    return x, pulls
+def _layer(tree: Any, number: int) -> Any:
+    """What one layer has of the stacks, where XLA may read it."""
+    return jax.tree.map(lambda leaf: leaf[number], tree)
+
+
+def _apart(pull, layer, shared, number):
+    """The leaves of a layer's backward function, their structure, by `id` where those come from that are there anyway,
+    those that are the same in each layer, and the rest, which must be kept."""
+    leaves, treedef = jax.tree.flatten(pull)
+    own = {id(leaf): ("layer", i) for i, leaf in enumerate(jax.tree.leaves(layer))}
+    own[id(number)] = ("number", 0)
+    own |= {id(leaf): ("shared", i) for i, leaf in enumerate(jax.tree.leaves(shared))}
+    plain = jax.config.jax_disable_jit  # type: ignore[attr-defined]  # then every residual looks like a constant
+    constants = [leaf for leaf in leaves if not (plain or isinstance(leaf, jax.core.Tracer))]
+    own |= {id(leaf): ("constant", i) for i, leaf in enumerate(constants)}
+    return leaves, treedef, own, constants, [leaf for leaf in leaves if id(leaf) not in own]
+
+
+def _together_again(pull, layer, shared, number, constants, near, far=()):
+    """The backward function that `_apart` took apart."""
+    found = {"far": far, "near": near, "layer": jax.tree.leaves(layer), "shared": jax.tree.leaves(shared)}
+    found |= {"number": [number], "constant": constants}
+    return jax.tree.unflatten(pull.treedef, [found[source][i] for source, i in pull.sources])
 
 
 def _pull_back(body, x, layer, shared, number, wanted):
@@ -214,9 +229,9 @@ def _pull_back(body, x, layer, shared, number, wanted):
     return jax.vjp(of_wanted, x, asked)
 
 
-def _backward(body, host, ahead, dense, tail, residuals, dy):
-    there, last, device, layers, shared, constants, pull, nears, wanted, kept = residuals
-    count = _count(layers) - len(kept)
+def _backward(body, host, ahead, dense, kept_layers, residuals, dy):
+    there, last, device, layers, shared, constants, pull, nears, wanted, tail = residuals
+    count = _count(layers) - kept_layers
 
     def fetch(stacks, slot):
         """What waits in `slot`: the residuals of layer count − 1 − slot."""
@@ -228,9 +243,7 @@ def _backward(body, host, ahead, dense, tail, residuals, dy):
         later = fetch(there[len(here) :], below - 1)
         next_here = fetch(there[: len(here)], below)
         layer, near = _at(layers, index), _row(device, nears.like, nears.groups, index)
-        found = {"far": here + later, "near": near, "layer": jax.tree.leaves(layer), "shared": jax.tree.leaves(shared)}
-        found |= {"number": [index], "constant": constants}
-        back = jax.tree.unflatten(pull.treedef, [found[source][i] for source, i in pull.sources])
+        back = _together_again(pull, layer, shared, index, constants, near, here + later)
         dx, new = back(dx)
         return below + 1, dx, next_here, _put(grads, _packed(new, groups), index)
 
@@ -238,12 +251,15 @@ def _backward(body, host, ahead, dense, tail, residuals, dy):
     rows = jax.eval_shape(lambda: _at(asked, 0))
     groups = _together(rows)
     grads = [
-        _empty((count + len(kept), *one.shape), one.dtype)
+        _empty((_count(layers), *one.shape), one.dtype)
         for one in jax.eval_shape(lambda rows: _packed(rows, groups), rows)
     ]
-    for index, own in reversed(list(enumerate(kept, count))):
-        dy, new = own(dy)
-        grads = _put(grads, _packed(new, groups), jnp.int32(index))
+    for number, (kept, alike, own) in reversed(list(enumerate(tail, count))):
+        # what is computed again waits for dy, and is not taken for what was computed first: XLA would keep that
+        kept, dy = jax.lax.optimization_barrier((kept, dy))
+        back = _together_again(own, _layer(layers, number), shared, jnp.int32(number), alike, kept)
+        dy, new = back(dy)
+        grads = _put(grads, _packed(new, groups), jnp.int32(number))
     start = (jnp.int32(1), dy, last, grads)
     _, dx, _, grads = jax.lax.while_loop(lambda carry: carry[0] <= count, step, start)
     return dx, wanted.tree(layers, _unpacked(grads, rows, groups)), None
@@ -328,7 +344,10 @@ def unrolled_scan(body: Body, x: jax.Array, layers: Any, shared: Any) -> jax.Arr
 
 def _unrolled_forward(body, x, layers, shared):
     x, layers, shared, wanted = _primals("unrolled_scan", x, layers, shared)
-    x, pulls = _in_a_row(body, x, layers, shared, range(_count(layers)), wanted)
+    pulls = []
+    for number in range(_count(layers)):
+        x, pull = _pull_back(body, x, _layer(layers, number), shared, jnp.int32(number), wanted)
+        pulls.append(pull)
     return x, (pulls, layers, wanted)
 
 

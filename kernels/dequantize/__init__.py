@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxft.kernels.dequantize import reference, triton
 from jaxft.kernels.dequantize.tables import BLOCK_SIZES, NESTED_BLOCK
 from jaxft.kernels.gpu import serving
+from jaxft.kernels.kept import later
 
 __all__ = ["dequantize_nf4", "multiply_nf4"]
 
@@ -47,9 +48,8 @@ def dequantize_nf4(
         if capability is not None:
             return triton.dequantize_nf4(packed, scales, nested, offset, layer, after, shape, block, dtype, capability)
     parts = (packed, scales, nested, offset)
-    if after is not None:  # XLA may forget the order, not that there is another such array
-        first = jax.lax.slice(after, (0,) * after.ndim, (1,) * after.ndim)
-        parts, layer, _ = jax.lax.optimization_barrier((parts, layer, first))
+    if after is not None:
+        parts, layer = (later(parts, after), layer) if layer is None else (parts, later(layer, after))
     if layer is not None:
         parts = jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, layer, keepdims=False), parts)
     return reference.dequantize_nf4(*parts, shape, block, dtype)

@@ -47,7 +47,7 @@ def hidden(x: jax.Array, layers: tuple[Weights, Weights], activation: str) -> ja
 
 def _inner(x, layers: Layers, rate: float, keys: Keys, kernels: Kernels | None):
     """e, v and the low-rank inputs of gate and up; e and v without their low-rank parts where kernels add them."""
-    capability = kernels.capability if kernels and kernels.low_rank else None
+    capability = _capability(kernels)
     u = linear.low_rank_inputs(x, layers[:2], rate, keys[:2], capability)
     if capability is not None:
         e, v = (multiply(x, layer.weight) for layer in layers[:2])
@@ -60,16 +60,16 @@ def _outer(
     e, v, u, layers: Layers, activation: str, rate: float, keys: Keys, kernels: Kernels | None, add, in_place: bool
 ):
     """y and the low-rank input of down; in_place: e is not read again."""
-    added, of_down = None, None
-    if kernels and kernels.low_rank:
+    capability = _capability(kernels)
+    of_down: jax.Array | None
+    if capability is not None:
         h, of_down = triton.forward(
-            e, v, u, _scaled(layers, e.dtype), _a(layers, e.dtype), activation, kernels.capability, in_place=in_place
+            e, v, u, _scaled(layers, e.dtype), _a(layers, e.dtype), activation, capability, in_place=in_place
         )
-        added = kernels.capability
     else:
         h = triton.product(e, v, activation, kernels.capability, in_place) if kernels else _product(e, v, activation)
         of_down = linear.low_rank_inputs(h, layers[2:], rate, keys[2:])
-    return linear.outputs(h, of_down, layers[2:], add, added)[0], of_down
+    return linear.outputs(h, of_down, layers[2:], add, capability)[0], of_down
 
 
 def _named(u: jax.Array | None) -> jax.Array | None:
@@ -87,6 +87,11 @@ def _a(layers: Layers, dtype: jnp.dtype) -> jax.Array:
     return linear.rounded_a(layers[2], dtype)
 
 
+def _capability(kernels: Kernels | None) -> int | None:
+    """That the kernels are compiled for which take LoRA's branches in; None where none do."""
+    return kernels.capability if kernels and kernels.low_rank else None
+
+
 def _adds(kernels: Kernels | None, wanted: Wanted) -> bool:
     """Whether the backward kernel adds the low-rank parts itself. It gives no h, which a trained weight's gradient
     reads."""
@@ -95,8 +100,7 @@ def _adds(kernels: Kernels | None, wanted: Wanted) -> bool:
 
 def _through_down(dy, layers: Layers, wanted: Wanted, rate: float, keys: Keys, kernels: Kernels | None):
     """Down's low-rank gradient, and dh, without its low-rank part where the kernel adds that."""
-    capability = kernels.capability if kernels and kernels.low_rank else None
-    g = linear.low_rank_gradient((dy,), layers[2:], capability)
+    g = linear.low_rank_gradient((dy,), layers[2:], _capability(kernels))
     if _adds(kernels, wanted):
         return g, linear.times(dy, layers[2].weight)
     return g, linear.input_gradient(g, (dy,), layers[2:], rate, keys[2:])
@@ -110,7 +114,7 @@ def _gradients(
     low-rank inputs; back: what `_through_down` gives; in_place: e and v are not read again."""
     inner_wanted, down_wanted = Wanted(wanted.x, wanted.layers[:2]), Wanted(False, wanted.layers[2:])
     g, dh = back
-    capability = kernels.capability if kernels and kernels.low_rank else None
+    capability = _capability(kernels)
     if capability is not None and _adds(kernels, wanted):
         de, dv, *of_b, of_a = triton.backward(
             e, v, dh, u, g, _scaled(layers, e.dtype), _a(layers, e.dtype), activation, capability, in_place=in_place
