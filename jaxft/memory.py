@@ -234,8 +234,7 @@ def plan_run(run: Run, prepared: Prepared, say: Callable[[str], None]) -> Plan:
         if limit is not None and planned.total > limit:
             raise RunError(
                 f"{planned.policy} needs {gib(planned.total)}, more than {gib(limit)} ({source}). What helps: "
-                "--memory_budget in place of --gradient_checkpointing, --mlp_tiles and --kept_layers, "
-                f"{advice}"
+                f"--memory_budget in place of --gradient_checkpointing, --mlp_tiles and --kept_layers, {advice}"
             )
         print("fits" if limit is not None else "whether it fits is not known: name a --memory_budget")
     elif planned.gradient_checkpointing in OFFLOADED and device.platform != "cpu":  # where the host is other memory

@@ -117,14 +117,12 @@ def _forward(body, host, ahead, dense, kept_layers, x, layers, shared):
 
     def one(x, index):
         layer = _at(layers, index)
-        y, (leaves, treedef, own, constants[:], kept) = pulled(x, layer, index)
+        y, (kept, constants[:], named) = pulled(x, layer, index)
         # last first: XLA's scheduler sends what stands first in a loop as late as it can, and a copy that could have
         # begun behind attention would wait for the bus behind a later one's
         far = [leaf for leaf in reversed(kept) if host and leaf.size * SMALL >= x.size]
         near = [leaf for leaf in kept if not host or leaf.size * SMALL < x.size]
-        own |= {id(leaf): ("far", i) for i, leaf in enumerate(far)}
-        own |= {id(leaf): ("near", i) for i, leaf in enumerate(near)}
-        pulls.append(_Pull(treedef, tuple(own[id(leaf)] for leaf in leaves)))
+        pulls.append(named(near, far))
         nears.append(_Near(_like(near), _together(near)))
         return y, far, _packed(near, nears[-1].groups)
 
@@ -149,9 +147,8 @@ def _forward(body, host, ahead, dense, kept_layers, x, layers, shared):
     _, x, there, here, last = jax.lax.while_loop(lambda carry: carry[0] < count, step, start)
     tail = []
     for number in range(count, count + kept_layers):
-        x, (leaves, treedef, own, alike, kept) = pulled(x, _layer(layers, number), jnp.int32(number))
-        own |= {id(leaf): ("near", i) for i, leaf in enumerate(kept)}
-        tail.append((kept, alike, _Pull(treedef, tuple(own[id(leaf)] for leaf in leaves))))
+        x, (kept, alike, named) = pulled(x, _layer(layers, number), jnp.int32(number))
+        tail.append((kept, alike, named(kept)))
     residuals = there, last, here, layers, shared, constants, pulls[-1], nears[-1], wanted, tail
     return _unbatched(x) if host else x, residuals
 
@@ -197,8 +194,8 @@ def _layer(tree: Any, number: int) -> Any:
 
 
 def _apart(pull, layer, shared, number):
-    """The leaves of a layer's backward function, their structure, by `id` where those come from that are there anyway,
-    those that are the same in each layer, and the rest, which must be kept."""
+    """Of the leaves of a layer's backward function those that are not there anyway and must be kept, those that are the
+    same in each layer, and what makes the function's `_Pull` when it is told which of those kept are near and far."""
     leaves, treedef = jax.tree.flatten(pull)
     own = {id(leaf): ("layer", i) for i, leaf in enumerate(jax.tree.leaves(layer))}
     own[id(number)] = ("number", 0)
@@ -206,7 +203,13 @@ def _apart(pull, layer, shared, number):
     plain = jax.config.jax_disable_jit  # type: ignore[attr-defined]  # then every residual looks like a constant
     constants = [leaf for leaf in leaves if not (plain or isinstance(leaf, jax.core.Tracer))]
     own |= {id(leaf): ("constant", i) for i, leaf in enumerate(constants)}
-    return leaves, treedef, own, constants, [leaf for leaf in leaves if id(leaf) not in own]
+
+    def named(near, far=()):
+        known = own | {id(leaf): ("near", i) for i, leaf in enumerate(near)}
+        known |= {id(leaf): ("far", i) for i, leaf in enumerate(far)}
+        return _Pull(treedef, tuple(known[id(leaf)] for leaf in leaves))
+
+    return [leaf for leaf in leaves if id(leaf) not in own], constants, named
 
 
 def _together_again(pull, layer, shared, number, constants, near, far=()):

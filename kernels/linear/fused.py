@@ -69,6 +69,15 @@ def over_tokens(left: jax.Array, right: jax.Array, dtype: jnp.dtype) -> jax.Arra
     )
 
 
+def dense_weights(layers: tuple[Weights, ...], dtype: jnp.dtype, after: jax.Array | None = None) -> tuple[Weights, ...]:
+    """The layers with quantised weights made dense, after an array that is computed before; a plain weight stays as it
+    is."""
+    return tuple(
+        layer._replace(weight=dense(layer.weight, dtype, after=after)) if is_quantized(layer.weight) else layer
+        for layer in layers
+    )
+
+
 def rounded_a(layer: Weights, dtype: jnp.dtype) -> jax.Array:
     """A (R, I) of a layer with LoRA, in `dtype`."""
     assert layer.lora is not None
@@ -95,7 +104,7 @@ def _dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
 def _concatenated_a(layers: tuple[Weights, ...], dtype: jnp.dtype) -> jax.Array:
     present = [layer for layer in layers if layer.lora is not None]
     joint = present[0].joint
-    if joint is not None and joint.shape[0] == sum(layer.lora[0].shape[0] for layer in present if layer.lora):
+    if joint is not None and joint.shape[0] == sum(ranks(layers)):
         return joint.astype(dtype)
     return jnp.concatenate([rounded_a(layer, dtype) for layer in present])
 

@@ -128,13 +128,12 @@ def side_by_side(
     R = tuple(b.shape[0 if across else 1] for b in bs)
     start = tuple(itertools.accumulate(R, initial=0))
     tile = tile or Tile(16 if T < MANY else 64, 128 if max(R) <= 32 else 64)
-    tokens = fitting(T, tile.tokens)
     g = launch.triton_call(
         *_filled(xs, SIDES), *_filled(bs, SIDES), kernel=triton_kernels.side_by_side,
-        out_shape=jax.ShapeDtypeStruct((T, start[-1]), xs[0].dtype), grid=(-(-T // tokens), len(xs)),
+        out_shape=jax.ShapeDtypeStruct((T, start[-1]), xs[0].dtype), grid=(-(-T // tile.tokens), len(xs)),
         num_warps=tile.warps, num_stages=1, compute_capability=capability, name="linear_side_by_side", COUNT=len(xs),
         T=T, K=tuple(x.shape[-1] for x in xs), R=R, ACROSS=across, START=start[:-1], WIDTH=start[-1],
-        RP=tuple(map(padded, R)), BT=tokens, BK=tile.columns, STAGES=tile.stages,
+        RP=tuple(map(padded, R)), BT=tile.tokens, BK=tile.columns, STAGES=tile.stages,
     )  # fmt: skip
     return g.reshape(*lead, start[-1])
 

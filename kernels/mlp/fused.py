@@ -29,7 +29,7 @@ from jaxft.kernels.linear.weights import Weights
 from jaxft.kernels.mlp import triton
 from jaxft.kernels.mlp.reference import ACTIVATIONS
 from jaxft.kernels.mlp.triton import Kernels
-from jaxft.quant import dense, is_quantized, multiply
+from jaxft.quant import multiply
 
 Layers = tuple[Weights, Weights, Weights]  # gate, up, down
 
@@ -142,17 +142,9 @@ def _gradients(
         )  # the derivative of an elementwise function: float32 in registers, one pass
         de, dv = (d.astype(e.dtype) for d in pull(dh.astype(jnp.float32)))
     _, down_grads = linear.gradients(
-        h,
-        of_down,
-        (dy,),
-        layers[2:],
-        down_wanted,
-        rate,
-        keys[2:],
-        weight_dtype=weight_dtype,
-        g=g,
+        h, of_down, (dy,), layers[2:], down_wanted, rate, keys[2:], weight_dtype=weight_dtype, g=g,
         capability=capability,
-    )
+    )  # fmt: skip
     dx, inner_grads = linear.gradients(
         x, u, (de, dv), layers[:2], inner_wanted, rate, keys[:2], weight_dtype=weight_dtype, capability=capability
     )
@@ -213,14 +205,6 @@ def join(parts: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     return rows[..., :T, :].reshape(shape)
 
 
-def _dense(layers: tuple[Weights, ...], dtype: jnp.dtype, after: jax.Array | None = None) -> tuple[Weights, ...]:
-    """The layers with quantised weights made dense; a plain weight stays as it is."""
-    return tuple(
-        layer._replace(weight=dense(layer.weight, dtype, after=after)) if is_quantized(layer.weight) else layer
-        for layer in layers
-    )
-
-
 def _hoisted(x: jax.Array, tiles: int) -> bool:
     """Whether dense copies of quantised weights are made once for all tiles: where they are smaller than what stands
     between the products of one tile, 3 D F numbers against about 6 t F."""
@@ -252,7 +236,7 @@ def _tiles(x, layers, activation, rate, keys, add, kernels, tiles):
         e, v, u = _inner(x, layers, rate, keys, kernels)
         return _outer(e, v, u, layers, activation, rate, keys, kernels, add, True)
     if _hoisted(x, tiles):
-        layers = _dense(layers, x.dtype)
+        layers = linear.dense_weights(layers, x.dtype)
 
     def one(_, inputs):
         part, part_add, index = inputs
@@ -292,11 +276,11 @@ def _tiled_backward(activation, rate, kernels, tiles, kept, dy):
     if tiles == 1:
         back = _through_down(dy, layers, wanted, rate, keys, kernels)
         if _hoisted(x, tiles):  # gate and up are read twice, and are dense when down's dense array is gone
-            layers = (*_dense(layers[:2], x.dtype, after=back[1]), layers[2])
+            layers = (*linear.dense_weights(layers[:2], x.dtype, after=back[1]), layers[2])
         dx, grads = gradients(x, dy, back, of_down, keys)
     else:
         if _hoisted(x, tiles):
-            layers = _dense(layers, x.dtype, after=dy)
+            layers = linear.dense_weights(layers, x.dtype, after=dy)
         inputs = (cut(x, tiles), cut(dy, tiles), of_down, jnp.arange(tiles))
         grads, parts = jax.lax.scan(one, linear.no_gradients(layers, wanted), inputs)
         dx = None if parts is None else join(parts, x.shape)

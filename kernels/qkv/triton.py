@@ -12,7 +12,6 @@ import functools
 from dataclasses import dataclass
 
 import jax
-import jax.numpy as jnp
 
 from jaxft.kernels.gpu import check_16_bits
 from jaxft.kernels.kept import keeps_dense
@@ -21,7 +20,7 @@ from jaxft.kernels.linear import fused as linear
 from jaxft.kernels.norm_rope import triton as kernels
 from jaxft.kernels.norm_rope.triton import LowRank
 from jaxft.kernels.qkv.reference import heads
-from jaxft.quant import dense, is_quantized, multiply
+from jaxft.quant import multiply
 
 Layers = tuple[Weights, Weights, Weights]
 Norms = tuple[jax.Array, jax.Array] | None
@@ -70,17 +69,6 @@ def qkv(
     return _run(x, layers, norms, cos, sin, head_dim, eps, capability)[0]
 
 
-def _dense(layers: Layers, dtype: jnp.dtype) -> Layers:
-    """The layers with quantised weights dense, where their products are computed again right before the gradients that
-    read them, too (`keeps_dense`)."""
-    if not keeps_dense():
-        return layers
-    q, k, v = (
-        layer._replace(weight=dense(layer.weight, dtype)) if is_quantized(layer.weight) else layer for layer in layers
-    )
-    return q, k, v
-
-
 def _run(x, layers, norms, cos, sin, head_dim, eps, capability):
     u = linear.low_rank_inputs(x, layers, 0.0, NO_KEYS, capability)
     assert u is not None  # `check` has seen LoRA
@@ -99,7 +87,8 @@ def _forward(x, layers, norms, cos, sin, head_dim, eps, capability):
     wanted = linear.perturbed(x, layers)
     trained = _Trained(tuple(norm.perturbed for norm in norms or ()))
     x, layers, norms, cos, sin = linear.values((x, layers, norms, cos, sin))
-    layers = _dense(layers, x.dtype)
+    if keeps_dense():  # the products are computed again right before the gradients that read the weights, too
+        layers = linear.dense_weights(layers, x.dtype)
     out, kept = _run(x, layers, norms, cos, sin, head_dim, eps, capability)
     return out, (x, layers, norms, cos, sin, kept, wanted, trained)
 
