@@ -147,19 +147,16 @@ def test_what_adds_low_rank_parts_compiles_for_every_card_and_fits_it(capability
         low = norm_rope.LowRank(u, b, rank)
         rotated = norm_rope.rotated(x, low, w, cos, cos, 1e-6, capability)
         back = norm_rope.rotated_backward(x, low, w, cos, cos, dy, 1e-6, capability, rank > 16)
-        return rotated, back, linear.summed(y, u, 0, b, add, capability)
+        return rotated, back, linear.summed(y, u, b, add, capability)
 
     fits(compiled(run, x, u, b, w, angle, x, y, y), ["backward", "forward", "summed"], capability, tmp_path, spill=256)
 
 
 def check_thin(capability, ranks, folder, T=2048):
-    """The kernels of thin products as the layers that read one x launch them, forward and backward."""
+    """The kernels of thin products as the layers that read one x launch them."""
     dtype, sizes = jnp.bfloat16, (4096, 1024, 1024)
     x, u, dys = S((T, 2560), dtype), S((T, sum(ranks)), dtype), [S((T, size), dtype) for size in sizes]
-    a, bs = S((sum(ranks), 2560), dtype), [S(shape, dtype) for shape in zip(sizes, ranks, strict=True)]
-
-    def forward(x, a):
-        return linear.side_by_side([x], [a], capability, across=True)
+    bs = [S(shape, dtype) for shape in zip(sizes, ranks, strict=True)]
 
     def backward(x, u, dys, bs):
         starts = [sum(ranks[:number]) for number in range(len(ranks))]
@@ -168,12 +165,6 @@ def check_thin(capability, ranks, folder, T=2048):
         own = linear.Thin(x, g, 0, min(sum(ranks), linear.LARGEST_RANK), True)
         return linear.over_tokens([*products, own], capability)
 
-    def end(x, u, b):
-        return linear.summed(x, u, ranks[0], b, None, capability)
-
-    if sum(ranks) <= linear.LARGEST_RANK:
-        fits(compiled(forward, x, a), ["side_by_side"], capability, folder, spill=16)
-    fits(compiled(end, dys[1], u, bs[1]), ["summed"], capability, folder, spill=16)
     fits(compiled(backward, x, u, dys, bs), ["over_tokens", "side_by_side"], capability, folder, spill=16)
 
 

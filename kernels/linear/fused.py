@@ -124,11 +124,8 @@ def split_ranks(u: jax.Array | None, layers: tuple[Weights, ...], start: int = 0
     return parts
 
 
-def low_rank_inputs(
-    x: jax.Array, layers: tuple[Weights, ...], rate: float, keys: Keys, capability: int | None = None
-) -> jax.Array | None:
-    """The u_i = drop_i(x) A_iᵀ side by side, (..., Σ R) in x's dtype; None where no layer has LoRA. capability: that
-    the kernel of a thin product is compiled for, None for plain XLA."""
+def low_rank_inputs(x: jax.Array, layers: tuple[Weights, ...], rate: float, keys: Keys) -> jax.Array | None:
+    """The u_i = drop_i(x) A_iᵀ side by side, (..., Σ R) in x's dtype; None where no layer has LoRA."""
     if all(layer.lora is None for layer in layers):
         return None
     if _dropped(keys, rate):  # each layer has its own mask
@@ -138,11 +135,7 @@ def low_rank_inputs(
             if layer.lora is not None
         ]
         return kept_product(jnp.concatenate(parts, axis=-1), "lora_low_rank")
-    a = _concatenated_a(layers, x.dtype)
-    capability = triton.thin(capability, a.shape[:1])
-    if capability is not None:
-        return kept_product(triton.side_by_side([x], [a], capability, across=True), "lora_low_rank")
-    return kept_product(reference.matmul(x, a), "lora_low_rank")
+    return kept_product(reference.matmul(x, _concatenated_a(layers, x.dtype)), "lora_low_rank")
 
 
 def outputs(
@@ -153,15 +146,12 @@ def outputs(
     `low_rank_inputs`, in which these layers' begin with the column `start`; capability: that the kernel which adds the
     parts up is compiled for, None for plain XLA."""
     found: list[jax.Array] = []
-    sizes = ranks(layers)
-    starts = itertools.accumulate(sizes, initial=start)
-    for layer, low, first, rank in zip(layers, split_ranks(u, layers, start), starts, sizes, strict=False):
+    for layer, low in zip(layers, split_ranks(u, layers, start), strict=True):
         y = multiply(x, layer.weight)
-        if u is not None and low is not None:
+        if low is not None:
             b = scaled_b(layer, x.dtype)
-            by = capability if add is not None else triton.thin(capability, (rank,))
-            if by is not None and layer.bias is None:
-                found.append(triton.summed(y, u, first, b, add, by))
+            if capability is not None and add is not None and layer.bias is None:
+                found.append(triton.summed(y, low, b, add, capability))
                 add = None
                 continue
             # the large product can take it as its own start (beta = 1). Added to the residual first, whose numbers are
@@ -342,12 +332,12 @@ def linears(
 ) -> tuple[jax.Array, ...]:
     """As `reference.linear` for each layer, keys one a layer (None switches dropout off); the first one + add.
     capability: see `outputs`."""
-    return outputs(x, low_rank_inputs(x, layers, rate, keys, capability), layers, add, capability)
+    return outputs(x, low_rank_inputs(x, layers, rate, keys), layers, add, capability)
 
 
 def _vjp_forward(x, layers, rate, keys, add, capability):
     wanted, x, layers, keys, add = perturbed(x, layers), x.value, values(layers), values(keys), values(add)
-    u = low_rank_inputs(x, layers, rate, keys, capability)
+    u = low_rank_inputs(x, layers, rate, keys)
     out = outputs(x, u, layers, add, capability)
     return out, (x, u, layers, keys, wanted, add is not None)
 

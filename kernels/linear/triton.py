@@ -19,11 +19,10 @@ from jaxft.kernels.linear.weights import Weights
 
 TOKENS, FEATURES, WARPS = 64, 64, 4  # of a program of `summed`
 LARGEST_RANK = 128
-THIN = False  # whether the thin products are these kernels': not before a card has run them (docs/log.md)
 MOST = 4  # products of a launch
 SIDES = 3  # products that stand side by side
 PROGRAMS = 512  # of `over_tokens`, about: what fills a card
-MANY = 8192  # tokens, from which on `side_by_side` has programs enough with larger tiles
+MANY = 8192  # tokens, of which `side_by_side` has programs enough with larger tiles
 
 
 class Tile(NamedTuple):
@@ -33,6 +32,9 @@ class Tile(NamedTuple):
     columns: int
     warps: int = 4
     stages: int = 3
+
+
+FEW, MORE = Tile(16, 128, warps=2, stages=5), Tile(64, 128)  # of `side_by_side`, the fastest of a sweep on an H200
 
 
 def check(x: jax.Array, layers: tuple[Weights, ...], add: jax.Array | None, capability: int) -> None:
@@ -52,25 +54,22 @@ def check(x: jax.Array, layers: tuple[Weights, ...], add: jax.Array | None, capa
 def thin(capability: int | None, ranks: Sequence[int]) -> int | None:
     """The compute capability that the kernels of thin products are compiled for; None where they serve no such ranks of
     layers that read one x."""
-    fit = len(ranks) <= SIDES and max(ranks, default=0) <= LARGEST_RANK
-    return capability if THIN and fit else None
+    return capability if len(ranks) <= SIDES and max(ranks, default=0) <= LARGEST_RANK else None
 
 
-def summed(
-    product: jax.Array, u: jax.Array, start: int, b: jax.Array, add: jax.Array | None, capability: int
-) -> jax.Array:
-    """product + u bᵀ + add in float32, rounded once: product and add (..., O), b (O, R), of u (..., WIDTH) the R
-    columns from `start` on, all of one dtype."""
+def summed(product: jax.Array, u: jax.Array, b: jax.Array, add: jax.Array, capability: int) -> jax.Array:
+    """product + u bᵀ + add in float32, rounded once: product and add (..., O), u (..., R), b (O, R), all of one
+    dtype."""
     from jaxft.kernels.linear import triton_kernels
 
     O, R = b.shape
     T = product.size // O
     tokens = fitting(T, TOKENS)
     return launch.triton_call(
-        product, u, b, product if add is None else add, kernel=triton_kernels.summed,
+        product, u, b, add, kernel=triton_kernels.summed,
         out_shape=jax.ShapeDtypeStruct(product.shape, product.dtype), grid=(-(-O // FEATURES), -(-T // tokens)),
         num_warps=WARPS, num_stages=1, compute_capability=capability, name="linear_summed", T=T, O=O, R=R,
-        RP=padded(R), WIDTH=u.shape[-1], START=start, ADD=add is not None, BT=tokens, BO=FEATURES,
+        RP=padded(R), BT=tokens, BO=FEATURES,
     )  # fmt: skip
 
 
@@ -97,7 +96,7 @@ def _over_tokens(products: list[Thin], capability: int, tile: Tile | None) -> li
     columns = [one.x.shape[-1] for one in products]
     T = products[0].x.size // columns[0]
     ranks = tuple(padded(one.rank) for one in products)
-    tile = tile or Tile(128 if max(ranks) <= 32 else 64, 64)
+    tile = tile or Tile(64, 128 if max(ranks) <= 64 else 64, stages=2)
     tiles = tuple(itertools.accumulate((-(-k // tile.columns) for k in columns), initial=0))
     out = tuple(itertools.accumulate((k * one.rank for k, one in zip(columns, products, strict=True)), initial=0))
     chunk = max(1, -(-T * tiles[-1] // PROGRAMS // tile.tokens)) * tile.tokens
@@ -117,22 +116,22 @@ def _over_tokens(products: list[Thin], capability: int, tile: Tile | None) -> li
 
 
 def side_by_side(
-    xs: Sequence[jax.Array], bs: Sequence[jax.Array], capability: int, across: bool = False, tile: Tile | None = None
+    xs: Sequence[jax.Array], bs: Sequence[jax.Array], capability: int, tile: Tile | None = None
 ) -> jax.Array:
     """[x_0 b_0 | x_1 b_1 | ...], (..., Σ R) in x's dtype, for at most `SIDES`: x_i (..., K_i) of the same tokens, b_i
-    (K_i, R_i), or where they lie across (R_i, K_i)."""
+    (K_i, R_i)."""
     from jaxft.kernels.linear import triton_kernels
 
     lead = xs[0].shape[:-1]
     T = math.prod(lead)
-    R = tuple(b.shape[0 if across else 1] for b in bs)
+    R = tuple(b.shape[1] for b in bs)
     start = tuple(itertools.accumulate(R, initial=0))
-    tile = tile or Tile(16 if T < MANY else 64, 128 if max(R) <= 32 else 64)
+    tile = tile or (FEW if T < MANY else MORE)._replace(columns=128 if max(R) <= 32 else 64)
     g = launch.triton_call(
         *_filled(xs, SIDES), *_filled(bs, SIDES), kernel=triton_kernels.side_by_side,
         out_shape=jax.ShapeDtypeStruct((T, start[-1]), xs[0].dtype), grid=(-(-T // tile.tokens), len(xs)),
         num_warps=tile.warps, num_stages=1, compute_capability=capability, name="linear_side_by_side", COUNT=len(xs),
-        T=T, K=tuple(x.shape[-1] for x in xs), R=R, ACROSS=across, START=start[:-1], WIDTH=start[-1],
+        T=T, K=tuple(x.shape[-1] for x in xs), R=R, START=start[:-1], WIDTH=start[-1],
         RP=tuple(map(padded, R)), BT=tile.tokens, BK=tile.columns, STAGES=tile.stages,
     )  # fmt: skip
     return g.reshape(*lead, start[-1])

@@ -2,14 +2,15 @@
 
     G = [X₀ B₀ | X₁ B₁ | …]        `side_by_side`: X_i (T, K_i), B_i (K_i, R_i) with a few columns
     D_i = X_iᵀ U_i                 `over_tokens`: sums over all tokens, float32
-    y = P + u bᵀ (+ add)           `summed`
+    y = P + u bᵀ + add             `summed`
 
 A product with R columns is read and not computed: what decides is how much of X is on its way, and several short
 products are one launch. `over_tokens`: a program holds BK columns of one X and walks over a chunk of the tokens; the
 chunks are added up outside. `side_by_side`: BT tokens, and walks over the columns. `summed`: P (T, O) is the large
-product, u the low-rank input, R columns of an array of WIDTH of them, b (O, R) the scaled B. A product of its own for
-u bᵀ would write an array as wide as y for the large product to read. The sum is float32 and rounded once, so that a
-young adapter's small part is not lost beside a large residual. A program holds BT tokens by BO outputs.
+product, u (T, R) the low-rank input, b (O, R) the scaled B. A product of its own for u bᵀ would write an array as wide
+as y for the large product to read. The sum is float32 and rounded once, so that a young adapter's small part is not
+lost beside a large residual. A program holds BT tokens by BO outputs.
+Measured: docs/log.md. x Aᵀ, few columns of one X, is cuBLAS's: `side_by_side` was no faster.
 
 Sizes of several products are tuples, one entry a product; arrays that are not there are stood for by another one.
 """
@@ -27,19 +28,14 @@ def _rows(ptr, row, column, rows, columns: tl.constexpr, STRIDE: tl.constexpr):
 
 @triton.jit
 def _side(
-    x_ptr, b_ptr, out_ptr, t, T: tl.constexpr, K: tl.constexpr, R: tl.constexpr, ACROSS: tl.constexpr,
-    START: tl.constexpr, WIDTH: tl.constexpr, RP: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr,
-    STAGES: tl.constexpr,
+    x_ptr, b_ptr, out_ptr, t, T: tl.constexpr, K: tl.constexpr, R: tl.constexpr, START: tl.constexpr,
+    WIDTH: tl.constexpr, RP: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     rank = tl.arange(0, RP)
     total = tl.zeros((BT, RP), tl.float32)
     for k0 in tl.range(0, K, BK, num_stages=STAGES):
         k = k0 + tl.arange(0, BK)
-        if ACROSS:
-            b = tl.trans(_rows(b_ptr, rank, k, R, K, K))
-        else:
-            b = _rows(b_ptr, k, rank, K, R, R)
-        total = tl.dot(_rows(x_ptr, t, k, T, K, K), b, total)
+        total = tl.dot(_rows(x_ptr, t, k, T, K, K), _rows(b_ptr, k, rank, K, R, R), total)
     at = out_ptr + t.to(tl.int64)[:, None] * WIDTH + START + rank[None, :]
     tl.store(at, total.to(out_ptr.dtype.element_ty), mask=(t < T)[:, None] & (rank < R)[None, :])
 
@@ -47,15 +43,15 @@ def _side(
 @triton.jit
 def side_by_side(
     x0, x1, x2, b0, b1, b2, out_ptr,
-    COUNT: tl.constexpr, T: tl.constexpr, K: tl.constexpr, R: tl.constexpr, ACROSS: tl.constexpr, START: tl.constexpr,
-    WIDTH: tl.constexpr, RP: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
+    COUNT: tl.constexpr, T: tl.constexpr, K: tl.constexpr, R: tl.constexpr, START: tl.constexpr, WIDTH: tl.constexpr,
+    RP: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """G (T, WIDTH), product i in the columns from START[i] on; ACROSS: a B lies as (R, K). Grid (⌈T / BT⌉, COUNT)."""
+    """G (T, WIDTH), product i in the columns from START[i] on. Grid (⌈T / BT⌉, COUNT)."""
     t = tl.program_id(0) * BT + tl.arange(0, BT)
     xs, bs = (x0, x1, x2), (b0, b1, b2)
     for i in tl.static_range(COUNT):
         if tl.program_id(1) == i:
-            _side(xs[i], bs[i], out_ptr, t, T, K[i], R[i], ACROSS, START[i], WIDTH, RP[i], BT, BK, STAGES)
+            _side(xs[i], bs[i], out_ptr, t, T, K[i], R[i], START[i], WIDTH, RP[i], BT, BK, STAGES)
 
 
 @triton.jit
@@ -107,16 +103,13 @@ def over_tokens(
 @triton.jit
 def summed(
     p_ptr, u_ptr, b_ptr, add_ptr, y_ptr,
-    T: tl.constexpr, O: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, WIDTH: tl.constexpr, START: tl.constexpr,
-    ADD: tl.constexpr, BT: tl.constexpr, BO: tl.constexpr,
+    T: tl.constexpr, O: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, BT: tl.constexpr, BO: tl.constexpr,
 ):  # fmt: skip
     """y (T, O). Grid (⌈O / BO⌉, ⌈T / BT⌉)."""
     t = tl.program_id(1) * BT + tl.arange(0, BT)
     o = tl.program_id(0) * BO + tl.arange(0, BO)
     rank = tl.arange(0, RP)
-    total = _rows(p_ptr, t, o, T, O, O).to(tl.float32)
-    if ADD:
-        total += _rows(add_ptr, t, o, T, O, O).to(tl.float32)
-    total = tl.dot(_rows(u_ptr + START, t, rank, T, R, WIDTH), tl.trans(_rows(b_ptr, o, rank, O, R, R)), total)
+    total = _rows(p_ptr, t, o, T, O, O).to(tl.float32) + _rows(add_ptr, t, o, T, O, O).to(tl.float32)
+    total = tl.dot(_rows(u_ptr, t, rank, T, R, R), tl.trans(_rows(b_ptr, o, rank, O, R, R)), total)
     at = y_ptr + t.to(tl.int64)[:, None] * O + o[None, :]
     tl.store(at, total.to(y_ptr.dtype.element_ty), mask=(t < T)[:, None] & (o < O)[None, :])

@@ -47,9 +47,8 @@ def hidden(x: jax.Array, layers: tuple[Weights, Weights], activation: str) -> ja
 
 def _inner(x, layers: Layers, rate: float, keys: Keys, kernels: Kernels | None):
     """e, v and the low-rank inputs of gate and up; e and v without their low-rank parts where kernels add them."""
-    capability = _capability(kernels)
-    u = linear.low_rank_inputs(x, layers[:2], rate, keys[:2], capability)
-    if capability is not None:
+    u = linear.low_rank_inputs(x, layers[:2], rate, keys[:2])
+    if _capability(kernels) is not None:
         e, v = (multiply(x, layer.weight) for layer in layers[:2])
     else:
         e, v = linear.outputs(x, u, layers[:2])

@@ -70,10 +70,10 @@ def qkv(
 
 
 def _run(x, layers, norms, cos, sin, head_dim, eps, capability):
-    u = linear.low_rank_inputs(x, layers, 0.0, NO_KEYS, capability)
+    u = linear.low_rank_inputs(x, layers, 0.0, NO_KEYS)
     assert u is not None  # `check` has seen LoRA
     start = sum(linear.ranks(layers[:2]))
-    v = linear.outputs(x, u, layers[2:], capability=capability, start=start)[0]
+    v = linear.outputs(x, u, layers[2:], start=start)[0]
     products = *(multiply(x, layer.weight) for layer in layers[:2]), v
     q, k, v = heads(products, head_dim)
     rotated = [
