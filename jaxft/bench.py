@@ -25,7 +25,7 @@ from jaxft.load import adapter_shapes, held_shapes, new_adapter, parameter_count
 from jaxft.lora import LoraConfig
 from jaxft.memory import Plan, batch_shapes, choose, device_limit, ladder_of, plan
 from jaxft.models import Model, describe_model, init_params
-from jaxft.models.layers import OFFLOADED, REMAT
+from jaxft.models.layers import KEPT_MLP, REMAT
 from jaxft.models.quantized import all_linears, with_quantized
 from jaxft.optim import OPTIMS, make_optimizer, state_shapes
 from jaxft.optim_paged import on_host
@@ -281,7 +281,7 @@ def read_options(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--kept_layers",
         type=int,
-        help="how many of the last layers put nothing on the host, instead of the workload's own",
+        help="how many of the last layers keep what products keeps, instead of the workload's own",
     )
     parser.add_argument("--memory_budget", help="11GiB or auto: the fastest policy that fits, in place of those three")
     parser.add_argument("--dry_run", action="store_true", help="compile, say what the step needs, run nothing")
@@ -303,8 +303,8 @@ def read_options(argv: list[str] | None) -> argparse.Namespace:
         policies = [
             options.gradient_checkpointing or WORKLOADS[name].gradient_checkpointing for name in options.workloads
         ]
-        if options.kept_layers < 0 or not set(policies) <= set(OFFLOADED):
-            raise InputError(f"--kept_layers {options.kept_layers}: at least 0, and for {', '.join(OFFLOADED)} alone")
+        if options.kept_layers < 0 or set(policies) & set(KEPT_MLP):
+            raise InputError(f"--kept_layers {options.kept_layers}: at least 0, and not for {' and '.join(KEPT_MLP)}")
     if options.device and not options.dry_run:
         raise InputError(f"--device {options.device} is not here to be measured; it has a meaning with --dry_run")
     return options

@@ -107,10 +107,10 @@ def check(settings: Any, where: dict[str, str]) -> None:
         chosen = [where[name] for name in ("gradient_checkpointing", "mlp_tiles", "kept_layers") if name in where]
         if settings.memory_budget and chosen and not settings.dry_run:
             raise InputError(f"{where['memory_budget']} chooses what {chosen[0]} says; leave one of them out")
-        if settings.kept_layers and not settings.gradient_checkpointing.startswith("offload"):
+        if settings.kept_layers and settings.gradient_checkpointing in ("none", "products"):
             raise InputError(
-                f"{where['kept_layers']} is about what waits on the host, and --gradient_checkpointing "
-                f"{settings.gradient_checkpointing} puts nothing there; offload and those that begin with it do"
+                f"{where['kept_layers']} is about what is computed again, and --gradient_checkpointing "
+                f"{settings.gradient_checkpointing} keeps it for all layers"
             )
         if settings.device and not settings.dry_run:
             raise InputError(

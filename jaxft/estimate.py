@@ -72,7 +72,7 @@ class Estimate:
 
 def estimate(
     model: Model, batches: Batches | StreamBatches, *, steps: int, device: jax.Device, devices: int,
-    gradient_checkpointing: str, full_finetuning: bool, dtype: Any, rank: int | None,
+    gradient_checkpointing: str, kept_layers: int = 0, full_finetuning: bool, dtype: Any, rank: int | None,
 ) -> Estimate | str:  # fmt: skip
     """The estimate of a run of `steps` steps; a sentence saying why there is none where no rate is known.
 
@@ -93,7 +93,7 @@ def estimate(
             model, tokens=per_device, dtype=dtype, device=device, full_finetuning=full_finetuning, rank=rank
         )
     some = sampled(batches)
-    work = [step_work(model, batch, gradient_checkpointing, full_finetuning) for batch in some]
+    work = [step_work(model, batch, gradient_checkpointing, full_finetuning, kept_layers) for batch in some]
     tokens = [np.count_nonzero(batch["segment_ids"]) for batch in some]
     return Estimate(steps, statistics.fmean(work), float(np.mean(tokens)), devices, rate)
 
@@ -106,7 +106,9 @@ def sampled(batches: Batches | StreamBatches) -> Sequence[Batch]:
     return [batches.batch(at * batches.steps_per_epoch // count) for at in range(count)]
 
 
-def step_work(model: Model, batch: Batch, gradient_checkpointing: str, full_finetuning: bool) -> float:
+def step_work(
+    model: Model, batch: Batch, gradient_checkpointing: str, full_finetuning: bool, kept_layers: int = 0
+) -> float:
     """FLOPs that a step computes: products with weights, of padding too, and attention's pairs of query and key.
 
     2 · M · tokens forward and for dX each, once more where weights are trained, once more for the layers where they
@@ -116,11 +118,14 @@ def step_work(model: Model, batch: Batch, gradient_checkpointing: str, full_fine
     c = model.config
     layers = sum(leaf.size for path, leaf in flatten(model.shapes) if leaf.ndim == 3 and "/lora/" not in path)
     passes = 3 if full_finetuning else 2
-    products = passes * (layers + c.vocab_size * c.hidden_size) + (layers if gradient_checkpointing in AGAIN else 0)
+    again = max(0.0, 1 - kept_layers / c.num_layers)  # of the layers
+    products = passes * (layers + c.vocab_size * c.hidden_size)
+    products += again * layers if gradient_checkpointing in AGAIN else 0
     seen = batch["positions"].astype(np.float64) + 1  # keys of each query, where no window hides the first ones
     pairs = {window: float(np.sum(np.minimum(seen, window or math.inf))) for window in set(c.layer_window)}
     attention = 4 * c.num_heads * c.head_dim * sum(pairs[window] for window in c.layer_window)
-    return 2.0 * products * batch["tokens"].size + attention * (4 if gradient_checkpointing in ATTENTION_AGAIN else 3)
+    times = 3 + (again if gradient_checkpointing in ATTENTION_AGAIN else 0)
+    return 2.0 * products * batch["tokens"].size + attention * times
 
 
 def measured_rate(

@@ -226,6 +226,11 @@ def plan_run(run: Run, prepared: Prepared, say: Callable[[str], None]) -> Plan:
                 raise RunError(str(failure)) from failure
             raise
     else:
+        if settings.kept_layers and not (prepared.mesh.size == 1 or settings.gradient_checkpointing in OFFLOADED):
+            raise InputError(
+                f"--kept_layers with --gradient_checkpointing {settings.gradient_checkpointing} is for one device; on "
+                f"{prepared.mesh.size} take one of {', '.join(OFFLOADED)}"
+            )
         planned = make(settings.gradient_checkpointing, settings.mlp_tiles, settings.kept_layers)
     if settings.dry_run:
         print("\n".join([*planned.lines(), f"{run.total_steps} steps of {run.batches.rows_per_step} rows"]))
@@ -248,8 +253,9 @@ def time_lines(run: Run, prepared: Prepared, planned: Plan) -> list[str]:
     here = [device for device in devices.flat if not is_absent(device) and device in jax.local_devices()]
     found = estimate(
         prepared.model, run.batches, steps=run.total_steps, device=(here or devices.flat)[0], devices=devices.size,
-        gradient_checkpointing=planned.gradient_checkpointing, full_finetuning=prepared.lora is None,
-        dtype=prepared.compute_dtype, rank=prepared.lora.r if prepared.lora else None,
+        gradient_checkpointing=planned.gradient_checkpointing, kept_layers=planned.kept_layers,
+        full_finetuning=prepared.lora is None, dtype=prepared.compute_dtype,
+        rank=prepared.lora.r if prepared.lora else None,
     )  # fmt: skip
     return [found] if isinstance(found, str) else found.lines()
 

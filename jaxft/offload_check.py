@@ -39,7 +39,7 @@ def difference() -> float:
         return jax.lax.scan(lambda x, weight: (layer(x, weight, shared, jnp.int32(0)), None), x, weights)[0]
 
     def on_host(x: jax.Array, weights: jax.Array) -> jax.Array:
-        return checkpointed_scan(body, True, 1, False, 0, x, weights, shared)
+        return checkpointed_scan(body, True, 1, False, (), x, weights, shared)
 
     def gradients(run) -> tuple[np.ndarray, np.ndarray]:
         options = step_options(jax.default_backend(), "offload_attention")

@@ -265,8 +265,8 @@ class TrainArguments:
     mlp_tiles: int = _flag(1, "in how many parts the MLPs take a micro-batch's tokens; more need less memory")
     kept_layers: int = _flag(
         0,
-        "how many of the last layers leave on the device what offload, offload_attention and so on put on the host: "
-        "their backward passes are the first, so that it is gone when memory is at its peak",
+        "how many of the last layers keep what products keeps, and compute nothing large again: their backward passes "
+        "are the first, so that part of it is gone when memory is at its peak",
     )
     memory_budget: str | None = _flag(
         None, "most bytes of a device, such as 11GiB, or auto: take the fastest gradient_checkpointing that fits"

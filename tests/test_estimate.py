@@ -40,6 +40,8 @@ def test_the_work_of_a_step_is_what_the_policy_computes(policy, full, layer_pass
     pairs = (1 + 2 + 3 + 4 + 5 + 5 + 5) + 9  # and 9 tokens of padding that see themselves
     expected = 2 * 16 * (layer_passes * 3 * layer + head_passes * 96 * 32) + attention_passes * 4 * 4 * 12 * 3 * pairs
     assert step_work(model, batch, policy, full) == expected
+    again = step_work(model, batch, policy, full, kept_layers=2) - step_work(model, batch, "products", full)
+    assert again == pytest.approx((expected - step_work(model, batch, "products", full)) / 3)  # one layer of three
 
 
 def test_the_estimate_is_work_over_rate_for_every_step_and_device(monkeypatch):

@@ -265,7 +265,7 @@ def test_weights_that_must_be_seen_are_asked_for(command, place, tmp_path):
         (flags(memory_budget="much"), r"--memory_budget 'much': expected auto, or a number with its unit"),
         (flags(memory_budget="0GiB"), r"--memory_budget '0GiB': expected auto"),
         (flags(mlp_tiles=0), "--mlp_tiles is 0; it must be at least 1"),
-        (flags(kept_layers=2), "--kept_layers is about what waits on the host, and --gradient_checkpointing full puts"),
+        (flags(kept_layers=2, gradient_checkpointing="none"), "--kept_layers is about what is computed again, and --g"),
         (flags(kept_layers=-1), "--kept_layers is -1; it must be at least 0"),
         (flags(memory_budget="auto", kept_layers=1), "--memory_budget chooses what --kept_layers says; leave one"),
     ],
@@ -343,7 +343,7 @@ def test_the_benchmark_refuses_contradictions(tiny_bench, capsys):
     for argv, words in (
         (["--memory_budget", "1GiB", "--mlp_tiles", "2"], "--memory_budget chooses --gradient_checkpointing, --ml"),
         (["--memory_budget", "1GiB", "--kept_layers", "0"], "--memory_budget chooses --gradient_checkpointing, --ml"),
-        (["--kept_layers", "2", "--gradient_checkpointing", "full"], "--kept_layers 2: at least 0, and for offload,"),
+        (["--kept_layers", "2", "--gradient_checkpointing", "none"], "--kept_layers 2: at least 0, and not for none"),
         (["--device", "h200"], "--device h200 is not here to be measured"),
         (["--dry_run", "--memory_budget", "auto"], "cpu has no memory of its own"),
     ):

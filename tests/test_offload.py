@@ -64,7 +64,7 @@ def test_it_equals_a_scan_that_keeps_everything(inputs, names, host, ahead, coun
     layers = jax.tree.map(lambda leaf: leaf[:count], layers)
 
     def offloaded(x, layers, shared):
-        return checkpointed_scan(body(kept(*names)), host, ahead, False, 0, x, layers, shared)
+        return checkpointed_scan(body(kept(*names)), host, ahead, False, (), x, layers, shared)
 
     grads = [
         jax.jit(jax.value_and_grad(lambda x, trained, run=run: loss(run, x, trained, layers, shared), (0, 1)))(
@@ -77,11 +77,12 @@ def test_it_equals_a_scan_that_keeps_everything(inputs, names, host, ahead, coun
 
 
 @pytest.mark.parametrize(("names", "kept_layers"), [((), 1), (("hidden",), 2), (("hidden", "small"), L - 1)])
-def test_the_last_layers_may_keep_theirs_on_the_device(inputs, names, kept_layers):
+def test_the_last_layers_may_keep_more_and_on_the_device(inputs, names, kept_layers):
     x, layers, shared = inputs
 
     def run(x, layers, shared):
-        return checkpointed_scan(body(kept(*names)), True, 1, False, kept_layers, x, layers, shared)
+        tail = (body(kept("hidden", "small")),) * kept_layers
+        return checkpointed_scan(body(kept(*names)), True, 1, False, tail, x, layers, shared)
 
     gradient = lambda run: jax.value_and_grad(lambda x, own: loss(run, x, own, layers, shared), (0, 1))  # noqa: E731
     wanted, got = (jax.jit(gradient(one))(x, trained_part(layers)) for one in (plain, run))
@@ -95,7 +96,7 @@ def test_the_last_layers_may_keep_theirs_on_the_device(inputs, names, kept_layer
 @pytest.mark.parametrize(("names", "far"), [((), 1), (("hidden",), 2), (("small",), 1), (("hidden", "small"), 2)])
 def test_only_the_input_and_what_is_named_and_large_goes_to_the_host(inputs, names, far):
     x, layers, shared = inputs
-    run = lambda *inputs: checkpointed_scan(body(kept(*names)), True, None, False, 0, *inputs)  # noqa: E731
+    run = lambda *inputs: checkpointed_scan(body(kept(*names)), True, None, False, (), *inputs)  # noqa: E731
     grad = jax.grad(lambda x, trained: loss(run, x, trained, layers, shared), (0, 1))
     loops = [
         equation
@@ -113,7 +114,7 @@ def test_an_array_without_numbers_has_a_gradient_without_numbers(inputs):
 
     def run(nothing, one):
         own = lambda x, layer, shared, _: x * jnp.expand_dims(layer[1], 0) + jnp.sum(layer[0])  # noqa: E731
-        return jnp.sum(checkpointed_scan(jax.checkpoint(own), False, None, False, 0, x, (nothing, one), shared))
+        return jnp.sum(checkpointed_scan(jax.checkpoint(own), False, None, False, (), x, (nothing, one), shared))
 
     grads = jax.grad(run, (0, 1))(nothing, one)
     assert grads[0].shape == nothing.shape and jnp.all(jnp.isfinite(grads[1]))
@@ -122,7 +123,7 @@ def test_an_array_without_numbers_has_a_gradient_without_numbers(inputs):
 def test_a_derivative_of_what_all_layers_share_is_refused(inputs):
     x, layers, shared = inputs
     with pytest.raises(TypeError, match="share"):
-        jax.grad(lambda shared: jnp.sum(checkpointed_scan(body(kept()), True, None, False, 0, x, layers, shared)))(
+        jax.grad(lambda shared: jnp.sum(checkpointed_scan(body(kept()), True, None, False, (), x, layers, shared)))(
             shared
         )
 
@@ -137,7 +138,7 @@ def test_a_gradient_under_vmap_is_refused_where_residuals_wait_on_the_host(input
 
     def grad(host):
         return jax.grad(
-            lambda x: jnp.sum(checkpointed_scan(body(kept("hidden")), host, None, False, 0, x, layers, shared))
+            lambda x: jnp.sum(checkpointed_scan(body(kept("hidden")), host, None, False, (), x, layers, shared))
         )
 
     assert transformed(grad(False))(both).shape == both.shape
@@ -153,11 +154,11 @@ def constants(x, layers, shared):
         factor = layer["factor"].astype(jnp.float32) / (1 + number).astype(jnp.float32)
         return x + jnp.tanh(x @ layer["in"]) * jnp.sin(table).sum(axis=0, keepdims=True) * factor
 
-    return checkpointed_scan(jax.checkpoint(block, prevent_cse=False), False, None, False, 0, x, layers, shared)
+    return checkpointed_scan(jax.checkpoint(block, prevent_cse=False), False, None, False, (), x, layers, shared)
 
 
 @pytest.mark.parametrize(
-    "run", [constants, lambda *a: checkpointed_scan(body(kept("hidden")), False, None, False, 0, *a)]
+    "run", [constants, lambda *a: checkpointed_scan(body(kept("hidden")), False, None, False, (), *a)]
 )
 def test_without_jit_the_gradients_are_the_same(inputs, run):
     x, layers, shared = inputs
@@ -203,8 +204,8 @@ def test_the_check_before_a_run_finds_equal_gradients_here_and_wrong_ones_where_
     assert doctor.offload_finding().status == doctor.OK
 
     # what a wrong slot gives: the layers' residuals in another order
-    def swapped(body, host, ahead, dense, kept_layers, x, layers, shared):
-        return checkpointed_scan(body, host, ahead, dense, kept_layers, x, layers[::-1], shared)
+    def swapped(body, host, ahead, dense, tail, x, layers, shared):
+        return checkpointed_scan(body, host, ahead, dense, tail, x, layers[::-1], shared)
 
     monkeypatch.setattr(offload_check, "checkpointed_scan", swapped)
     with pytest.raises(RunError, match=r"other gradients with jax .*; take --gradient_checkpointing full"):

@@ -30,8 +30,9 @@ def test_every_line_of_jaxft_is_read_and_a_workload_begins_with_its_own_policy(r
     text = repeat.PAGE.read_text(encoding="utf-8")
     assert len(claims) == text.count("| jaxft, `")
     first = repeat.chosen(claims, [], False)
+    kept = {name: f" --kept_layers {one.kept_layers}" if one.kept_layers else "" for name, one in WORKLOADS.items()}
     assert {claim.id: claim.policy for claim in first} == {
-        name: workload.gradient_checkpointing for name, workload in WORKLOADS.items()
+        name: workload.gradient_checkpointing + kept[name] for name, workload in WORKLOADS.items()
     }
     assert repeat.chosen(claims, ["A8"], True) == [claim for claim in claims if claim.id == "A8"]
     with pytest.raises(InputError, match="A0: not on the page, which has A1, A2"):

@@ -104,13 +104,11 @@ def test_gradient_checkpointing_changes_nothing():
         run(trainable, frozen, packed_batch())
 
 
-@pytest.mark.parametrize("name, kept_layers", [("gemma3", 2), ("gemma3", 100)])
-def test_layers_that_keep_theirs_on_the_device_change_nothing(name, kept_layers):
-    run, trainable, frozen = gradient_step(name, lora=True, dropout=0.4)
+@pytest.mark.parametrize("policy, kept_layers", [("offload_middle", 2), ("offload_middle", 100), ("full", 1)])
+def test_kept_layers_change_nothing(policy, kept_layers):
+    run, trainable, frozen = gradient_step("gemma3", lora=True, dropout=0.4)
     wanted, gradients = run(trainable, frozen, packed_batch())
-    run, _, _ = gradient_step(
-        name, lora=True, dropout=0.4, checkpointing="offload_middle", kept_layers=kept_layers
-    )  # fmt: skip
+    run, _, _ = gradient_step("gemma3", lora=True, dropout=0.4, checkpointing=policy, kept_layers=kept_layers)
     got, again = run(trainable, frozen, packed_batch())
     np.testing.assert_allclose(wanted["loss"], got["loss"], rtol=1e-6)
     assert_same_gradients(again, gradients)

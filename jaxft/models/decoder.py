@@ -91,9 +91,9 @@ class Decoder(nnx.Module):
 
         dtype: what activations are computed in, the embedding's own where None. key: LoRA's dropout, off where None.
         mlp_tiles: in how many parts the MLPs take the tokens; more need less memory. kept_layers: how many of the last
-        layers leave on the device what gradient_checkpointing puts on the host. max_documents: how many documents,
-        padding included, a row holds at most, where that is known; it decides which attention kernel is the fastest.
-        Where some row holds more, all hidden states are NaN.
+        layers keep on the device what "products" keeps. max_documents: how many documents, padding included, a row
+        holds at most, where that is known; it decides which attention kernel is the fastest. Where some row holds more,
+        all hidden states are NaN.
         """
         tiles = None if mlp_tiles == 1 and gradient_checkpointing in KEPT_MLP else mlp_tiles
         context = self.context(segment_ids, positions, tiles, max_documents)

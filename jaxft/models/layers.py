@@ -339,14 +339,20 @@ def scan_layers(
 ):
     """Runs a stack of blocks in a loop: x (B, T, D) in and out; layers and cache have a leading L.
 
-    remat: what is kept for the backward pass, a name of `REMAT`. kept_layers: how many of the last layers leave on the
-    device what remat puts on the host. Raises ValueError for another name.
+    remat: what is kept for the backward pass, a name of `REMAT`. kept_layers: how many of the last layers keep what
+    "products" keeps instead, on the device. Raises ValueError for another name, NotImplementedError for kept layers on
+    a mesh where remat puts nothing on the host.
     """
     if remat not in REMAT:
         raise ValueError(f"gradient_checkpointing {remat!r}: must be one of {', '.join(REMAT)}")
     if cache is None and remat != LEANEST:
         block = nnx.merge(*nnx.split(block))  # a copy of this trace: an outer one's may not be changed
         round_factors(block, x.dtype)
+    count = layers.window.shape[0]
+    if remat in KEPT_MLP:
+        kept_layers = 0
+    elif kept_layers >= count:
+        remat, context, kept_layers = "products", replace(context, mlp_tiles=None), 0
     graphdef, parameters = nnx.split(block)
     leaves, treedef = jax.tree.flatten(parameters, is_leaf=is_quantized)
     # stacks in 4 bits stay whole: a kernel reads a layer where it lies, where a scan would copy it out first
@@ -364,14 +370,20 @@ def scan_layers(
     def body(x, layer, shared, number):
         return run(x, layer, shared, number, None)[0]
 
-    count = layers.window.shape[0]
-    host = remat in OFFLOADED and kept_layers < count
+    def untiled(x, layer, shared, number):
+        stacks, context = shared
+        return body(x, layer, (stacks, replace(context, mlp_tiles=None)), number)
+
+    host = remat in OFFLOADED
+    if kept_layers and not (host or one_device()):
+        raise NotImplementedError(f"kept_layers with gradient_checkpointing {remat!r}: needs one device, or an offload")
     # elsewhere XLA would have to split what these scans make without a word about how
     if cache is None and (host or (REMAT[remat] is not None and one_device())):
+        keeping = jax.checkpoint(untiled, prevent_cse=False, policy=REMAT["products"])
         body = jax.checkpoint(body, prevent_cse=False, policy=REMAT[remat])
         inputs = x, (sliced, layers), (stacks, context)
-        kept_layers = kept_layers if host else 0
-        return checkpointed_scan(body, host, AHEAD.get(remat), remat in DENSE_KEPT, kept_layers, *inputs), None
+        tail = (keeping,) * kept_layers
+        return checkpointed_scan(body, host, AHEAD.get(remat), remat in DENSE_KEPT, tail, *inputs), None
     if cache is None and remat == "none" and one_gpu():  # a CPU's compiler takes long for it, and little is gained
         return unrolled_scan(body, x, (sliced, layers), (stacks, context)), None
 

@@ -6,7 +6,7 @@ layer below while it computes; the others it fetches for itself, as they are rea
 of `jax.checkpoint` names, and each layer's input; small residuals stay on the device. Where all of them do, what is
 gained over `jax.lax.scan` is that their stacks are not filled with zeros first.
 
-The last layers may keep theirs on the device. Their backward passes are the first, so that little of it is left when
+The last layers may keep more, on the device. Their backward passes are the first, so that little of it is left when
 memory is at its peak; they stand outside of the loop.
 
 `unrolled_scan` is for who keeps everything: a loop copies whatever lives longer than its turn into a stack, and out of
@@ -89,35 +89,33 @@ class _Near:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3, 4))
 def checkpointed_scan(
-    body: Body, host: bool, ahead: int | None, dense: bool, kept_layers: int, x: jax.Array, layers: Any, shared: Any
-) -> jax.Array:
+    body: Body, host: bool, ahead: int | None, dense: bool, tail: tuple[Body, ...], x: jax.Array, layers: Any,
+    shared: Any,
+) -> jax.Array:  # fmt: skip
     """x after body(x, layer, shared, number) for each layer; the leaves of `layers` have a leading L.
 
     body is `jax.checkpoint`ed, so that its residuals are few. host: whether the larger ones wait there. ahead: how many
     of those, from the last that a layer's forward pass makes, its backward pass begins with; None: all. They are
     fetched a layer ahead, into a second array each. dense: whether what is computed again may hand the dense copy of a
-    quantised weight on to the gradient's product. kept_layers: how many of the last layers, fewer than all, put nothing
-    on the host. Differentiated with respect to x and whatever leaves of layers are differentiated; `shared` has no
-    derivative: TypeError where one is asked for.
+    quantised weight on to the gradient's product. tail: what runs as body for the last layers, fewer than all, and
+    whose residuals stay on the device. Differentiated with respect to x and whatever leaves of layers are
+    differentiated; `shared` has no derivative: TypeError where one is asked for.
     """
     return _in_turn(body, x, layers, shared)
 
 
-def _forward(body, host, ahead, dense, kept_layers, x, layers, shared):
+def _forward(body, host, ahead, dense, tail, x, layers, shared):
     x, layers, shared, wanted = _primals("checkpointed_scan", x, layers, shared)
     pulls: list[_Pull] = []
     constants: list[jax.Array] = []  # what is the same in each layer, such as the levels of four bits
     nears: list[_Near] = []
-    count = _count(layers) - kept_layers
-
-    def pulled(x, layer, index):
-        with recomputing(dense):
-            y, pull = _pull_back(body, x, layer, shared, index, wanted)
-        return y, _apart(pull, layer, shared, index)
+    count = _count(layers) - len(tail)
 
     def one(x, index):
         layer = _at(layers, index)
-        y, (kept, constants[:], named) = pulled(x, layer, index)
+        with recomputing(dense):
+            y, pull = _pull_back(body, x, layer, shared, index, wanted)
+        kept, constants[:], named = _apart(pull, layer, shared, index)
         # last first: XLA's scheduler sends what stands first in a loop as late as it can, and a copy that could have
         # begun behind attention would wait for the bus behind a later one's
         far = [leaf for leaf in reversed(kept) if host and leaf.size * SMALL >= x.size]
@@ -145,11 +143,13 @@ def _forward(body, host, ahead, dense, kept_layers, x, layers, shared):
     last = [_empty(leaf.shape, leaf.dtype) for leaf in far[:ahead]]
     start = (jnp.int32(0), x, there, here, last)
     _, x, there, here, last = jax.lax.while_loop(lambda carry: carry[0] < count, step, start)
-    tail = []
-    for number in range(count, count + kept_layers):
-        x, (kept, alike, named) = pulled(x, _layer(layers, number), jnp.int32(number))
-        tail.append((kept, alike, named(kept)))
-    residuals = there, last, here, layers, shared, constants, pulls[-1], nears[-1], wanted, tail
+    kept_whole = []
+    for number, one_body in enumerate(tail, count):
+        layer, index = _layer(layers, number), jnp.int32(number)
+        x, pull = _pull_back(one_body, x, layer, shared, index, wanted)
+        kept, alike, named = _apart(pull, layer, shared, index)
+        kept_whole.append((kept, alike, named(kept)))
+    residuals = there, last, here, layers, shared, constants, pulls[-1], nears[-1], wanted, kept_whole
     return _unbatched(x) if host else x, residuals
 
 
@@ -232,9 +232,9 @@ def _pull_back(body, x, layer, shared, number, wanted):
     return jax.vjp(of_wanted, x, asked)
 
 
-def _backward(body, host, ahead, dense, kept_layers, residuals, dy):
-    there, last, device, layers, shared, constants, pull, nears, wanted, tail = residuals
-    count = _count(layers) - kept_layers
+def _backward(body, host, ahead, dense, tail, residuals, dy):
+    there, last, device, layers, shared, constants, pull, nears, wanted, kept_whole = residuals
+    count = _count(layers) - len(tail)
 
     def fetch(stacks, slot):
         """What waits in `slot`: the residuals of layer count − 1 − slot."""
@@ -257,7 +257,7 @@ def _backward(body, host, ahead, dense, kept_layers, residuals, dy):
         _empty((_count(layers), *one.shape), one.dtype)
         for one in jax.eval_shape(lambda rows: _packed(rows, groups), rows)
     ]
-    for number, (kept, alike, own) in reversed(list(enumerate(tail, count))):
+    for number, (kept, alike, own) in reversed(list(enumerate(kept_whole, count))):
         # what is computed again waits for dy, and is not taken for what was computed first: XLA would keep that
         kept, dy = jax.lax.optimization_barrier((kept, dy))
         back = _together_again(own, _layer(layers, number), shared, jnp.int32(number), alike, kept)
