@@ -240,17 +240,21 @@ def rms_norm(name, *, shape, dtype=jnp.float32, of=(0, 1), tolerance=EXACT):
 
 
 def cross_entropy(name, *, M, V, softcap=None, block=512, dtype=jnp.float32, tolerance=EXACT):
-    """Losses and the gradient of scores, some of whose rows have weight 0 and are not finite."""
+    """Losses and the gradient of scores, some of whose rows have weight 0 and are not finite; the gradient alone and
+    written into an array of more rows."""
     random = np.random.default_rng(V)
     scores = jnp.asarray(20 * random.standard_normal((M, V)), jnp.float32)
     scores = scores.at[1].set(jnp.nan).at[2, 3].set(-1e30).at[2, 4].set(-jnp.inf).at[3].set(0.0)
     targets = jnp.asarray(random.integers(0, V, M), jnp.int32)
     weights = jnp.asarray(random.uniform(0.5, 2, M), jnp.float32).at[jnp.array([1, M - 1])].set(0.0)
     cross_entropy_triton.BLOCK = block
-    run = lambda scores, gradient: cross_entropy_triton.losses(  # noqa: E731
-        scores, targets, weights, softcap, dtype, gradient, CARD
+    run = lambda scores, gradient, into=None: cross_entropy_triton.losses(  # noqa: E731
+        scores, targets, weights, softcap, dtype, gradient, CARD, into
     )
-    got = (*run(scores, True), run(scores, False)[0])
+    array = jnp.full((3 * M, V), 7, dtype)
+    again, among = run(scores, True, (array, jnp.int32(M + 2)))
+    got = (*run(scores, True), run(scores, False)[0], again, among[M + 2 : 2 * M + 2])
+    np.testing.assert_array_equal(jnp.delete(among, jnp.arange(M + 2, 2 * M + 2), axis=0), array[: 2 * M])
 
     def total(scores):
         capped = scores if softcap is None else softcap * jnp.tanh(scores / softcap)
@@ -259,25 +263,28 @@ def cross_entropy(name, *, M, V, softcap=None, block=512, dtype=jnp.float32, tol
 
     finite = jnp.where(weights[:, None] != 0, scores, 0.0)
     gradient, rows = jax.grad(total, has_aux=True)(finite)
-    interpreted.compare(name, got, (rows, gradient, rows), tolerance)
+    interpreted.compare(name, got, (rows, gradient, rows, rows, gradient), tolerance)
     if softcap is not None:  # which makes an infinite score finite
         return
     bad = run(jnp.zeros((3, V)).at[0, 1].set(jnp.inf).at[2, V - 1].set(jnp.nan), False)[0]
     assert jnp.isfinite(bad).tolist()[::2] == [False, False], bad
 
 
-def tiled_cross_entropy(name):
-    """The op as a GPU runs it: tiles, rows of weight 0 and both gradients around the kernel."""
+def tiled_cross_entropy(name, *, M=75, of=(0, 1)):
+    """The op as a GPU runs it: tiles of 8 rows, four a block, rows of weight 0 and gradients around the kernel. The
+    used rows end at a block's edge, at a tile's, in a tile, before the first, with the last."""
     random = np.random.default_rng(0)
-    hidden, head = (jnp.asarray(random.standard_normal(shape), jnp.float32) for shape in ((37, 8), (301, 8)))
-    targets = jnp.asarray(random.integers(0, 301, 37), jnp.int32)
-    weights = jnp.asarray(random.uniform(0.5, 2, 37), jnp.float32).at[::3].set(0.0)
+    arrays = [jnp.asarray(random.standard_normal(shape), jnp.float32) for shape in ((M, 8), (301, 8))]
+    targets = jnp.asarray(random.integers(0, 301, M), jnp.int32)
+    spread = random.uniform(0.5, 2, M)
 
     def by(op):
-        return jax.value_and_grad(lambda hidden, head: op(hidden, head, targets, weights, 9.0), (0, 1))(hidden, head)
+        return jax.jit(lambda w: jax.value_and_grad(lambda *two: op(*two, targets, w, 9.0), of)(*arrays))
 
-    got = by(lambda *inputs: tiled.linear_cross_entropy(*inputs, 8, 1, CARD))
-    interpreted.compare(name, got, by(cross_entropy_reference.linear_cross_entropy), EXACT)
+    run = by(lambda *inputs: tiled.linear_cross_entropy(*inputs, 8, 1, CARD))
+    wanted = by(cross_entropy_reference.linear_cross_entropy)
+    some = [jnp.asarray(spread * (random.permutation(M) < used), jnp.float32) for used in (32, 48, 51, 0, M)]
+    interpreted.compare(name, [run(w) for w in some], [wanted(w) for w in some], EXACT)
 
 
 if __name__ == "__main__":
@@ -320,4 +327,7 @@ if __name__ == "__main__":
     cross_entropy("cross entropy, one part", M=6, V=300)
     cross_entropy("cross entropy, three parts, capped", M=7, V=1100, softcap=15.0)
     cross_entropy("cross entropy, float16", M=5, V=1024, dtype=jnp.float16, tolerance=HALF)
-    tiled_cross_entropy("cross entropy, tiles of rows")
+    tiled_cross_entropy("cross entropy, blocks of tiles")
+    tiled_cross_entropy("cross entropy, blocks of tiles, head frozen", of=(0,))
+    tiled_cross_entropy("cross entropy, blocks of tiles, head alone", of=(1,))
+    tiled_cross_entropy("cross entropy, one tile", M=8)

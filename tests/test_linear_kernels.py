@@ -341,7 +341,29 @@ def test_tiles_and_groups_of_rows_change_nothing(tile, groups, softcap):
     assert distance(found, wanted) < 1e-5
 
 
-@pytest.mark.parametrize("masked, expected", [(0.0, 8), (1.0, 0), (0.75, 2)])
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("of", [(0,), (1,), (0, 1)])
+def test_rows_may_end_anywhere_in_a_block(of, groups):
+    rows = 37  # of a group: two blocks of four tiles, and a tile that is short
+    hidden, head, targets, _ = cross_entropy_case(rows * groups)
+
+    def run(function):
+        return jax.jit(
+            lambda weights: jax.value_and_grad(lambda *a: function(*a, targets, weights), of)(hidden, head),
+            compiler_options=QUICKLY,
+        )
+
+    found = run(lambda h, w, t, weights: tiled.linear_cross_entropy(h, w, t, weights, 3.0, 4, groups, None))
+    wanted = run(lambda h, w, t, weights: reference.linear_cross_entropy(h, w, t, weights, 3.0))
+    # none; a tile's edge in the first block and in the second; in a tile of either; whole blocks; all but one; all
+    for used in (0, 8, 24, 3, 27, 16, 32, 36, 37):
+        random = np.random.default_rng(used)
+        weights = np.concatenate([np.where(random.permutation(rows) < used, 0.5, 0) for _ in range(groups)])
+        weights = jnp.asarray(weights * random.uniform(1, 4, rows * groups), jnp.float32)
+        assert distance(found(weights), wanted(weights)) < 1e-5, used
+
+
+@pytest.mark.parametrize("masked, expected", [(0.0, 8), (1.0, 0), (0.75, 2), (0.3, 6)])
 def test_tiles_of_masked_rows_are_not_computed(masked, expected):
     hidden, head, targets, _ = cross_entropy_case(32)
     weights = jnp.asarray(np.arange(32) >= 32 * masked, jnp.float32)[jax.random.permutation(KEY, 32)]
@@ -374,8 +396,12 @@ def test_each_gradient_costs_one_product_and_float32_never_enters_one():
     hidden, head, targets, weights = cross_entropy_case(32, jnp.bfloat16)
 
     def shapes(argnums):
+        """Of a whole block, in which a tile stands once; the block with the tiles that are left must have the same."""
         loss = lambda h, w: linear_cross_entropy(h, w, targets, weights, tile=16)  # noqa: E731
-        return products(jax.grad(loss, argnums), hidden, head) if argnums is not None else products(loss, hidden, head)
+        both = products(jax.grad(loss, argnums) if argnums is not None else loss, hidden, head)
+        whole, left = both[: len(both) // 2], both[len(both) // 2 :]
+        assert whole == left
+        return whole
 
     z, d_head = ((1, 16, 50), jnp.float32), ((50, 8), jnp.float32)
     d_h, of_two_tiles = ((1, 16, 8), jnp.bfloat16), ((1, 32, 8), jnp.bfloat16)
@@ -383,6 +409,14 @@ def test_each_gradient_costs_one_product_and_float32_never_enters_one():
     assert shapes(0) == [z, d_h]  # a frozen head
     assert shapes(1) == [z, d_head]
     assert shapes((0, 1)) == [z, of_two_tiles, d_head]
+
+
+def test_a_block_of_tiles_needs_the_logits_of_one():
+    hidden, head, targets, weights = cross_entropy_case(512, jnp.bfloat16, V=2048)
+    loss = lambda h: tiled.linear_cross_entropy(h, head, targets, weights, None, 64, 1, None)  # noqa: E731
+    compiled = jax.jit(jax.grad(loss)).lower(hidden).compile()
+    tile = 64 * 2048 * 4
+    assert tile < compiled.memory_analysis().temp_size_in_bytes < 3 * tile  # a tile's logits and dz, float32 on a CPU
 
 
 def test_cross_entropy_with_logits_returns_both():

@@ -8,9 +8,12 @@ kept (dhidden, dhead; each only where it is asked for) by the upstream scalar. E
 vocabulary. Rows of weight 0 are sorted behind the others, and tiles that hold nothing else are never computed, so that
 masked prompts and padding cost nothing. A tile's float32 logits are written once, by their product, and read three
 times (maximum; sum and target; dz), by a GPU's Triton kernel twice, the second time partly from its cache; dz is
-written once, in the compute dtype, for the products that read it. Where the head is trained, `SHARED` tiles' dz wait
-for one product: dhead is a float32 sum over the tiles, read and written whole each time something is added, and for few
-rows that costs more than their product.
+written once, in the compute dtype, for the products that read it.
+Some tiles make a block. How many hold used rows is known on the device alone, and at each turn of a loop over so many a
+GPU waits for its host to read whether there is another. Of a loop with a constant count it does not: a turn is a block,
+and only tiles behind the last whole one have a turn each. Where the head is trained, a block's dz, written side by side into one array, wait for one
+product: dhead is a float32 sum over the blocks, read and written whole each time something is added, and for few rows
+that costs more than their product. Where it is frozen, a tile's dz is there no longer than its own product needs it.
 On a mesh the rows come in `groups` (one a data-parallel device), and every tile takes rows of all groups.
 """
 
@@ -21,14 +24,15 @@ import jax.numpy as jnp
 
 from jaxft.kernels.linear_cross_entropy import reference, triton
 
-SHARED = 4
+SHARED, FROZEN = 4, 8  # tiles of a block, of a trained head and of a frozen one
 
 
 def _forward(hidden, head, targets, weights, softcap, tile, groups, capability, with_hidden, with_head):
     precision = jax.lax.Precision.HIGHEST if hidden.dtype == jnp.float32 else None
     (M, D), rows, V = hidden.shape, hidden.shape[0] // groups, head.shape[0]
     tile = min(tile, rows)
-    block = tile * min(SHARED if with_head else 1, -(-rows // tile))  # rows whose dz are there together
+    tiles = min(SHARED if with_head else FROZEN, -(-rows // tile))  # of a block
+    block = tile * tiles
     hidden, targets, weights = (
         hidden.reshape(groups, rows, D),
         targets.reshape(groups, rows),
@@ -36,8 +40,10 @@ def _forward(hidden, head, targets, weights, softcap, tile, groups, capability, 
     )
     head = head.astype(hidden.dtype)
     order = jnp.argsort(weights == 0, axis=1, stable=True).astype(jnp.int32)
-    padded = jnp.pad(order, ((0, 0), (0, -rows % block)), constant_values=rows)  # no such row: reads as 0
+    missing = -rows % (block if with_head else tile)  # rows of the last product
+    padded = jnp.pad(order, ((0, 0), (0, missing)), constant_values=rows)  # no such row: reads as 0
     used = jnp.max(jnp.sum((weights != 0).astype(jnp.int32), axis=1))
+    used_tiles = (used + tile - 1) // tile
 
     def read(array, index):
         return jax.vmap(lambda a, i: a.at[i].get(mode="fill", fill_value=0))(array, index)
@@ -49,15 +55,16 @@ def _forward(hidden, head, targets, weights, softcap, tile, groups, capability, 
         # not even an infinite row of weight 0 touches the head's gradient, where 0 · ∞ would
         return jnp.where(weight != 0, read(hidden, index), jnp.zeros((), hidden.dtype)), target, weight
 
-    def one_tile(start):
-        """The tile's part of the sum, and dz where it is asked for."""
+    def losses(start, dz, at):
+        """A tile's part of the sum, and its dz where it is asked for: alone, or in the rows from `at` on of a block's
+        dz, whose others stay as they were."""
         h, target, weight = rows_of(start, tile)
+        wanted = with_hidden or with_head
         if capability is not None:  # one device, so one group
-            scores = reference.logits(h[0], head, None)
-            wanted = with_hidden or with_head
             parts, dz = triton.losses(
-                scores, target[0, :, 0], weight[0, :, 0], softcap, hidden.dtype, wanted, capability
-            )
+                reference.logits(h[0], head, None), target[0, :, 0], weight[0, :, 0], softcap, hidden.dtype, wanted,
+                capability, None if dz is None else (dz[0], at),
+            )  # fmt: skip
             return jnp.sum(parts), dz[None] if wanted else None
         z = reference.logits(h, head, softcap)  # (groups, tile, V) float32
         at_target = jax.lax.broadcasted_iota(target.dtype, z.shape, 2) == target
@@ -65,46 +72,65 @@ def _forward(hidden, head, targets, weights, softcap, tile, groups, capability, 
         log_sum = jnp.log(jnp.sum(jnp.exp(z - top), axis=-1, keepdims=True))
         z_target = jnp.sum(jnp.where(at_target, z, 0.0), axis=-1, keepdims=True)
         part = jnp.sum(jnp.where(weight != 0, weight * (log_sum + top - z_target), 0.0))
-        if not (with_hidden or with_head):
+        if not wanted:
             return part, None
         # exp again rather than exp(z − top) / sum: keeping that one would write and read another float32 tile
-        dz = (jnp.exp((z - top) - log_sum) - at_target.astype(jnp.float32)) * weight
+        own = (jnp.exp((z - top) - log_sum) - at_target.astype(jnp.float32)) * weight
         if softcap is not None:
-            dz = dz * (1 - jnp.square(z / softcap))
+            own = own * (1 - jnp.square(z / softcap))
         # the products below read dz in the compute dtype: a float32 dz would turn them into slow TF32 ones
-        return part, jnp.where(weight != 0, dz, 0.0).astype(hidden.dtype)
+        own = jnp.where(weight != 0, own, 0.0).astype(hidden.dtype)
+        return part, own if dz is None else jax.lax.dynamic_update_slice_in_dim(dz, own, at, axis=1)
 
-    def shared_tiles(start, dz):
-        """The block's part of the sum, and its dz written over another block's; the rows that none uses stay as they
-        were, and count for nothing because their h is 0."""
+    def with_d_h(d_sorted, dz, start):
+        """d_sorted with the rows from `start` on, whose dz that is, where it is asked for."""
+        if not with_hidden:
+            return None
+        d_h = jnp.einsum("GMV,VD->GMD", dz, head, precision=precision)
+        return jax.lax.dynamic_update_slice_in_dim(d_sorted, d_h, start, axis=1)
 
-        def add(number, carry):
-            total, dz = carry
-            part, own = one_tile(start + number * tile)
-            return total + part, jax.lax.dynamic_update_slice_in_dim(dz, own, number * tile, axis=1)
+    def one_tile(start, number, carry):
+        """Adds the tile of that number in the block from `start` on."""
+        total, d_sorted, dz = carry
+        part, dz = losses(start + number * tile, dz, number * tile)
+        if with_head:
+            return total + part, d_sorted, dz
+        return total + part, with_d_h(d_sorted, dz, start + number * tile), None
 
-        count = jnp.minimum(block // tile, (used - start + tile - 1) // tile)
-        return jax.lax.fori_loop(0, count, add, (jnp.float32(0), dz))
-
-    def one_block(number, carry):
+    def one_block(number, carry, whole):
+        """Adds the block of that number, whole or with the tiles that are left. The rows of dz that these do not have
+        stay another block's, and count for nothing because their h is 0."""
         total, d_sorted, d_head, dz = carry
         start = number * block
-        part, dz = one_tile(start) if block == tile else shared_tiles(start, dz)
-        if with_hidden:
-            d_h = jnp.einsum("GMV,VD->GMD", dz, head, precision=precision)
-            d_sorted = jax.lax.dynamic_update_slice_in_dim(d_sorted, d_h, start, axis=1)
-        if with_head:
-            h, _, _ = rows_of(start, block)
-            d_head = d_head + jnp.einsum("GMV,GMD->VD", dz, h, preferred_element_type=jnp.float32, precision=precision)
-        return total + part, d_sorted, d_head, None if block == tile else dz
+        carry = jnp.float32(0) if with_head else total, d_sorted, dz
+        if tiles == 1:
+            carry = one_tile(start, 0, carry)
+        else:
+            count = tiles if whole else used_tiles - number * tiles
+            carry = jax.lax.fori_loop(0, count, functools.partial(one_tile, start), carry)
+        if not with_head:
+            return carry[0], carry[1], None, None
+        part, d_sorted, dz = carry
+        d_sorted = with_d_h(d_sorted, dz, start)
+        h, _, _ = rows_of(start, block)
+        d_head = d_head + jnp.einsum("GMV,GMD->VD", dz, h, preferred_element_type=jnp.float32, precision=precision)
+        return total + part, d_sorted, d_head, dz if tiles > 1 else None
 
-    start = (
+    carry = (
         jnp.float32(0),
         jnp.zeros((groups, padded.shape[1], D), hidden.dtype) if with_hidden else None,
         jnp.zeros(head.shape, jnp.float32) if with_head else None,
-        None if block == tile else jnp.zeros((groups, block, V), hidden.dtype),
+        jnp.zeros((groups, block, V), hidden.dtype) if with_head and tiles > 1 else None,
     )
-    total, d_sorted, d_head, _ = jax.lax.fori_loop(0, (used + block - 1) // block, one_block, start)
+    whole_blocks = used_tiles // tiles
+    carry = jax.lax.fori_loop(0, whole_blocks, functools.partial(one_block, whole=True), carry)
+    if tiles > 1:
+        last = functools.partial(one_block, whole=False)
+        if with_head:  # a loop of at most one turn: no tile left, no products
+            carry = jax.lax.fori_loop(whole_blocks, (used_tiles + tiles - 1) // tiles, last, carry)
+        else:
+            carry = last(whole_blocks, carry)
+    total, d_sorted, d_head, _ = carry
     if d_sorted is None:
         return total, None, d_head
     position = jnp.argsort(order, axis=1)  # where each row stands among the sorted ones

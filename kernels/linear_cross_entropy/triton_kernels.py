@@ -27,17 +27,16 @@ def _capped(x, CAP: tl.constexpr):
 
 
 @triton.jit
-def rows(
-    x_ptr, target_ptr, weight_ptr, loss_ptr, dx_ptr,
+def _row(
+    row, first, x_ptr, target_ptr, weight_ptr, loss_ptr, dx_ptr,
     V: tl.constexpr, CAP: tl.constexpr, BLOCK: tl.constexpr, GRADIENT: tl.constexpr,
 ):  # fmt: skip
-    """loss (M,) float32, weight included, and dx (M, V); both 0 where the weight is. Grid (M,)."""
-    row = tl.program_id(0).to(tl.int64)
+    """loss, weight included, and dx of a row, the latter in row first + row; both 0 where the weight is."""
     weight = tl.load(weight_ptr + row)
     target = tl.load(target_ptr + row)
     lane = tl.arange(0, BLOCK)
     x_ptr += row * V
-    dx_ptr += row * V
+    dx_ptr += (first + row) * V
     BLOCKS: tl.constexpr = (V + BLOCK - 1) // BLOCK
     if weight != 0:
         top = tl.full((BLOCK,), LOWEST, tl.float32)
@@ -66,3 +65,26 @@ def rows(
             for number in range(BLOCKS):
                 v = number * BLOCK + lane
                 tl.store(dx_ptr + v, tl.zeros((BLOCK,), dx_ptr.dtype.element_ty), mask=v < V)
+
+
+@triton.jit
+def rows(
+    x_ptr, target_ptr, weight_ptr, loss_ptr, dx_ptr,
+    V: tl.constexpr, CAP: tl.constexpr, BLOCK: tl.constexpr, GRADIENT: tl.constexpr,
+):  # fmt: skip
+    """loss (M,) float32 and dx (M, V). Grid (M,)."""
+    row = tl.program_id(0).to(tl.int64)
+    _row(row, 0, x_ptr, target_ptr, weight_ptr, loss_ptr, dx_ptr, V, CAP, BLOCK, GRADIENT)
+
+
+@triton.jit
+def rows_into(
+    x_ptr, target_ptr, weight_ptr, first_ptr, before_ptr, loss_ptr, dx_ptr,
+    V: tl.constexpr, CAP: tl.constexpr, BLOCK: tl.constexpr, GRADIENT: tl.constexpr,
+):  # fmt: skip
+    """loss (M,) float32, and dx in M rows from `first` on of an array that has more (before_ptr is dx_ptr). Grid (M,).
+
+    `first` is read by the kernel, so that one kernel serves every tile.
+    """
+    row, first = tl.program_id(0).to(tl.int64), tl.load(first_ptr).to(tl.int64)
+    _row(row, first, x_ptr, target_ptr, weight_ptr, loss_ptr, dx_ptr, V, CAP, BLOCK, GRADIENT)
