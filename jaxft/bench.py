@@ -88,14 +88,16 @@ class Workload:
 
 # with the policies of docs/performance.md
 WORKLOADS = {
-    "A1": Workload("qwen3-4b", 8, 2048, gradient_checkpointing="offload_middle"),
+    "A1": Workload("qwen3-4b", 8, 2048, gradient_checkpointing="offload_middle", kept_layers=1),
     "A2": Workload("qwen3-4b", 8, 2048, gradient_checkpointing="none"),
     "A3": Workload("qwen3-4b", 1, 2048, load_in_4bit=True, gradient_checkpointing="offload_v"),
     "A4": Workload("qwen3-4b", 8, 2048, load_in_4bit=True, gradient_checkpointing="offload_middle"),
     "A5": Workload("llama-3-8b", 2, 2048, load_in_4bit=True, gradient_checkpointing="offload_qkv"),
     "A6": Workload("llama-3-8b", 4, 4096, gradient_checkpointing="offload_qkv"),
     "A7": Workload("llama-3-8b", 1, 32768, load_in_4bit=True, gradient_checkpointing="offload_middle"),
-    "A8": Workload("llama-3.2-1b", 8, 2048, full_finetuning=True, gradient_checkpointing="offload_middle"),
+    "A8": Workload(
+        "llama-3.2-1b", 8, 2048, full_finetuning=True, gradient_checkpointing="offload_middle", kept_layers=2
+    ),
     "A9": Workload("qwen3-4b", 8, 2048, mean_document=200, gradient_checkpointing="offload_middle"),
 }
 

@@ -9,7 +9,7 @@ agree in the last bit. Every operation here is exactly rounded, or made of integ
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxft.kernels.dequantize import dequantize_nf4, multiply_nf4
+from jaxft.kernels.dequantize import Held, dequantize_nf4, in_four_bits, multiply_nf4
 from jaxft.kernels.dequantize.tables import NESTED_BLOCK, dynamic_map, nf4_levels
 from jaxft.kernels.kept import later
 
@@ -109,20 +109,43 @@ def dense(
     layers of a block would else be alive from its forward to its backward pass. A plain weight is only cast.
     Not differentiable for a quantised weight; it has no gradient.
     """
-    if not isinstance(weight, NF4 | Int8):
-        return weight.astype(dtype)
-    if weight.ndim != 2:
-        raise ValueError(f"a stack of shape {weight.shape} is read one layer at a time")
-    if isinstance(weight, Int8):
-        codes, scales = weight.codes, weight.scales
-        if after is not None:
-            codes, scales = later((codes, scales), after)
-        rows = codes.astype(jnp.float32) * scales[:, None]
-        return (rows * jnp.float32(7.874015718698502e-3)).astype(dtype)  # bitsandbytes' own constant for 1/127
-    return dequantize_nf4(
-        weight.codes, weight.scales, weight.nested, weight.offset, shape=weight.weight_shape, block=weight.block,
-        dtype=jnp.dtype(dtype), layer=weight.layer, after=after, implementation=implementation,
-    )  # fmt: skip
+    return dense_together((weight,), dtype, after=after, implementation=implementation)[0]
+
+
+def dense_together(
+    weights: Sequence[Weight], dtype: Any, *, after: jax.Array | None = None, implementation: str | None = None
+) -> tuple[jax.Array, ...]:
+    """`dense` of each weight. Those in NF4 that are held alike, in block size and double quantisation, a GPU makes in
+    one launch: their dense arrays are all there when the first is."""
+    found: dict[int, jax.Array] = {}
+    alike: dict[tuple[int, bool], list[int]] = {}
+    for i, weight in enumerate(weights):
+        if isinstance(weight, NF4 | Int8) and weight.ndim != 2:
+            raise ValueError(f"a stack of shape {weight.shape} is read one layer at a time")
+        if isinstance(weight, NF4):
+            alike.setdefault((weight.block, weight.nested is None), []).append(i)
+        else:
+            found[i] = _dense_int8(weight, dtype, after) if isinstance(weight, Int8) else weight.astype(dtype)
+    for (block, _), group in alike.items():
+        made = dequantize_nf4(
+            [_held(weights[i]) for i in group], block=block, dtype=jnp.dtype(dtype), after=after,
+            implementation=implementation,
+        )  # fmt: skip
+        found |= zip(group, made, strict=True)
+    return tuple(found[i] for i in range(len(weights)))
+
+
+def _held(weight: Any) -> Held:
+    """The arrays of an NF4 weight."""
+    return Held(weight.codes, weight.scales, weight.nested, weight.offset, weight.layer, weight.weight_shape)
+
+
+def _dense_int8(weight: Int8, dtype: Any, after: jax.Array | None) -> jax.Array:
+    codes, scales = weight.codes, weight.scales
+    if after is not None:
+        codes, scales = later((codes, scales), after)
+    rows = codes.astype(jnp.float32) * scales[:, None]
+    return (rows * jnp.float32(7.874015718698502e-3)).astype(dtype)  # bitsandbytes' own constant for 1/127
 
 
 def multiply(x: jax.Array, weight: Weight, *, implementation: str | None = None) -> jax.Array:
@@ -132,12 +155,14 @@ def multiply(x: jax.Array, weight: Weight, *, implementation: str | None = None)
     quantised weight.
     """
     if isinstance(weight, NF4) and weight.ndim == 2:
-        return multiply_nf4(
-            x, weight.codes, weight.scales, weight.nested, weight.offset, shape=weight.weight_shape, block=weight.block,
-            layer=weight.layer, implementation=implementation,
-        )  # fmt: skip
+        return multiply_nf4(x, _held(weight), block=weight.block, implementation=implementation)
     precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None  # float32 means float32, not TF32
     return jnp.einsum("...I,OI->...O", x, dense(weight, x.dtype), precision=precision)
+
+
+def reads_codes(x: jax.Array, weights: Sequence[Weight]) -> bool:
+    """Whether `multiply` of x reads one of the weights in its 4 bits, and would lose by a dense copy of it."""
+    return any(isinstance(weight, NF4) and in_four_bits(x, weight.weight_shape) for weight in weights)
 
 
 def describe_leaf(kind: str, weight_shape: tuple[int, int], count: int | None, dtype: Any) -> Quantized:

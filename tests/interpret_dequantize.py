@@ -12,7 +12,7 @@ import numpy as np
 import triton as compiler
 import triton.language as tl
 
-from jaxft.kernels.dequantize import reference, triton, triton_kernels
+from jaxft.kernels.dequantize import Held, reference, triton, triton_kernels
 from jaxft.quant import quantize_nf4
 
 
@@ -33,15 +33,35 @@ def compare(shape: tuple[int, int], dtype: str, block: int = 64, double: bool = 
     weight = jnp.asarray(np.random.default_rng(shape[0]).normal(size=shape), jnp.float32)
     leaf = jax.jit(lambda w: quantize_nf4(w, block=block, double=double))(weight)
     parts = leaf.codes, leaf.scales, leaf.nested, leaf.offset
-    wanted = reference.dequantize_nf4(*parts, shape, block, jnp.dtype("float32" if dtype == "bfloat16" else dtype))
-    got = np.asarray(triton.dequantize_nf4(*parts, None, None, shape, block, jnp.dtype(dtype), 90))
-    wanted = np.asarray(wanted)
-    if dtype == "bfloat16":  # the interpreter cuts off where the compiled kernel rounds
-        wanted = (wanted.view(np.uint32) >> 16).astype(np.uint16).view(jnp.bfloat16)
+    wanted = by_reference(parts, shape, block, dtype)
+    (got,) = triton.dequantize_nf4([Held(*parts, None, shape)], None, block, jnp.dtype(dtype), 90)
     name = f"{shape} {dtype} block {block} {'double' if double else 'single'}"
-    interpreted.compare(name, got, wanted, 1e-30)
-    got = triton.dequantize_nf4(*stacked(parts), jnp.int32(1), None, shape, block, jnp.dtype(dtype), 90)
+    interpreted.compare(name, np.asarray(got), wanted, 1e-30)
+    (got,) = triton.dequantize_nf4([Held(*stacked(parts), jnp.int32(1), shape)], None, block, jnp.dtype(dtype), 90)
     interpreted.compare(f"{name}, the second of a stack", np.asarray(got), wanted, 1e-30)
+
+
+def by_reference(parts, shape: tuple[int, int], block: int, dtype: str) -> np.ndarray:
+    wide = jnp.dtype("float32" if dtype == "bfloat16" else dtype)
+    wanted = np.asarray(reference.dequantize_nf4(*parts, shape, block, wide))
+    if dtype == "bfloat16":  # the interpreter cuts off where the compiled kernel rounds
+        return (wanted.view(np.uint32) >> 16).astype(np.uint16).view(jnp.bfloat16)
+    return wanted
+
+
+def compare_together(shapes: list[tuple[int, int]], dtype: str, stacks: str, block: int = 64, double: bool = True):
+    """Several weights by one call; stacks: of each whether it is one of a stack, y or n."""
+    weights, wanted = [], []
+    for number, (shape, stack) in enumerate(zip(shapes, stacks, strict=True)):
+        weight = jnp.asarray(np.random.default_rng(number).normal(size=shape), jnp.float32)
+        leaf = jax.jit(lambda w: quantize_nf4(w, block=block, double=double))(weight)
+        parts = leaf.codes, leaf.scales, leaf.nested, leaf.offset
+        held = (*stacked(parts), jnp.int32(1)) if stack == "y" else (*parts, None)
+        weights.append(Held(*held, shape))
+        wanted.append(by_reference(parts, shape, block, dtype))
+    got = triton.dequantize_nf4(weights, jnp.zeros((2, 3)), block, jnp.dtype(dtype), 90)
+    name = f"together {shapes} {dtype} stacks {stacks} block {block} {'double' if double else 'single'}"
+    interpreted.compare(name, [np.asarray(one) for one in got], wanted, 1e-30)
 
 
 def stacked(parts):
@@ -74,6 +94,10 @@ if __name__ == "__main__":
     compare((5, 7), "float32")
     compare((96, 64), "float16", block=128)
     compare((48, 100), "float32", block=32, double=False)
+    compare_together([(64, 128), (16, 128), (16, 128)], "bfloat16", "yyy")
+    compare_together([(33, 35), (128, 64), (64, 129)], "bfloat16", "nnn")  # one and two tiles, full and not
+    compare_together([(5, 7), (96, 64)], "float32", "ny", block=32, double=False)
+    compare_together([(8, 64), (64, 128), (5, 7), (33, 35)], "float16", "yyny", block=128)  # two launches
     compare_product((64, 256), 3, "float16", 1e-3)
     compare_product((40, 1024), 10, "float16", 1e-3)  # a last tile that is not full, a step a part, two halves of rows
     compare_product((33, 1120), 9, "float16", 1e-3, programs=4)  # parts of 3 and 2 steps, the last of these not full

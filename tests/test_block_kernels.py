@@ -77,14 +77,25 @@ def test_in_backward_a_four_bit_mlp_makes_each_weight_dense_once_and_down_before
     x, *layers = mlp_case(jnp.float32)
     (gate, up, down), _ = held(layers, "nf4")
     made = []
-    for name in ("dequantize_nf4", "multiply_nf4"):
-        read = getattr(dequantize, name)
-        monkeypatch.setattr(quant, name, lambda *a, read=read, **how: (made.append(how["shape"]), read(*a, **how))[1])
+
+    def dense_array(weights, **how):
+        made.append([weight.shape[0] for weight in weights])
+        return dequantize.dequantize_nf4(weights, **how)
+
+    def product(x, weight, **how):
+        made.append([weight.shape[0]])
+        return dequantize.multiply_nf4(x, weight, **how)
+
+    monkeypatch.setattr(quant, "dequantize_nf4", dense_array)
+    monkeypatch.setattr(quant, "multiply_nf4", product)
     run = lambda x, tiles: jnp.sum(mlp(x, gate, up, down, activation="silu", tiles=tiles))  # noqa: E731
-    for tiles in (1, None):
+    for tiles, gate_and_up in ((1, [[20, 20]]), (None, [[20], [20]])):
         made.clear()
         jax.make_jaxpr(jax.grad(run), static_argnums=1)(x, tiles)
-        assert [shape[0] for shape in made] == [20, 20, 12, 12, 20, 20]  # forward, and dh before e, v and dx
+        assert made == [[20, 20], [12], [12], *gate_and_up]  # forward, and dh before e, v and dx
+    made.clear()
+    jax.make_jaxpr(run, static_argnums=1)(x[:, :2], None)
+    assert made == [[20], [20], [12]]  # 4 tokens of 12 numbers: what stands between the products is smaller than W
 
 
 def test_a_young_adapter_is_not_rounded_away_beside_a_large_residual():
@@ -278,7 +289,7 @@ def test_the_norms_kernels_refuse_by_name_and_are_passed_over_by_default(way, ca
 def dequantize_way(implementation=None, patch=None):
     """The card that a 4-bit weight is made dense for by Triton, None where it is by the reference."""
     seen = []
-    patch.setattr(dequantize.triton, "dequantize_nf4", lambda *a: (seen.append(a[-1]), jnp.zeros((64, 128)))[1])
+    patch.setattr(dequantize.triton, "dequantize_nf4", lambda *a: (seen.append(a[-1]), [jnp.zeros((64, 128))])[1])
     leaf = describe_leaf("nf4", (64, 128), None, jnp.bfloat16)
     jax.eval_shape(lambda leaf: dense(leaf, jnp.bfloat16, implementation=implementation), leaf)
     return seen[0] if seen else None

@@ -1,11 +1,13 @@
 """NF4 and 8-bit weights hold the bits that bitsandbytes holds, and the kernel computes what the definition says."""
 
 import dataclasses
+import itertools
 import json
 import os
 import re
 import subprocess
 import sys
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -14,11 +16,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxft import quant
 from jaxft.kernels import gpu
-from jaxft.kernels.dequantize import dequantize_nf4, reference, triton
+from jaxft.kernels.dequantize import Held, dequantize_nf4, reference, triton
 from jaxft.kernels.dequantize.tables import nf4_levels
 from jaxft.kernels.linear import Weights, linears
-from jaxft.quant import _divide, dense, describe_leaf, multiply, quantize, quantize_nf4
+from jaxft.kernels.linear.fused import dense_weights
+from jaxft.kernels.mlp import mlp
+from jaxft.quant import _divide, dense, dense_together, describe_leaf, multiply, quantize, quantize_nf4
 from tests.nf4_cases import CASES, DTYPES, PARTS, bell, digest
 from tests.ptx import CAPABILITIES, MISSING, NEEDED, assemble, compiled
 
@@ -118,15 +123,23 @@ needs_triton = pytest.mark.skipif(bool(MISSING), reason=NEEDED)
 @needs_triton
 @pytest.mark.parametrize("stack", [(), (36,)], ids=["one", "stack"])
 @pytest.mark.parametrize("capability", CAPABILITIES)
-def test_the_kernel_compiles_for_every_card_with_wide_stores_and_no_shared_memory(capability, stack):
-    n = 4096 * 1024
-    sizes = ((n // 2,), jnp.uint8), ((n // 64,), jnp.uint8), ((n // 64 // 256,), jnp.float32), ((), jnp.float32)
-    arrays = [jax.ShapeDtypeStruct((*stack, *size), dtype) for size, dtype in sizes]
+@pytest.mark.parametrize("rows", [(1024,), (4096, 1024, 1023), (9728, 9728)], ids=["alone", "three", "two"])
+def test_the_kernel_compiles_for_every_card_with_wide_stores_and_no_shared_memory(capability, stack, rows, tmp_path):
+    def parts(n: int) -> list[jax.ShapeDtypeStruct]:
+        blocks = n // 64
+        sizes = ((n // 2,), jnp.uint8), ((blocks,), jnp.uint8), ((-(-blocks // 256),), jnp.float32), ((), jnp.float32)
+        return [jax.ShapeDtypeStruct((*stack, *size), dtype) for size, dtype in sizes]
+
+    def run(weights, layer):
+        held = [Held(*one, layer, (count, 2560)) for one, count in zip(weights, rows, strict=True)]
+        return triton.dequantize_nf4(held, None, 64, jnp.bfloat16, capability)
+
     layer = jax.ShapeDtypeStruct((), jnp.int32) if stack else None
-    function = lambda *x: triton.dequantize_nf4(*x, None, (4096, 1024), 64, jnp.bfloat16, capability)  # noqa: E731
-    ((shared, ptx),) = compiled(function, *arrays, layer).values()
+    ((shared, ptx),) = compiled(run, [parts(count * 2560) for count in rows], layer).values()
     assert shared == 0
-    assert "st.global.v4.b32" in ptx and "fma.rn.f32" not in ptx
+    assert ptx.count("st.global.v4.b32") >= 4 * len(rows) and "fma.rn.f32" not in ptx
+    registers, spilled = assemble(ptx, capability, tmp_path)
+    assert registers <= 64 and spilled == 0
 
 
 @needs_triton
@@ -136,7 +149,7 @@ def test_the_kernel_is_handed_what_it_waits_for():
     arrays = S((n // 2,), jnp.uint8), S((n // 64,), jnp.float32), S((3, 7), jnp.bfloat16)
 
     def run(codes, scales, before):
-        return triton.dequantize_nf4(codes, scales, None, None, None, before, (8, 64), 64, jnp.bfloat16, 90)
+        return triton.dequantize_nf4([Held(codes, scales, None, None, None, (8, 64))], before, 64, jnp.bfloat16, 90)
 
     text = jax.jit(run).trace(*arrays).lower(lowering_platforms=("cuda",)).as_text()
     (call,) = re.findall(r"custom_call @triton_kernel_call.*", text)
@@ -248,15 +261,53 @@ def test_the_interpreted_kernels_equal_the_reference():
         env=os.environ | {"PYTHONPATH": str(ROOT)}, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count(": ok") == 28
+    assert done.stdout.count(": ok") == 32
 
 
 def test_the_kernel_refuses_a_dtype_that_it_cannot_write(monkeypatch):
     monkeypatch.setattr(gpu, "device_capability", lambda: 90)
     leaf = leaf_of("random, float32", "nf4")
-    parts = leaf.codes, leaf.scales, leaf.nested, leaf.offset
+    held = Held(leaf.codes, leaf.scales, leaf.nested, leaf.offset, None, (64, 128))
     with pytest.raises(NotImplementedError, match="dtype int32"):
-        dequantize_nf4(*parts, shape=(64, 128), block=64, dtype=jnp.int32, implementation="triton")
+        dequantize_nf4([held], block=64, dtype=jnp.int32, implementation="triton")
+
+
+def test_weights_that_are_not_held_alike_are_not_made_dense_by_one_call():
+    double = jax.jit(quantize_nf4)(jnp.ones((8, 64)))
+    single = jax.jit(partial(quantize_nf4, double=False))(jnp.ones((8, 64)))
+    both = [Held(one.codes, one.scales, one.nested, one.offset, None, (8, 64)) for one in (double, single)]
+    with pytest.raises(ValueError, match="all have it, or none"):
+        dequantize_nf4(both, block=64, dtype=jnp.float32)
+
+
+def test_several_weights_are_made_dense_in_groups_that_are_held_alike(monkeypatch):
+    random = np.random.default_rng(0)
+    draw = lambda *shape: jnp.asarray(random.normal(size=shape), jnp.float32)  # noqa: E731
+    nf4 = lambda *shape, **how: jax.jit(partial(quantize_nf4, **how))(draw(*shape))  # noqa: E731
+    int8, plain = jax.jit(quantize, static_argnums=1)(draw(4, 64), "int8"), draw(3, 64)
+    stack = jax.tree.map(lambda *arrays: jnp.stack(arrays), nf4(8, 64), nf4(8, 64))
+    one = dataclasses.replace(stack, layer=jnp.int32(1))
+    weights = [nf4(16, 64), int8, plain, nf4(2, 64, block=32), one, nf4(5, 7, double=False), nf4(33, 35)]
+    calls = []
+
+    def record(held, **how):
+        calls.append([one.shape for one in held])
+        return dequantize_nf4(held, **how)
+
+    wanted = [dense(weight, jnp.bfloat16) for weight in weights]
+    monkeypatch.setattr(quant, "dequantize_nf4", record)
+    found = dense_together(weights, jnp.bfloat16, after=plain)
+    assert calls == [[(16, 64), (8, 64), (33, 35)], [(2, 64)], [(5, 7)]]
+    for got, want in zip(found, wanted, strict=True):
+        assert got.dtype == jnp.bfloat16
+        np.testing.assert_array_equal(np.float32(got), np.float32(want))
+    calls.clear()
+    layers = dense_weights(tuple(map(Weights, weights[:3])), jnp.bfloat16)
+    assert layers[2].weight is plain and calls == [[(16, 64)]]
+    assert [layer.weight.shape for layer in layers] == [(16, 64), (4, 64), (3, 64)]
+    assert dense_weights((Weights(plain),), jnp.bfloat16) == (Weights(plain),)
+    with pytest.raises(ValueError, match="one layer at a time"):
+        dense_together([weights[0], stack], jnp.bfloat16)
 
 
 PRODUCT_REFUSED = {
@@ -283,12 +334,40 @@ def test_a_few_rows_are_multiplied_with_the_four_bits_and_many_with_the_dense_we
         return jnp.zeros((*x.shape[:-1], 64), x.dtype)
 
     monkeypatch.setattr(triton, "multiply_nf4", multiply)
-    monkeypatch.setattr(triton, "dequantize_nf4", lambda *a: (seen.append("dense"), jnp.zeros((64, 128), a[-2]))[1])
+    monkeypatch.setattr(triton, "dequantize_nf4", lambda *a: (seen.append("dense"), [jnp.zeros((64, 128), a[-2])])[1])
     leaf = describe_leaf("nf4", (64, 128), None, jnp.bfloat16)
     for rows, expected in ((1, 90), (16, 90), (17, "dense")):
         x = jax.ShapeDtypeStruct((rows, 1, 128), jnp.bfloat16)
         (y,) = jax.eval_shape(lambda x, leaf: linears(x, (Weights(leaf),)), x, leaf)
         assert seen.pop() == expected and not seen and y.shape == (rows, 1, 64)
+
+
+def test_gate_and_up_are_made_dense_by_one_call_where_their_four_bits_are_not_read(monkeypatch):
+    made = []
+    monkeypatch.setattr(gpu, "device_capability", lambda: 90)
+    monkeypatch.setattr(gpu, "find_spec", lambda name: name)
+
+    def multiply(x, packed, scales, nested, offset, layer, shape, block, capability):
+        made.append(("4 bits", shape))
+        return jnp.zeros((*x.shape[:-1], shape[0]), x.dtype)
+
+    def dequantize(weights, after, block, dtype, capability):
+        made.append(("dense", *[weight.shape for weight in weights]))
+        return [jnp.zeros(weight.shape, dtype) for weight in weights]
+
+    monkeypatch.setattr(triton, "multiply_nf4", multiply)
+    monkeypatch.setattr(triton, "dequantize_nf4", dequantize)
+    wide, down = (describe_leaf("nf4", shape, None, jnp.bfloat16) for shape in ((64, 32), (32, 64)))
+    for rows, tiles in itertools.product((16, 17), (None, 1)):
+        made.clear()
+        run = lambda x, *leaves, tiles=tiles: mlp(  # noqa: E731
+            x, *map(Weights, leaves), activation="silu", tiles=tiles, implementation="fused"
+        )
+        jax.eval_shape(run, jax.ShapeDtypeStruct((rows, 32), jnp.bfloat16), wide, wide, down)
+        if rows == 16:
+            assert made == [("4 bits", (64, 32)), ("4 bits", (64, 32)), ("4 bits", (32, 64))]
+        else:
+            assert made == [("dense", (64, 32), (64, 32)), ("dense", (32, 64))]
 
 
 def test_the_product_by_the_reference_is_that_with_the_dense_weight():

@@ -3,7 +3,9 @@
 Triton and jax-triton are imported when a kernel is launched and not before.
 """
 
+import itertools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import jax
@@ -11,10 +13,12 @@ import jax.numpy as jnp
 
 from jaxft.kernels import launch
 from jaxft.kernels.dequantize.tables import NESTED_BLOCK, dynamic_map, nf4_levels
+from jaxft.kernels.dequantize.weights import Held
 from jaxft.kernels.gpu import check_installed
 
 THREADS = 128
 UNROLL = 4
+MOST = 3  # weights of a launch
 DTYPES = ("bfloat16", "float16", "float32")
 SMALLEST_CAPABILITY = 75
 
@@ -89,11 +93,16 @@ def product_constants(
     return found | sizes, (tiles, -(-steps // each), -(-rows // held))
 
 
-def _arrays(packed, scales, nested, offset, layer) -> tuple[jax.Array, ...]:
+def _arrays(weight: Held) -> tuple[jax.Array, ...]:
     """What both kernels read of a weight, in their order; an array that is not read is stood for by another."""
+    packed, scales, nested, offset, layer, _ = weight
     second = (nested, offset.reshape(-1)) if nested is not None and offset is not None else (scales, scales)
-    index = scales if layer is None else layer.reshape(1)
-    return packed, scales, *second, index, jnp.asarray(nf4_levels()), jnp.asarray(dynamic_map())
+    return packed, scales, *second, scales if layer is None else layer.reshape(1)
+
+
+def _tables() -> tuple[jax.Array, jax.Array]:
+    """What they read beside it."""
+    return jnp.asarray(nf4_levels()), jnp.asarray(dynamic_map())
 
 
 def multiply_nf4(
@@ -122,7 +131,7 @@ def multiply_nf4(
     double, stacked = nested is not None, layer is not None
     arguments, grid = product_constants(rows, shape, block, double, stacked, tile, programs)
     out = launch.triton_call(
-        x.reshape(rows, I), *_arrays(packed, scales, nested, offset, layer),
+        x.reshape(rows, I), *_arrays(Held(packed, scales, nested, offset, layer, shape)), *_tables(),
         kernel=triton_kernels.product, name="multiply_nf4", grid=grid,
         out_shape=jax.ShapeDtypeStruct((grid[1], rows, O), x.dtype if grid[1] == 1 else jnp.float32),
         num_warps=tile.warps, num_stages=1, enable_fp_fusion=False, compute_capability=capability, **arguments,
@@ -131,39 +140,32 @@ def multiply_nf4(
     return total.reshape(*lead, O)
 
 
-def constants(n: int, block: int, double: bool, stacked: bool) -> dict[str, int | bool]:
-    """The kernel's compile-time arguments, in its order."""
-    return {
-        "N": n, "BLOCK": block, "NESTED": NESTED_BLOCK, "DOUBLE": double, "STACKED": stacked, "UNROLL": UNROLL,
-        "THREADS": THREADS,
-    }  # fmt: skip
-
-
 def dequantize_nf4(
-    packed: jax.Array,
-    scales: jax.Array,
-    nested: jax.Array | None,
-    offset: jax.Array | None,
-    layer: jax.Array | None,
-    after: jax.Array | None,
-    shape: tuple[int, ...],
-    block: int,
-    dtype: jnp.dtype,
-    capability: int,
-) -> jax.Array:
-    """level[code] · scale; see `__init__`. capability: compute capability of the device, 90 for 9.0.
+    weights: Sequence[Held], after: jax.Array | None, block: int, dtype: jnp.dtype, capability: int
+) -> list[jax.Array]:
+    """level[code] · scale of each weight, `MOST` of them a launch; see `__init__`. capability: compute capability of
+    the device, 90 for 9.0.
 
     The kernel is handed `after` and does not read it: XLA drops a barrier's operand that nothing reads, and with it the
     order.
     """
+    groups = [weights[first : first + MOST] for first in range(0, len(weights), MOST)]
+    return [one for group in groups for one in _dequantize_nf4(group, after, block, dtype, capability)]
+
+
+def _dequantize_nf4(weights, after, block, dtype, capability) -> list[jax.Array]:
     from jaxft.kernels.dequantize import triton_kernels
 
-    n = math.prod(shape)
-    double = nested is not None and offset is not None
-    out = launch.triton_call(
-        *_arrays(packed, scales, nested, offset, layer), scales if after is None else after,
-        kernel=triton_kernels.nf4, out_shape=jax.ShapeDtypeStruct((n,), dtype), name="dequantize_nf4",
-        grid=(-(-n // (UNROLL * THREADS * 8)),), num_warps=THREADS // 32, num_stages=1, enable_fp_fusion=False,
-        compute_capability=capability, **constants(n, block, double, layer is not None),
+    count = len(weights)
+    sizes = tuple(math.prod(weight.shape) for weight in weights)
+    tiles = tuple(itertools.accumulate((-(-n // (UNROLL * THREADS * 8)) for n in sizes), initial=0))
+    filled = [_arrays(weight) for weight in (*weights, *[weights[0]] * (MOST - count))]
+    no_outputs = {f"out{i}": None for i in range(count, MOST)}
+    found = launch.triton_call(
+        *itertools.chain(*zip(*filled, strict=True)), *_tables(), weights[0].scales if after is None else after,
+        kernel=triton_kernels.nf4, out_shape=[jax.ShapeDtypeStruct((n,), dtype) for n in sizes], name="dequantize_nf4",
+        grid=(tiles[-1],), num_warps=THREADS // 32, num_stages=1, enable_fp_fusion=False, compute_capability=capability,
+        COUNT=count, N=sizes, TILE=tiles, STACKED=tuple(weight.layer is not None for weight in weights), BLOCK=block,
+        NESTED=NESTED_BLOCK, DOUBLE=weights[0].nested is not None, UNROLL=UNROLL, THREADS=THREADS, **no_outputs,
     )  # fmt: skip
-    return out.reshape(shape)
+    return [out.reshape(weight.shape) for out, weight in zip(found, weights, strict=True)]

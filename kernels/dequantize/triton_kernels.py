@@ -1,10 +1,12 @@
 """The Triton kernels that read NF4: packed nibbles and 8-bit scales in; out come dense weights, or a product with them.
 
-`nf4`, one pass:
+`nf4`, one pass over one weight or several:
 
     out[2i] = levels[codes[i] >> 4] · s,  out[2i + 1] = levels[codes[i] & 15] · s
     s = map[scales[b]] · nested[b // 256] + offset                  for block b
 
+Several weights are one launch: while one starts and ends, little is written. Each has its own arrays and its own tiles
+of the grid; sizes are tuples, one entry a weight, and arrays that are not there are stood for by another weight's.
 Tiles. A program writes UNROLL rows of THREADS · 4 bytes; a thread owns 4 neighbouring bytes of a row, which never cross
 a block: one 4-byte load, one scale, eight look-ups of the 64-byte table (always in L1) and one store of 8 values, 16
 bytes in bfloat16. Traffic for bfloat16: 0.5 + 2 + 1/64 bytes a value.
@@ -49,15 +51,14 @@ def _of_layer(
 
 
 @triton.jit
-def nf4(
-    codes, scales, nested, offset, layer, levels, entries, after, out,
+def _tile(
+    codes, scales, nested, offset, layer, levels, entries, out, tile,
     N: tl.constexpr, BLOCK: tl.constexpr, NESTED: tl.constexpr, DOUBLE: tl.constexpr, STACKED: tl.constexpr,
     UNROLL: tl.constexpr, THREADS: tl.constexpr,
 ):  # fmt: skip
-    """N values in out, BLOCK of them a scale, NESTED scales a second one; STACKED: of that layer of a stack. after: for
-    the order alone, it is not read."""
+    """That tile of the N values in out."""
     codes, scales, nested, offset = _of_layer(codes, scales, nested, offset, layer, N, BLOCK, NESTED, DOUBLE, STACKED)
-    first = tl.program_id(0) * (UNROLL * THREADS)  # counted in groups of 4 bytes
+    first = tile * (UNROLL * THREADS)  # counted in groups of 4 bytes
     # threads stand in the first dimension: of two that are equally far apart Triton spreads a warp over the first
     row = tl.arange(0, UNROLL)[None, :, None] * THREADS
     group = first + row + tl.arange(0, THREADS)[:, None, None]
@@ -81,6 +82,28 @@ def nf4(
         tl.store(out + at, values)
     else:
         tl.store(out + at, values, mask=at < N)
+
+
+@triton.jit
+def nf4(
+    codes0, codes1, codes2, scales0, scales1, scales2, nested0, nested1, nested2, offset0, offset1, offset2,
+    layer0, layer1, layer2, levels, entries, after, out0, out1, out2,
+    COUNT: tl.constexpr, N: tl.constexpr, TILE: tl.constexpr, STACKED: tl.constexpr, BLOCK: tl.constexpr,
+    NESTED: tl.constexpr, DOUBLE: tl.constexpr, UNROLL: tl.constexpr, THREADS: tl.constexpr,
+):  # fmt: skip
+    """N[i] values in out i, BLOCK of them a scale, NESTED scales a second one; STACKED[i]: of that layer of a stack.
+
+    Grid (TILE[COUNT],); weight i has the tiles from TILE[i] on. after: for the order alone, it is not read.
+    """
+    n = tl.program_id(0)
+    codes, scales, nested = (codes0, codes1, codes2), (scales0, scales1, scales2), (nested0, nested1, nested2)
+    offsets, layers, outs = (offset0, offset1, offset2), (layer0, layer1, layer2), (out0, out1, out2)
+    for i in tl.static_range(COUNT):
+        if (n >= TILE[i]) & (n < TILE[i + 1]):
+            _tile(
+                codes[i], scales[i], nested[i], offsets[i], layers[i], levels, entries, outs[i], n - TILE[i],
+                N[i], BLOCK, NESTED, DOUBLE, STACKED[i], UNROLL, THREADS,
+            )  # fmt: skip
 
 
 @triton.jit

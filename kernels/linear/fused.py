@@ -25,7 +25,7 @@ from jax.custom_derivatives import SymbolicZero
 from jaxft.kernels.kept import kept_product
 from jaxft.kernels.linear import reference, triton
 from jaxft.kernels.linear.weights import Weights
-from jaxft.quant import Weight, dense, is_quantized, multiply
+from jaxft.quant import Weight, dense, dense_together, is_quantized, multiply
 
 Keys = tuple[jax.Array | None, ...]  # one dropout key a layer
 
@@ -70,12 +70,10 @@ def over_tokens(left: jax.Array, right: jax.Array, dtype: jnp.dtype) -> jax.Arra
 
 
 def dense_weights(layers: tuple[Weights, ...], dtype: jnp.dtype, after: jax.Array | None = None) -> tuple[Weights, ...]:
-    """The layers with quantised weights made dense, after an array that is computed before; a plain weight stays as it
-    is."""
-    return tuple(
-        layer._replace(weight=dense(layer.weight, dtype, after=after)) if is_quantized(layer.weight) else layer
-        for layer in layers
-    )
+    """The layers with quantised weights made dense together, after an array that is computed before; a plain weight
+    stays as it is."""
+    made = iter(dense_together([w.weight for w in layers if is_quantized(w.weight)], dtype, after=after))
+    return tuple(layer._replace(weight=next(made)) if is_quantized(layer.weight) else layer for layer in layers)
 
 
 def rounded_a(layer: Weights, dtype: jnp.dtype) -> jax.Array:

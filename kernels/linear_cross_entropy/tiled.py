@@ -11,9 +11,10 @@ times (maximum; sum and target; dz), by a GPU's Triton kernel twice, the second 
 written once, in the compute dtype, for the products that read it.
 Some tiles make a block. How many hold used rows is known on the device alone, and at each turn of a loop over so many a
 GPU waits for its host to read whether there is another. Of a loop with a constant count it does not: a turn is a block,
-and only tiles behind the last whole one have a turn each. Where the head is trained, a block's dz, written side by side into one array, wait for one
-product: dhead is a float32 sum over the blocks, read and written whole each time something is added, and for few rows
-that costs more than their product. Where it is frozen, a tile's dz is there no longer than its own product needs it.
+and only tiles behind the last whole one have a turn each. Where the head is trained, a block's dz, written side by side
+into one array, wait for one product: dhead is a float32 sum over the blocks, read and written whole each time something
+is added, and for few rows that costs more than their product. Where it is frozen, a tile's dz is there no longer than
+its own product needs it.
 On a mesh the rows come in `groups` (one a data-parallel device), and every tile takes rows of all groups.
 """
 

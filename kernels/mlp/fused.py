@@ -29,7 +29,7 @@ from jaxft.kernels.linear.weights import Weights
 from jaxft.kernels.mlp import triton
 from jaxft.kernels.mlp.reference import ACTIVATIONS
 from jaxft.kernels.mlp.triton import Kernels
-from jaxft.quant import multiply
+from jaxft.quant import multiply, reads_codes
 
 Layers = tuple[Weights, Weights, Weights]  # gate, up, down
 
@@ -47,11 +47,14 @@ def hidden(x: jax.Array, layers: tuple[Weights, Weights], activation: str) -> ja
 
 def _inner(x, layers: Layers, rate: float, keys: Keys, kernels: Kernels | None):
     """e, v and the low-rank inputs of gate and up; e and v without their low-rank parts where kernels add them."""
-    u = linear.low_rank_inputs(x, layers[:2], rate, keys[:2])
+    inner: tuple[Weights, ...] = layers[:2]
+    u = linear.low_rank_inputs(x, inner, rate, keys[:2])
+    if _hoisted(x, 1) and not reads_codes(x, [layer.weight for layer in inner]):
+        inner = linear.dense_weights(inner, x.dtype)
     if _capability(kernels) is not None:
-        e, v = (multiply(x, layer.weight) for layer in layers[:2])
+        e, v = (multiply(x, layer.weight) for layer in inner)
     else:
-        e, v = linear.outputs(x, u, layers[:2])
+        e, v = linear.outputs(x, u, inner)
     return kept_product(e, "mlp_gate"), kept_product(v, "mlp_up"), u
 
 
@@ -205,8 +208,8 @@ def join(parts: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 
 
 def _hoisted(x: jax.Array, tiles: int) -> bool:
-    """Whether dense copies of quantised weights are made once for all tiles: where they are smaller than what stands
-    between the products of one tile, 3 D F numbers against about 6 t F."""
+    """Whether dense copies of quantised weights are there together, made once for all tiles: where they are smaller
+    than what stands between the products of one tile, 3 D F numbers against about 6 t F."""
     return 2 * math.prod(x.shape[:-1]) >= tiles * x.shape[-1]
 
 

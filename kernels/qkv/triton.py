@@ -20,7 +20,7 @@ from jaxft.kernels.linear import fused as linear
 from jaxft.kernels.norm_rope import triton as kernels
 from jaxft.kernels.norm_rope.triton import LowRank
 from jaxft.kernels.qkv.reference import heads
-from jaxft.quant import multiply
+from jaxft.quant import multiply, reads_codes
 
 Layers = tuple[Weights, Weights, Weights]
 Norms = tuple[jax.Array, jax.Array] | None
@@ -72,6 +72,8 @@ def qkv(
 def _run(x, layers, norms, cos, sin, head_dim, eps, capability):
     u = linear.low_rank_inputs(x, layers, 0.0, NO_KEYS)
     assert u is not None  # `check` has seen LoRA
+    if not reads_codes(x, [layer.weight for layer in layers]):
+        layers = linear.dense_weights(layers, x.dtype)
     start = sum(linear.ranks(layers[:2]))
     v = linear.outputs(x, u, layers[2:], start=start)[0]
     products = *(multiply(x, layer.weight) for layer in layers[:2]), v
