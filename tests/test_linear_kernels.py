@@ -432,9 +432,10 @@ def test_cross_entropy_with_logits_returns_both():
 
 
 def test_tile_rows_follow_the_vocabulary_and_leave_no_crumb():
-    assert tile_rows(16384, 151936) == 384  # 256 MiB of float32 logits hold 441 rows
-    assert tile_rows(16384, 128256) == 512
-    assert tile_rows(16384, 256) == 4096
+    assert tile_rows(16384, 151936) == tile_rows(16384, 128256) == 512  # 300 MiB of float32 logits hold 517 rows
+    assert tile_rows(16384, 262144) == 256
+    assert tile_rows(65536, 256) == 4096
+    assert tile_rows(2048, 151936) == 256 and tile_rows(3200, 151936) == 384  # an eighth of them
     assert tile_rows(5, 256) == 5
-    assert tile_rows(1100, 128256) == 384  # three tiles, not two of 512 rows and one of 76
+    assert tile_rows(4000, 128256) == 384 and tile_rows(3100, 262144) == 256
     assert tile_rows(16384, 10**9) == 1

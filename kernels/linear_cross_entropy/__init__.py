@@ -9,7 +9,8 @@ from jaxft.kernels.gpu import serving
 from jaxft.kernels.linear_cross_entropy import reference, tiled, triton
 
 TILE = 4096  # most rows a tile
-TILE_BYTES = 1 << 28  # most bytes of a tile's float32 logits
+TILE_BYTES = 300 << 20  # most bytes of a tile's float32 logits: 512 rows of the largest vocabulary of Qwen
+ENOUGH = 256  # rows, of which products with the head are nearly as fast as of twice as many
 ROWS = 128  # a tile that has more rows than this has a multiple of it, as matrix units like it
 
 
@@ -75,11 +76,12 @@ def logits(hidden: jax.Array, head: jax.Array, *, softcap: float | None = None) 
 
 
 def tile_rows(M: int, V: int) -> int:
-    """Rows a tile: as many as `TILE` and `TILE_BYTES` allow, spread evenly, so that the last tile is not nearly empty.
+    """Rows a tile: as many as `TILE` and `TILE_BYTES` allow, an eighth of all where that is enough for matrix units,
+    spread evenly, so that the last tile is not nearly empty.
 
-    tile_rows(16384, 151936) == 384: 43 tiles, the last one of 256 rows.
+    tile_rows(16384, 151936) == 512; tile_rows(2048, 151936) == 256, so that few tokens need little memory.
     """
-    most = max(1, min(TILE, TILE_BYTES // (4 * V), M))
+    most = max(1, min(TILE, TILE_BYTES // (4 * V), max(ENOUGH, M // 8), M))
     if most > ROWS:
         most -= most % ROWS
     even = -(-M // -(-M // most))
