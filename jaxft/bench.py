@@ -23,7 +23,7 @@ from jaxft.errors import InputError, RunError, run_command
 from jaxft.flops import model_flops
 from jaxft.load import adapter_shapes, held_shapes, new_adapter, parameter_count
 from jaxft.lora import LoraConfig
-from jaxft.memory import Plan, batch_shapes, choose, device_limit, ladder_of, plan
+from jaxft.memory import Plan, batch_shapes, device_limit, fastest, plan
 from jaxft.models import Model, describe_model, init_params
 from jaxft.models.layers import KEPT_MLP, REMAT
 from jaxft.models.quantized import all_linears, with_quantized
@@ -165,7 +165,7 @@ def planned(name: str, options: argparse.Namespace) -> Plan:
     if limit is None:
         raise InputError(f"--memory_budget auto: {device.device_kind} has no memory of its own; name a number")
     try:
-        return choose(limit, make, say=lambda line: print(line, file=sys.stderr), ladder=ladder_of(mesh, model.config))
+        return fastest(limit, make, mesh, model.config, say=lambda line: print(line, file=sys.stderr))
     except InputError as failure:
         if options.dry_run:  # which was asked whether it fits: the answer is no
             raise RunError(str(failure)) from failure

@@ -20,7 +20,7 @@ from jaxft.kernels.linear_cross_entropy import tile_rows
 from jaxft.loop import Run
 from jaxft.models import Model
 from jaxft.models.decoder import ModelConfig
-from jaxft.models.layers import OFFLOADED
+from jaxft.models.layers import KEPT_MLP, OFFLOADED
 from jaxft.offload_check import check_offload
 from jaxft.optim import state_shapes
 from jaxft.optim_paged import is_paged
@@ -46,6 +46,7 @@ LADDER = (
 # FLOPs of a layer's products for each byte that "offload_qkv" sends to the host, below which it waits for the bus: an
 # H200 behind 16 lanes of PCIe 5 gained 3.4 % with 11,800 (Llama-3-8B) and lost 10 % with 6,600 (Qwen3-4B)
 WORK_A_BYTE = 10_000
+KEPT_TRIES = 3  # plans that ask how many layers a policy can keep beside it
 # where the host is the device, nothing is gained by moving arrays there
 CPU_LADDER = (("products", 1), ("attention", 1), ("full", 1), ("full", 2), ("full", 8))
 
@@ -173,8 +174,7 @@ def choose(
     while first < last:
         middle = (first + last) // 2
         tried[middle] = found = make(*ladder[middle])
-        verdict = "fits" if found.total <= budget else "too much"
-        say(f"memory: {found.policy} needs {gib(found.total)}{_beside(found)}: {verdict}")
+        say(f"memory: {found.policy} needs {gib(found.total)}{_beside(found)}: {_verdict(found, budget)}")
         if found.total <= budget:
             last = middle
         else:
@@ -187,6 +187,38 @@ def choose(
         )
     say(f"memory: taken {tried[first].policy}, the fastest within {gib(budget)}")
     return tried[first]
+
+
+def fastest(
+    budget: int, make: Callable[..., Plan], mesh: Mesh, config: ModelConfig, *, say: Callable[[str], None],
+    advice: str = "",
+) -> Plan:  # fmt: skip
+    """What `choose` takes of the ladder for a model on the devices of a mesh, with as many kept layers as fit, as far
+    as `KEPT_TRIES` plans find; make(gradient_checkpointing, mlp_tiles, kept_layers) compiles one.
+    """
+    found = choose(budget, make, say=say, advice=advice, ladder=ladder_of(mesh, config))
+    policy, tiles = found.gradient_checkpointing, found.mlp_tiles
+    if policy in KEPT_MLP or tiles > 1 or not (mesh.size == 1 or policy in OFFLOADED):
+        return found
+    fits, too_many, asked = 0, config.num_layers, config.num_layers // 2
+    for _ in range(KEPT_TRIES):
+        if not fits < asked < too_many:
+            break
+        more = make(policy, tiles, asked)
+        say(f"memory: {more.policy} needs {gib(more.total)}{_beside(more)}: {_verdict(more, budget)}")
+        each = max(1, more.total - found.total) / (asked - fits)  # bytes a layer; the first may cost less than others
+        if more.total <= budget:
+            found, fits = more, asked
+        else:
+            too_many = asked
+        asked = min(fits + int((budget - found.total) / each), too_many - 1) or too_many // 2
+    if fits:
+        say(f"memory: and --kept_layers {fits}")
+    return found
+
+
+def _verdict(found: Plan, budget: int) -> str:
+    return "fits" if found.total <= budget else "too much"
 
 
 def plan_run(run: Run, prepared: Prepared, say: Callable[[str], None]) -> Plan:
@@ -218,9 +250,7 @@ def plan_run(run: Run, prepared: Prepared, say: Callable[[str], None]) -> Plan:
     if settings.memory_budget and not given:
         assert isinstance(limit, int)
         try:
-            planned = choose(
-                limit, make, say=say, advice=advice, ladder=ladder_of(prepared.mesh, prepared.model.config)
-            )
+            planned = fastest(limit, make, prepared.mesh, prepared.model.config, say=say, advice=advice)
         except InputError as failure:
             if settings.dry_run:  # which was asked whether it fits: the answer is no
                 raise RunError(str(failure)) from failure

@@ -269,7 +269,9 @@ class TrainArguments:
         "are the first, so that part of it is gone when memory is at its peak",
     )
     memory_budget: str | None = _flag(
-        None, "most bytes of a device, such as 11GiB, or auto: take the fastest gradient_checkpointing that fits"
+        None,
+        "most bytes of a device, such as 11GiB, or auto: take the fastest gradient_checkpointing that fits, and as "
+        "many kept_layers",
     )
     dry_run: bool = _flag(
         False, "say what a step needs, whether it fits and how long the run would take; train and write nothing"

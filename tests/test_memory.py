@@ -170,6 +170,35 @@ def test_a_budget_takes_the_fastest_that_fits_and_a_smaller_one_never_a_faster()
         assert found == sorted(found)
 
 
+@pytest.mark.parametrize(
+    ("policy", "tiles", "devices", "budget", "wanted", "tried"),
+    [
+        ("full", 1, 1, 1014, 11, [9, 12, 11]),  # the first four cost nothing, each of the others 2
+        ("offload", 1, 2, 1500, 17, [9, 17]),
+        ("full", 1, 1, 1001, 4, [9, 4, 8]),
+        ("full", 1, 2, 1014, 0, []),  # a mesh keeps none without an offload
+        ("products", 1, 1, 1014, 0, []),
+        ("full", 8, 1, 1014, 0, []),
+    ],
+)
+def test_what_a_budget_leaves_is_filled_with_kept_layers(policy, tiles, devices, budget, wanted, tried, monkeypatch):
+    made, said = [], []
+
+    def make(policy, tiles, kept=0):
+        made.append(kept)
+        return SimpleNamespace(
+            gradient_checkpointing=policy, mlp_tiles=tiles, kept_layers=kept, host=0, policy=f"{policy} {kept}",
+            total=1000 + 2 * max(0, kept - 4),
+        )  # fmt: skip
+
+    monkeypatch.setattr(memory, "ladder_of", lambda *_: ((policy, tiles),))
+    mesh, config = SimpleNamespace(size=devices), SimpleNamespace(num_layers=18)
+    found = memory.fastest(budget, make, mesh, config, say=said.append)
+    assert (found.kept_layers, made) == (wanted, [0, *tried])
+    assert (said[-1] == f"memory: and --kept_layers {wanted}") == bool(wanted)
+    assert len(said) == 2 + len(tried) + bool(wanted)
+
+
 def test_a_budget_that_nothing_fits_says_the_smallest_and_what_helps():
     make, _ = fake([10 * step * MIB for step in range(len(LADDER), 0, -1)])
     words = r"--memory_budget 9\.00 MiB: nothing fits; the smallest, offload 8, needs 10\.00 MiB.*helps: a smaller --x"
