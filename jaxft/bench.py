@@ -306,7 +306,10 @@ def read_options(argv: list[str] | None) -> argparse.Namespace:
             options.gradient_checkpointing or WORKLOADS[name].gradient_checkpointing for name in options.workloads
         ]
         if options.kept_layers < 0 or set(policies) & set(KEPT_MLP):
-            raise InputError(f"--kept_layers {options.kept_layers}: at least 0, and not for {' and '.join(KEPT_MLP)}")
+            raise InputError(
+                f"--kept_layers {options.kept_layers} must be at least 0, and has no meaning with "
+                f"--gradient_checkpointing {' and '.join(KEPT_MLP)}, which keep all layers; leave it out"
+            )
     if options.device and not options.dry_run:
         raise InputError(f"--device {options.device} is not here to be measured; it has a meaning with --dry_run")
     return options

@@ -110,7 +110,7 @@ def check(settings: Any, where: dict[str, str]) -> None:
         if settings.kept_layers and settings.gradient_checkpointing in ("none", "products"):
             raise InputError(
                 f"{where['kept_layers']} is about what is computed again, and --gradient_checkpointing "
-                f"{settings.gradient_checkpointing} keeps it for all layers"
+                f"{settings.gradient_checkpointing} keeps it for all layers; leave one of them out"
             )
         if settings.device and not settings.dry_run:
             raise InputError(

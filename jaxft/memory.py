@@ -256,11 +256,6 @@ def plan_run(run: Run, prepared: Prepared, say: Callable[[str], None]) -> Plan:
                 raise RunError(str(failure)) from failure
             raise
     else:
-        if settings.kept_layers and not (prepared.mesh.size == 1 or settings.gradient_checkpointing in OFFLOADED):
-            raise InputError(
-                f"--kept_layers with --gradient_checkpointing {settings.gradient_checkpointing} is for one device; on "
-                f"{prepared.mesh.size} take one of {', '.join(OFFLOADED)}"
-            )
         planned = make(settings.gradient_checkpointing, settings.mlp_tiles, settings.kept_layers)
     if settings.dry_run:
         print("\n".join([*planned.lines(), f"{run.total_steps} steps of {run.batches.rows_per_step} rows"]))

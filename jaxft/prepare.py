@@ -39,6 +39,7 @@ from jaxft.lora import LoraConfig, draw, wanted_branches
 from jaxft.lora_config import SAVABLE, AdaLora, saved_modules
 from jaxft.models import Model, describe_model, read_hf_config
 from jaxft.models.extension import Changes, describe_changes, extend_positions, with_changes
+from jaxft.models.layers import OFFLOADED
 from jaxft.processes import is_first
 from jaxft.quant import is_quantized
 from jaxft.settings import ADALORA, GenerateSettings, Settings, TrainSettings
@@ -109,6 +110,8 @@ def prepare_shapes(settings: Settings, model_name: str, *, needed: bool = True) 
     param_dtype = jnp.dtype(settings.param_dtype(platform_dtype))
     compute_dtype = jnp.dtype(settings.compute_dtype(platform_dtype))
     mesh = make_mesh(mesh_sizes(settings.mesh_axes, len(devices)), devices)
+    if isinstance(settings, TrainSettings):
+        check_kept_layers(settings, mesh)
     known_template = tokenizer.chat_template
     new_tokens: tuple[str, ...] = ()
     lora: LoraConfig | None = None
@@ -302,6 +305,16 @@ def lora_settings(settings: TrainSettings, tied: bool) -> LoraConfig:
         modules_to_save=("embed_tokens",) if tying and saved else saved,
         ensure_weight_tying=tying,
     )
+
+
+def check_kept_layers(settings: TrainSettings, mesh: Mesh) -> None:
+    """Raises InputError where a mesh's scan over layers keeps none of them (`models.layers.scan_layers`)."""
+    policy = settings.gradient_checkpointing
+    if settings.kept_layers and mesh.size > 1 and policy not in OFFLOADED:
+        raise InputError(
+            f"--kept_layers with --gradient_checkpointing {policy} is for one device; on {mesh.size} take one of "
+            f"{', '.join(OFFLOADED)}"
+        )
 
 
 def _check_adapter(settings: TrainSettings, adapter: LoraConfig, model: Model) -> None:

@@ -265,8 +265,8 @@ class TrainArguments:
     mlp_tiles: int = _flag(1, "in how many parts the MLPs take a micro-batch's tokens; more need less memory")
     kept_layers: int = _flag(
         0,
-        "how many of the last layers keep what products keeps, and compute nothing large again: their backward passes "
-        "are the first, so that part of it is gone when memory is at its peak",
+        "how many of the last layers keep what products keeps, take the tokens whole, and compute nothing large again: "
+        "their backward passes are the first, so that part of it is gone when memory is at its peak",
     )
     memory_budget: str | None = _flag(
         None,

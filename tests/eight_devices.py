@@ -22,13 +22,16 @@ STEPS = 5
 CONFIG = LoraConfig(
     r=4, lora_alpha=8, layers_to_transform=(1, 2), rank_pattern={"2.self_attn.q_proj": 8}, modules_to_save=("lm_head",)
 )
-# name -> mesh axes, micro-batches, LoRA's settings or None for full fine-tuning
+EVERYTHING = {"gradient_checkpointing": "none"}
+# name -> mesh axes, micro-batches, LoRA's settings or None for full fine-tuning, what the step keeps
 RUNS = {
-    "one device": (None, 1, None),
-    "data=2,fsdp=4": ({"data": 2, "fsdp": 4}, 1, None),
-    "lora, one device": (None, 1, CONFIG),
-    "lora, data=2,fsdp=2,tensor=2": ({"data": 2, "fsdp": 2, "tensor": 2}, 2, CONFIG),
-}
+    "one device": (None, 1, None, EVERYTHING),
+    "data=2,fsdp=4": ({"data": 2, "fsdp": 4}, 1, None, EVERYTHING),
+    "lora, one device": (None, 1, CONFIG, EVERYTHING),
+    "lora, data=2,fsdp=2,tensor=2": (
+        {"data": 2, "fsdp": 2, "tensor": 2}, 2, CONFIG, {"gradient_checkpointing": "offload", "kept_layers": 1}
+    ),
+}  # fmt: skip
 
 
 def batch(number: int, accumulation: int) -> dict[str, np.ndarray]:
@@ -38,7 +41,9 @@ def batch(number: int, accumulation: int) -> dict[str, np.ndarray]:
     return {name: array.reshape(accumulation, -1, array.shape[-1]) for name, array in whole.items()}
 
 
-def run(directory: str, axes: dict[str, int] | None, accumulation: int, lora: LoraConfig | None) -> dict:
+def run(
+    directory: str, axes: dict[str, int] | None, accumulation: int, lora: LoraConfig | None, kept: dict
+) -> dict:  # fmt: skip
     devices = jax.devices() if axes else jax.devices()[:1]
     mesh = make_mesh(mesh_sizes(axes, len(devices)), devices)
     model, params = load_model(directory, mesh=mesh, lora=lora)
@@ -54,7 +59,7 @@ def run(directory: str, axes: dict[str, int] | None, accumulation: int, lora: Lo
     losses, first = [], {}
     with jax.set_mesh(mesh):
         state = jax.jit(tx.init)(trainable)
-        step = jax.jit(make_train_step(model, optimizer=tx, gradient_checkpointing="none"))
+        step = jax.jit(make_train_step(model, optimizer=tx, **kept))
         for number in range(STEPS):
             put = jax.device_put(batch(number, accumulation), batch_sharding(mesh))
             trainable, state, metrics = step(trainable, state, frozen, put, jax.random.key(number))

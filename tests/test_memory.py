@@ -15,7 +15,7 @@ from jaxft.errors import InputError, run_command
 from jaxft.memory import CPU_LADDER, LADDER, batch_shapes, choose, device_bytes, ladder_of, plan, what_helps
 from jaxft.models.layers import REMAT
 from jaxft.optim import make_optimizer, state_shapes
-from jaxft.prepare import prepare, prepare_shapes
+from jaxft.prepare import check_kept_layers, prepare, prepare_shapes
 from jaxft.settings import parse_bytes
 from tests.tiny_models import CONFIGS
 from tests.tiny_runs import flags, losses_of, sums, write_base, write_rows
@@ -199,6 +199,17 @@ def test_what_a_budget_leaves_is_filled_with_kept_layers(policy, tiles, devices,
     assert len(said) == 2 + len(tried) + bool(wanted)
 
 
+def test_on_several_devices_layers_are_kept_beside_an_offload_alone():
+    settings, _ = train.read_settings(flags(kept_layers=1, gradient_checkpointing="offload"))
+    check_kept_layers(settings, SimpleNamespace(size=2))
+    settings, _ = train.read_settings(flags(kept_layers=1, gradient_checkpointing="full"))
+    check_kept_layers(settings, SimpleNamespace(size=1))
+    with pytest.raises(
+        InputError, match="--kept_layers with --gradient_checkpointing full is for one device; on 2 take"
+    ):
+        check_kept_layers(settings, SimpleNamespace(size=2))
+
+
 def test_a_budget_that_nothing_fits_says_the_smallest_and_what_helps():
     make, _ = fake([10 * step * MIB for step in range(len(LADDER), 0, -1)])
     words = r"--memory_budget 9\.00 MiB: nothing fits; the smallest, offload 8, needs 10\.00 MiB.*helps: a smaller --x"
@@ -372,7 +383,7 @@ def test_the_benchmark_refuses_contradictions(tiny_bench, capsys):
     for argv, words in (
         (["--memory_budget", "1GiB", "--mlp_tiles", "2"], "--memory_budget chooses --gradient_checkpointing, --ml"),
         (["--memory_budget", "1GiB", "--kept_layers", "0"], "--memory_budget chooses --gradient_checkpointing, --ml"),
-        (["--kept_layers", "2", "--gradient_checkpointing", "none"], "--kept_layers 2: at least 0, and not for none"),
+        (["--kept_layers", "2", "--gradient_checkpointing", "none"], "--kept_layers 2 must be at least 0, and has no"),
         (["--device", "h200"], "--device h200 is not here to be measured"),
         (["--dry_run", "--memory_budget", "auto"], "cpu has no memory of its own"),
     ):

@@ -114,6 +114,14 @@ def test_kept_layers_change_nothing(policy, kept_layers):
     assert_same_gradients(again, gradients)
 
 
+@pytest.mark.parametrize("kept_layers", [1, 100])
+def test_on_a_mesh_layers_are_kept_beside_an_offload_alone(kept_layers, monkeypatch):
+    monkeypatch.setattr(layers, "one_device", lambda: False)
+    run, trainable, frozen = gradient_step("gemma3", checkpointing="full", kept_layers=kept_layers)
+    with pytest.raises(NotImplementedError, match="kept_layers with gradient_checkpointing 'full': needs one device"):
+        run(trainable, frozen, packed_batch())
+
+
 def test_kept_layers_are_the_last_ones_of_all_runs(monkeypatch):
     model, _ = tiny_model("llama2", num_hidden_layers=5)
     leaves = all_linears(model, "nf4", jnp.float32)

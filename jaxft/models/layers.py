@@ -349,10 +349,13 @@ def scan_layers(
         block = nnx.merge(*nnx.split(block))  # a copy of this trace: an outer one's may not be changed
         round_factors(block, x.dtype)
     count = layers.window.shape[0]
+    host = remat in OFFLOADED
     if remat in KEPT_MLP:
         kept_layers = 0
+    elif kept_layers and not (host or one_device()):
+        raise NotImplementedError(f"kept_layers with gradient_checkpointing {remat!r}: needs one device, or an offload")
     elif kept_layers >= count:
-        remat, context, kept_layers = "products", replace(context, mlp_tiles=None), 0
+        remat, host, context, kept_layers = "products", False, replace(context, mlp_tiles=None), 0
     graphdef, parameters = nnx.split(block)
     leaves, treedef = jax.tree.flatten(parameters, is_leaf=is_quantized)
     # stacks in 4 bits stay whole: a kernel reads a layer where it lies, where a scan would copy it out first
@@ -374,9 +377,6 @@ def scan_layers(
         stacks, context = shared
         return body(x, layer, (stacks, replace(context, mlp_tiles=None)), number)
 
-    host = remat in OFFLOADED
-    if kept_layers and not (host or one_device()):
-        raise NotImplementedError(f"kept_layers with gradient_checkpointing {remat!r}: needs one device, or an offload")
     # elsewhere XLA would have to split what these scans make without a word about how
     if cache is None and (host or (REMAT[remat] is not None and one_device())):
         keeping = jax.checkpoint(untiled, prevent_cse=False, policy=REMAT["products"])

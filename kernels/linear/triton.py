@@ -22,7 +22,7 @@ LARGEST_RANK = 128
 MOST = 4  # products of a launch
 SIDES = 3  # products that stand side by side
 PROGRAMS = 512  # of `over_tokens`, about: what fills a card
-MANY = 8192  # tokens, of which `side_by_side` has programs enough with larger tiles
+MANY = 8192  # tokens, from which on `side_by_side` has programs enough with larger tiles
 
 
 class Tile(NamedTuple):
@@ -34,7 +34,8 @@ class Tile(NamedTuple):
     stages: int = 3
 
 
-FEW, MORE = Tile(16, 128, warps=2, stages=5), Tile(64, 128)  # of `side_by_side`, the fastest of a sweep on an H200
+# of `side_by_side`, by the tokens: the fastest of a sweep on an H200 for ranks of at most 32; of larger ones narrower
+FEW, MORE = Tile(16, 128, warps=2, stages=5), Tile(64, 128)
 
 
 def check(x: jax.Array, layers: tuple[Weights, ...], add: jax.Array | None, capability: int) -> None:
@@ -126,7 +127,9 @@ def side_by_side(
     T = math.prod(lead)
     R = tuple(b.shape[1] for b in bs)
     start = tuple(itertools.accumulate(R, initial=0))
-    tile = tile or (FEW if T < MANY else MORE)._replace(columns=128 if max(R) <= 32 else 64)
+    if tile is None:
+        tile = FEW if T < MANY else MORE
+        tile = tile if max(R) <= 32 else tile._replace(columns=64)
     g = launch.triton_call(
         *_filled(xs, SIDES), *_filled(bs, SIDES), kernel=triton_kernels.side_by_side,
         out_shape=jax.ShapeDtypeStruct((T, start[-1]), xs[0].dtype), grid=(-(-T // tile.tokens), len(xs)),

@@ -76,16 +76,17 @@ def logits(hidden: jax.Array, head: jax.Array, *, softcap: float | None = None) 
 
 
 def tile_rows(M: int, V: int) -> int:
-    """Rows a tile: as many as `TILE` and `TILE_BYTES` allow, an eighth of all where that is enough for matrix units,
-    spread evenly, so that the last tile is not nearly empty.
+    """Rows a tile: an eighth of all where that is enough for matrix units, no more than `TILE` and `TILE_BYTES` allow,
+    and of those sizes the one with the fewest rows of padding behind the last.
 
     tile_rows(16384, 151936) == 512; tile_rows(2048, 151936) == 256, so that few tokens need little memory.
     """
-    most = max(1, min(TILE, TILE_BYTES // (4 * V), max(ENOUGH, M // 8), M))
+    most = max(1, min(TILE, TILE_BYTES // (4 * V), max(ENOUGH, -(-M // 8 // ROWS) * ROWS), M))
     if most > ROWS:
         most -= most % ROWS
-    even = -(-M // -(-M // most))
-    return even if even <= ROWS else min(most, -(-even // ROWS) * ROWS)
+    if most < ENOUGH:
+        return -(-M // -(-M // most))
+    return min(range(ENOUGH, most + 1, ROWS), key=lambda size: (-(-M // size) * size, -size))
 
 
 def _row_groups(M: int) -> int:

@@ -15,7 +15,8 @@ and only tiles behind the last whole one have a turn each. Where the head is tra
 into one array, wait for one product: dhead is a float32 sum over the blocks, read and written whole each time something
 is added, and for few rows that costs more than their product. Where it is frozen, a tile's dz is there no longer than
 its own product needs it.
-On a mesh the rows come in `groups` (one a data-parallel device), and every tile takes rows of all groups.
+On a mesh the rows come in `groups` (one a data-parallel device), every tile takes rows of all groups, and each turn is
+of so many tiles as are left.
 """
 
 import functools
@@ -32,7 +33,8 @@ def _forward(hidden, head, targets, weights, softcap, tile, groups, capability, 
     precision = jax.lax.Precision.HIGHEST if hidden.dtype == jnp.float32 else None
     (M, D), rows, V = hidden.shape, hidden.shape[0] // groups, head.shape[0]
     tile = min(tile, rows)
-    tiles = min(SHARED if with_head else FROZEN, -(-rows // tile))  # of a block
+    one_loop = groups > 1  # of two, XLA would add dhead up over the devices after each
+    tiles = min(SHARED if with_head else 1 if one_loop else FROZEN, -(-rows // tile))  # of a block
     block = tile * tiles
     hidden, targets, weights = (
         hidden.reshape(groups, rows, D),
@@ -107,7 +109,7 @@ def _forward(hidden, head, targets, weights, softcap, tile, groups, capability, 
         if tiles == 1:
             carry = one_tile(start, 0, carry)
         else:
-            count = tiles if whole else used_tiles - number * tiles
+            count = tiles if whole else jnp.minimum(tiles, used_tiles - number * tiles)
             carry = jax.lax.fori_loop(0, count, functools.partial(one_tile, start), carry)
         if not with_head:
             return carry[0], carry[1], None, None
@@ -123,14 +125,14 @@ def _forward(hidden, head, targets, weights, softcap, tile, groups, capability, 
         jnp.zeros(head.shape, jnp.float32) if with_head else None,
         jnp.zeros((groups, block, V), hidden.dtype) if with_head and tiles > 1 else None,
     )
-    whole_blocks = used_tiles // tiles
-    carry = jax.lax.fori_loop(0, whole_blocks, functools.partial(one_block, whole=True), carry)
-    if tiles > 1:
-        last = functools.partial(one_block, whole=False)
-        if with_head:  # a loop of at most one turn: no tile left, no products
-            carry = jax.lax.fori_loop(whole_blocks, (used_tiles + tiles - 1) // tiles, last, carry)
-        else:
-            carry = last(whole_blocks, carry)
+    whole, last = (functools.partial(one_block, whole=whole) for whole in (True, False))
+    whole_blocks, blocks = used_tiles // tiles, (used_tiles + tiles - 1) // tiles
+    if one_loop or tiles == 1:
+        carry = jax.lax.fori_loop(0, blocks, last, carry)
+    else:
+        carry = jax.lax.fori_loop(0, whole_blocks, whole, carry)
+        # with dhead a loop of at most one turn: no tile left, no products
+        carry = jax.lax.fori_loop(whole_blocks, blocks, last, carry) if with_head else last(whole_blocks, carry)
     total, d_sorted, d_head, _ = carry
     if d_sorted is None:
         return total, None, d_head
