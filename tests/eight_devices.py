@@ -42,7 +42,7 @@ def batch(number: int, accumulation: int) -> dict[str, np.ndarray]:
 
 
 def run(
-    directory: str, axes: dict[str, int] | None, accumulation: int, lora: LoraConfig | None, kept: dict
+    directory: str, axes: dict[str, int] | None, accumulation: int, lora: LoraConfig | None, kept: dict = EVERYTHING,
 ) -> dict:  # fmt: skip
     devices = jax.devices() if axes else jax.devices()[:1]
     mesh = make_mesh(mesh_sizes(axes, len(devices)), devices)
