@@ -104,11 +104,14 @@ def test_gradient_checkpointing_changes_nothing():
         run(trainable, frozen, packed_batch())
 
 
-@pytest.mark.parametrize("policy, kept_layers", [("offload_middle", 2), ("offload_middle", 100), ("full", 1)])
-def test_kept_layers_change_nothing(policy, kept_layers):
-    run, trainable, frozen = gradient_step("gemma3", lora=True, dropout=0.4)
+@pytest.mark.parametrize(
+    "name, policy, kept_layers",
+    [("gemma3", "offload_middle", 2), ("llama2", "offload_middle", 100), ("llama2", "full", 1)],
+)
+def test_kept_layers_change_nothing(name, policy, kept_layers):
+    run, trainable, frozen = gradient_step(name, lora=True, dropout=0.4)
     wanted, gradients = run(trainable, frozen, packed_batch())
-    run, _, _ = gradient_step("gemma3", lora=True, dropout=0.4, checkpointing=policy, kept_layers=kept_layers)
+    run, _, _ = gradient_step(name, lora=True, dropout=0.4, checkpointing=policy, kept_layers=kept_layers)
     got, again = run(trainable, frozen, packed_batch())
     np.testing.assert_allclose(wanted["loss"], got["loss"], rtol=1e-6)
     assert_same_gradients(again, gradients)
