@@ -20,7 +20,7 @@ from jaxft.kernels.linear_cross_entropy import tile_rows
 from jaxft.loop import Run
 from jaxft.models import Model
 from jaxft.models.decoder import ModelConfig
-from jaxft.models.layers import KEPT_MLP, OFFLOADED
+from jaxft.models.layers import KEPT_MLP, OFFLOADED, can_keep_layers
 from jaxft.offload_check import check_offload
 from jaxft.optim import state_shapes
 from jaxft.optim_paged import is_paged
@@ -174,8 +174,7 @@ def choose(
     while first < last:
         middle = (first + last) // 2
         tried[middle] = found = make(*ladder[middle])
-        say(f"memory: {found.policy} needs {gib(found.total)}{_beside(found)}: {_verdict(found, budget)}")
-        if found.total <= budget:
+        if _fits(found, budget, say):
             last = middle
         else:
             first = middle + 1
@@ -198,16 +197,15 @@ def fastest(
     """
     found = choose(budget, make, say=say, advice=advice, ladder=ladder_of(mesh, config))
     policy, tiles = found.gradient_checkpointing, found.mlp_tiles
-    if policy in KEPT_MLP or tiles > 1 or not (mesh.size == 1 or policy in OFFLOADED):
+    if policy in KEPT_MLP or tiles > 1 or not can_keep_layers(policy, mesh.size == 1):
         return found
     fits, too_many, asked = 0, config.num_layers, config.num_layers // 2
     for _ in range(KEPT_TRIES):
         if not fits < asked < too_many:
             break
         more = make(policy, tiles, asked)
-        say(f"memory: {more.policy} needs {gib(more.total)}{_beside(more)}: {_verdict(more, budget)}")
         each = max(1, more.total - found.total) / (asked - fits)  # bytes a layer; the first may cost less than others
-        if more.total <= budget:
+        if _fits(more, budget, say):
             found, fits = more, asked
         else:
             too_many = asked
@@ -217,8 +215,11 @@ def fastest(
     return found
 
 
-def _verdict(found: Plan, budget: int) -> str:
-    return "fits" if found.total <= budget else "too much"
+def _fits(found: Plan, budget: int, say: Callable[[str], None]) -> bool:
+    """Whether it does, which is said."""
+    fits = found.total <= budget
+    say(f"memory: {found.policy} needs {gib(found.total)}{_beside(found)}: {'fits' if fits else 'too much'}")
+    return fits
 
 
 def plan_run(run: Run, prepared: Prepared, say: Callable[[str], None]) -> Plan:

@@ -39,7 +39,7 @@ from jaxft.lora import LoraConfig, draw, wanted_branches
 from jaxft.lora_config import SAVABLE, AdaLora, saved_modules
 from jaxft.models import Model, describe_model, read_hf_config
 from jaxft.models.extension import Changes, describe_changes, extend_positions, with_changes
-from jaxft.models.layers import OFFLOADED
+from jaxft.models.layers import OFFLOADED, can_keep_layers
 from jaxft.processes import is_first
 from jaxft.quant import is_quantized
 from jaxft.settings import ADALORA, GenerateSettings, Settings, TrainSettings
@@ -310,7 +310,7 @@ def lora_settings(settings: TrainSettings, tied: bool) -> LoraConfig:
 def check_kept_layers(settings: TrainSettings, mesh: Mesh) -> None:
     """Raises InputError where a mesh's scan over layers keeps none of them (`models.layers.scan_layers`)."""
     policy = settings.gradient_checkpointing
-    if settings.kept_layers and mesh.size > 1 and policy not in OFFLOADED:
+    if settings.kept_layers and not can_keep_layers(policy, mesh.size == 1):
         raise InputError(
             f"--kept_layers with --gradient_checkpointing {policy} is for one device; on {mesh.size} take one of "
             f"{', '.join(OFFLOADED)}"

@@ -20,7 +20,7 @@ from jaxft.kernels.qkv import qkv
 from jaxft.kernels.rms_norm import residual_rms_norm
 from jaxft.kernels.rope import apply_rope
 from jaxft.optim_8bit import dequantize, quantize
-from jaxft.quant import dense, multiply, quantize_nf4
+from jaxft.quant import dense, dense_together, multiply, quantize_nf4
 
 # B, T, N, K, H, D, F, V and R of the legend; the largest sum is over 144 numbers. Widths below 128 the norm's kernel
 # refuses, and T is no multiple of any tile
@@ -197,6 +197,14 @@ def cases(dtype: Any) -> Iterator[Case]:
     yield Case(
         "dequantize", (held[0],), (), {way: partial(dequantized, way) for way in ("triton", "reference")},
         lambda leaf: dense(leaf, jnp.float32, implementation="reference"),
+    )  # fmt: skip
+
+    def together(way: str, held):
+        return dense_together(held, dtype, implementation=way)
+
+    yield Case(
+        "dequantize, together", (held,), (), {way: partial(together, way) for way in ("triton", "reference")},
+        lambda held: dense_together(held, jnp.float32, implementation="reference"),
     )  # fmt: skip
 
     def multiplied(way: str, x, leaf):

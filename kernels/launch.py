@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 from jax.extend.core import ClosedJaxpr, Jaxpr, Primitive
@@ -26,6 +26,7 @@ from jaxlib.mlir import ir
 from jaxft.kernels.compiled import kept, place
 from jaxft.without_torch import unseen
 
+T = TypeVar("T")
 THREADS = 8  # that compile kernels
 LEGACY, TYPED = "triton_kernel_call", "triton_kernel_call_ffi"
 GRID = 65535  # the most programs along any axis of a grid but the first
@@ -34,6 +35,11 @@ GRID = 65535  # the most programs along any axis of a grid but the first
 def padded(rank: int) -> int:
     """The columns that a tensor core's product takes for so many: a power of two from 16."""
     return max(16, 1 << (rank - 1).bit_length())
+
+
+def filled(items: Sequence[T], count: int) -> list[T]:
+    """So many: what is missing is stood for by the first, of the arrays of a kernel that takes several of a kind."""
+    return [*items, *[items[0]] * (count - len(items))]
 
 
 def fitting(count: int, tile: int) -> int:

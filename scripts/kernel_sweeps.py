@@ -12,6 +12,7 @@ from kernel_cases import LAYERS, Shape, first_keys, folded, normal, qkv, stacked
 from jaxft.kernels.adamw_8bit import triton as adamw_triton
 from jaxft.kernels.attention import triton
 from jaxft.kernels.attention.triton import Tile, Tiles
+from jaxft.kernels.dequantize import Held
 from jaxft.kernels.dequantize import triton as dequantize_triton
 from jaxft.kernels.gpu import device_capability
 from jaxft.kernels.mlp import triton as mlp_triton
@@ -120,8 +121,8 @@ def nf4_product(shape: Shape, dtype: jnp.dtype, rank: int) -> Iterator[Try]:
         for tile, programs in itertools.product(tiles, (528, 1056, 2112)):
 
             def product(x, leaf, size=size, tile=tile, programs=programs):
-                parts = leaf.codes, leaf.scales, leaf.nested, leaf.offset, leaf.layer
-                return dequantize_triton.multiply_nf4(x, *parts, size, leaf.block, capability, tile, programs)
+                weight = Held(leaf.codes, leaf.scales, leaf.nested, leaf.offset, leaf.layer, size)
+                return dequantize_triton.multiply_nf4(x, weight, leaf.block, capability, tile, programs)
 
             run = functools.partial(through_layers, product)
             yield f"{name} {rows}, {LAYERS} layers", (*asdict(tile).values(), programs), run, (x, stack)

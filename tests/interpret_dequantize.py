@@ -78,13 +78,14 @@ def compare_product(
     leaf = jax.jit(lambda w: quantize_nf4(w, block=block, double=double))(weight)
     x = jnp.asarray(random.normal(size=(rows, 1, shape[1])), dtype)
     parts = leaf.codes, leaf.scales, leaf.nested, leaf.offset
-    got = triton.multiply_nf4(x, *parts, None, shape, block, 90, programs=programs)
+    got = triton.multiply_nf4(x, Held(*parts, None, shape), block, 90, programs=programs)
     assert got.shape == (rows, 1, shape[0]) and got.dtype == x.dtype
     dense = reference.dequantize_nf4(*parts, shape, block, x.dtype)
     wanted = np.einsum("rti,oi->rto", np.float32(x), np.float32(dense))
     name = f"product {shape} × {rows} {dtype} block {block} {'double' if double else 'single'}"
     interpreted.compare(name, got, wanted, tolerance)
-    got = triton.multiply_nf4(x, *stacked(parts), jnp.int32(1), shape, block, 90, programs=programs)
+    second = Held(*stacked(parts), jnp.int32(1), shape)
+    got = triton.multiply_nf4(x, second, block, 90, programs=programs)
     interpreted.compare(f"{name}, the second of a stack", got, wanted, tolerance)
 
 

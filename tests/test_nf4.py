@@ -162,7 +162,7 @@ def product_of(rows: int, dtype, capability: int) -> tuple[int, str]:
     n = O * I
     sizes = ((n // 2,), jnp.uint8), ((n // 64,), jnp.uint8), ((n // 64 // 256,), jnp.float32), ((), jnp.float32)
     arrays = [S((L, *size), kind) for size, kind in sizes]
-    function = lambda x, *rest: triton.multiply_nf4(x, *rest, (O, I), 64, capability)  # noqa: E731
+    function = lambda x, *rest: triton.multiply_nf4(x, Held(*rest, (O, I)), 64, capability)  # noqa: E731
     (found,) = compiled(function, S((rows, 1, I), dtype), *arrays, S((), jnp.int32)).values()
     return found
 
@@ -347,9 +347,9 @@ def test_gate_and_up_are_made_dense_by_one_call_where_their_four_bits_are_not_re
     monkeypatch.setattr(gpu, "device_capability", lambda: 90)
     monkeypatch.setattr(gpu, "find_spec", lambda name: name)
 
-    def multiply(x, packed, scales, nested, offset, layer, shape, block, capability):
-        made.append(("4 bits", shape))
-        return jnp.zeros((*x.shape[:-1], shape[0]), x.dtype)
+    def multiply(x, weight, block, capability):
+        made.append(("4 bits", weight.shape))
+        return jnp.zeros((*x.shape[:-1], weight.shape[0]), x.dtype)
 
     def dequantize(weights, after, block, dtype, capability):
         made.append(("dense", *[weight.shape for weight in weights]))

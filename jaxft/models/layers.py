@@ -334,6 +334,11 @@ OFFLOADED = (LEANEST, *FETCHED_EARLY)
 KEPT_MLP = ("none", "products")  # policies that keep what stands between an MLP's products
 
 
+def can_keep_layers(remat: str, alone: bool) -> bool:
+    """Whether `scan_layers` can keep some layers beside that policy: on a mesh those alone have a scan that can."""
+    return alone or remat in OFFLOADED
+
+
 def scan_layers(
     block: nnx.Module, x: jax.Array, layers: LayerData, context: Context, cache, remat: str, kept_layers: int = 0
 ):
@@ -352,7 +357,7 @@ def scan_layers(
     host = remat in OFFLOADED
     if remat in KEPT_MLP:
         kept_layers = 0
-    elif kept_layers and not (host or one_device()):
+    elif kept_layers and not can_keep_layers(remat, one_device()):
         raise NotImplementedError(f"kept_layers with gradient_checkpointing {remat!r}: needs one device, or an offload")
     elif kept_layers >= count:
         remat, host, context, kept_layers = "products", False, replace(context, mlp_tiles=None), 0

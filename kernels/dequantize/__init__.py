@@ -55,7 +55,7 @@ def multiply_nf4(x: jax.Array, weight: Held, *, block: int, implementation: str 
     _check([weight], block, implementation)
     capability = _reading_codes(x, weight.shape, implementation)
     if capability is not None:
-        return triton.multiply_nf4(x, *weight, block, capability)
+        return triton.multiply_nf4(x, weight, block, capability)
     (matrix,) = dequantize_nf4([weight], block=block, dtype=x.dtype, implementation=implementation)
     precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
     return jnp.einsum("...I,OI->...O", x, matrix, precision=precision)

@@ -106,17 +106,7 @@ def _tables() -> tuple[jax.Array, jax.Array]:
 
 
 def multiply_nf4(
-    x: jax.Array,
-    packed: jax.Array,
-    scales: jax.Array,
-    nested: jax.Array | None,
-    offset: jax.Array | None,
-    layer: jax.Array | None,
-    shape: tuple[int, ...],
-    block: int,
-    capability: int,
-    tile: Tile | None = None,
-    programs: int = PROGRAMS,
+    x: jax.Array, weight: Held, block: int, capability: int, tile: Tile | None = None, programs: int = PROGRAMS
 ) -> jax.Array:
     """x Wᵀ for x (..., I) of at most `ROWS` rows: (..., O) in x's dtype; see `__init__`.
 
@@ -124,15 +114,14 @@ def multiply_nf4(
     """
     from jaxft.kernels.dequantize import triton_kernels
 
-    O, I = shape
+    O, I = weight.shape
     lead = x.shape[:-1]
     rows = math.prod(lead)
     tile = tile or tile_of(rows)
-    double, stacked = nested is not None, layer is not None
-    arguments, grid = product_constants(rows, shape, block, double, stacked, tile, programs)
+    double, stacked = weight.nested is not None, weight.layer is not None
+    arguments, grid = product_constants(rows, weight.shape, block, double, stacked, tile, programs)
     out = launch.triton_call(
-        x.reshape(rows, I), *_arrays(Held(packed, scales, nested, offset, layer, shape)), *_tables(),
-        kernel=triton_kernels.product, name="multiply_nf4", grid=grid,
+        x.reshape(rows, I), *_arrays(weight), *_tables(), kernel=triton_kernels.product, name="multiply_nf4", grid=grid,
         out_shape=jax.ShapeDtypeStruct((grid[1], rows, O), x.dtype if grid[1] == 1 else jnp.float32),
         num_warps=tile.warps, num_stages=1, enable_fp_fusion=False, compute_capability=capability, **arguments,
     )  # fmt: skip
@@ -159,10 +148,10 @@ def _dequantize_nf4(weights, after, block, dtype, capability) -> list[jax.Array]
     count = len(weights)
     sizes = tuple(math.prod(weight.shape) for weight in weights)
     tiles = tuple(itertools.accumulate((-(-n // (UNROLL * THREADS * 8)) for n in sizes), initial=0))
-    filled = [_arrays(weight) for weight in (*weights, *[weights[0]] * (MOST - count))]
+    every = [_arrays(weight) for weight in launch.filled(weights, MOST)]
     no_outputs = {f"out{i}": None for i in range(count, MOST)}
     found = launch.triton_call(
-        *itertools.chain(*zip(*filled, strict=True)), *_tables(), weights[0].scales if after is None else after,
+        *itertools.chain(*zip(*every, strict=True)), *_tables(), weights[0].scales if after is None else after,
         kernel=triton_kernels.nf4, out_shape=[jax.ShapeDtypeStruct((n,), dtype) for n in sizes], name="dequantize_nf4",
         grid=(tiles[-1],), num_warps=THREADS // 32, num_stages=1, enable_fp_fusion=False, compute_capability=capability,
         COUNT=count, N=sizes, TILE=tiles, STACKED=tuple(weight.layer is not None for weight in weights), BLOCK=block,

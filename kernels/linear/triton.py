@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from jaxft.kernels import launch
 from jaxft.kernels.gpu import check_16_bits, check_installed
-from jaxft.kernels.launch import fitting, padded
+from jaxft.kernels.launch import filled, fitting, padded
 from jaxft.kernels.linear.weights import Weights
 
 TOKENS, FEATURES, WARPS = 64, 64, 4  # of a program of `summed`
@@ -103,7 +103,7 @@ def _over_tokens(products: list[Thin], capability: int, tile: Tile | None) -> li
     chunk = max(1, -(-T * tiles[-1] // PROGRAMS // tile.tokens)) * tile.tokens
     chunks = -(-T // chunk)
     parts = launch.triton_call(
-        *_filled([one.x for one in products], MOST), *_filled([one.u for one in products], MOST),
+        *filled([one.x for one in products], MOST), *filled([one.u for one in products], MOST),
         kernel=triton_kernels.over_tokens, out_shape=jax.ShapeDtypeStruct((chunks, out[-1]), jnp.float32),
         grid=(tiles[-1], chunks), num_warps=tile.warps, num_stages=1, compute_capability=capability,
         name="linear_over_tokens", COUNT=len(products), T=T, K=tuple(columns), R=tuple(one.rank for one in products),
@@ -131,15 +131,10 @@ def side_by_side(
         tile = FEW if T < MANY else MORE
         tile = tile if max(R) <= 32 else tile._replace(columns=64)
     g = launch.triton_call(
-        *_filled(xs, SIDES), *_filled(bs, SIDES), kernel=triton_kernels.side_by_side,
+        *filled(xs, SIDES), *filled(bs, SIDES), kernel=triton_kernels.side_by_side,
         out_shape=jax.ShapeDtypeStruct((T, start[-1]), xs[0].dtype), grid=(-(-T // tile.tokens), len(xs)),
         num_warps=tile.warps, num_stages=1, compute_capability=capability, name="linear_side_by_side", COUNT=len(xs),
         T=T, K=tuple(x.shape[-1] for x in xs), R=R, START=start[:-1], WIDTH=start[-1],
         RP=tuple(map(padded, R)), BT=tile.tokens, BK=tile.columns, STAGES=tile.stages,
     )  # fmt: skip
     return g.reshape(*lead, start[-1])
-
-
-def _filled(arrays: Sequence[jax.Array], count: int) -> list[jax.Array]:
-    """So many arrays: what is missing is stood for by the first."""
-    return [*arrays, *[arrays[0]] * (count - len(arrays))]
