@@ -26,6 +26,8 @@ from jaxft.quant import dense, dense_together, multiply, quantize_nf4
 # refuses, and T is no multiple of any tile
 B, T, N, K, H, D, F, V, R = 2, 72, 4, 2, 32, 128, 144, 250, 8
 DOCUMENTS = ((30, 42), (7, 61, 4))  # lengths in each row
+# rows of whole tiles, with heads of 64: what the backward pass for Hopper needs
+WHOLE_TILES = {"whole tiles": ((100, 156), (57, 195, 4)), "one document": ((256,), (256,))}
 
 
 @dataclass(frozen=True)
@@ -132,21 +134,25 @@ def cases(dtype: Any) -> Iterator[Case]:
         both = normal(R, columns, scale=0.1), normal(rows, R, scale=0.1)
         return both[0].astype(jnp.float32), both[1].astype(jnp.float32)  # as adapters are held
 
-    segments = np.stack([np.repeat(np.arange(1, len(row) + 1), row) for row in DOCUMENTS]).astype(np.int32)
-    first_key = key_range(jnp.asarray(segments))
     angle = random.uniform(0, 6, (B, T, H // 2)).astype(np.float32)
     cos, sin = jnp.cos(angle), jnp.sin(angle)
     near_one = jnp.asarray(1 + 0.1 * random.standard_normal(D), dtype)
 
-    def attend(way: str, q, k, v, first_key):
-        known = documents(first_key, max(map(len, DOCUMENTS))) if way == "cudnn" else None
-        return attention(q, k, v, first_key=first_key, scale=H**-0.5, documents=known, implementation=way)
+    def attention_case(op: str, rows: tuple[tuple[int, ...], ...], H: int, ways: tuple[str, ...]) -> Case:
+        segments = np.stack([np.repeat(np.arange(1, len(row) + 1), row) for row in rows]).astype(np.int32)
+        first_key = key_range(jnp.asarray(segments))
 
-    yield Case(
-        "attention", (normal(B, T, N, H), normal(B, T, K, H), normal(B, T, K, H), first_key), (0, 1, 2),
-        {way: partial(attend, way) for way in ("cudnn", "triton", "chunked", "reference")},
-        partial(attend, "reference"),
-    )  # fmt: skip
+        def attend(way: str, q, k, v, first_key):
+            known = documents(first_key, max(map(len, rows))) if way in ("cudnn", "mosaic") else None
+            return attention(q, k, v, first_key=first_key, scale=H**-0.5, documents=known, implementation=way)
+
+        heads = [normal(*segments.shape, count, H) for count in (N, K, K)]
+        named = {way: partial(attend, way) for way in ways}
+        return Case(op, (*heads, first_key), (0, 1, 2), named, partial(attend, "reference"))
+
+    yield attention_case("attention", DOCUMENTS, H, ("mosaic", "cudnn", "triton", "chunked", "reference"))
+    for of, rows in WHOLE_TILES.items():
+        yield attention_case(f"attention, {of}", rows, 64, ("mosaic", "cudnn", "triton"))
 
     def layers(loras, weights) -> tuple[Weights, ...]:
         return tuple(Weights(w, None, (a, b, jnp.float32(2))) for (a, b), w in zip(loras, weights, strict=True))

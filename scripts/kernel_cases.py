@@ -136,7 +136,11 @@ def attention_cases(shape: Shape, dtype: jnp.dtype, rank: int) -> Iterator[Case]
             q, k, v, first_key=first_key, implementation=name, **fixed, **more
         )  # fmt: skip
 
-    ways = {"triton": way("triton"), f"cudnn(M={most})": way("cudnn", documents=documents(first_key, most))}
+    known = documents(first_key, most)
+    ways = {
+        "triton": way("triton"), f"cudnn(M={most})": way("cudnn", documents=known),
+        "mosaic": way("mosaic", documents=known if most == 1 else None),
+    }  # fmt: skip
     if most == 1 and shape.softcap is None and shape.window is None:
         ways["jax.nn cudnn causal"] = lambda q, k, v, _: jax.nn.dot_product_attention(
             q, k, v, is_causal=True, implementation="cudnn"

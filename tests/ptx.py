@@ -2,7 +2,8 @@
 
 import re
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -12,6 +13,17 @@ MISSING = [name for name in ("triton", "jax_triton", "jax_cuda13_plugin") if fin
 NEEDED = f"needs {', '.join(MISSING)}, which [cuda] installs on Linux"
 CAPABILITIES = (80, 86, 89, 90, 100, 120)
 SHARED = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}  # KB a block may take
+
+
+@contextmanager
+def nothing_kept() -> Iterator[None]:
+    """What is compiled inside is neither read from jax's cache of programs nor kept in it."""
+    keeps = jax.config.jax_enable_compilation_cache
+    jax.config.update("jax_enable_compilation_cache", False)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", keeps)
 
 
 def compiled(function: Callable, *arrays: jax.ShapeDtypeStruct) -> dict[str, tuple[int, str]]:
@@ -27,13 +39,11 @@ def compiled(function: Callable, *arrays: jax.ShapeDtypeStruct) -> dict[str, tup
 
     triton_lib._COMPILED_KERNEL_CACHE.clear()
     triton_lib.compile_ttir_to_ptx_inplace = record
-    keeps = jax.config.jax_enable_compilation_cache
-    jax.config.update("jax_enable_compilation_cache", False)  # a kernel that is kept is not compiled
     try:
-        jax.jit(function).trace(*arrays).lower(lowering_platforms=("cuda",))
+        with nothing_kept():
+            jax.jit(function).trace(*arrays).lower(lowering_platforms=("cuda",))
     finally:
         triton_lib.compile_ttir_to_ptx_inplace = compile_ptx
-        jax.config.update("jax_enable_compilation_cache", keeps)
     return found
 
 

@@ -146,11 +146,11 @@ def test_default_takes_the_reference_when_small_and_chunked_when_long(monkeypatc
         attention(q, k, v, first_key=first, scale=1.0)
     messages = [record.getMessage() for record in caplog.records]
     assert len(messages) == 2  # the second call chose what the first did
-    assert messages[0].startswith("attention: reference (cudnn: cpu device: needs an NVIDIA GPU; triton: cpu device")
+    assert messages[0].startswith("attention: reference (mosaic: cpu device: needs an NVIDIA GPU; cudnn: cpu device")
     assert messages[1].startswith("attention: chunked (") and "37 x 37 scores" in messages[1]
 
 
-@pytest.mark.parametrize("way", ["triton", "cudnn"])
+@pytest.mark.parametrize("way", ["triton", "cudnn", "mosaic"])
 def test_a_kernel_asked_for_by_name_fails_loudly_on_the_cpu(way):
     q, k, v, _ = draw(jnp.float32)
     with pytest.raises(NotImplementedError, match=f"attention by {way}: cpu device: needs an NVIDIA GPU"):
@@ -159,29 +159,34 @@ def test_a_kernel_asked_for_by_name_fails_loudly_on_the_cpu(way):
 
 def test_an_unknown_implementation_is_named():
     q, k, v, _ = draw(jnp.float32)
-    with pytest.raises(ValueError, match="implementation 'flash': must be one of cudnn, triton, reference, chunked"):
+    with pytest.raises(
+        ValueError, match="implementation 'flash': must be one of mosaic, cudnn, triton, reference, chunked"
+    ):
         attention(q, k, v, first_key=jnp.zeros((2, 37), jnp.int32), scale=1.0, implementation="flash")
 
 
 @pytest.mark.parametrize(
     ("capability", "H", "T", "most", "way"),
     [
-        (90, 128, 2048, 5, "cudnn"),
-        (90, 128, 2048, 6, "triton"),  # of 341 tokens
+        (90, 128, 2048, 1, "mosaic"),
+        (90, 64, 2048, 5, "mosaic"),
+        (90, 128, 2000, 5, "cudnn"),  # no whole tiles
+        (90, 128, 2000, 6, "triton"),  # of 333 tokens
+        (90, 96, 2048, 5, "cudnn"),  # another head size
         (90, 96, 2048, 6, "triton"),  # the tiles of 128
-        (90, 64, 2048, 6, "cudnn"),  # other tiles
+        (90, 256, 2048, 6, "cudnn"),  # other tiles
         (100, 128, 2048, 6, "cudnn"),
         (100, 128, 2048, 11, "triton"),
-        (90, 128, 256, 2, "triton"),
-        (90, 128, 256, 1, "cudnn"),  # short, but there is nothing to skip
+        (90, 128, 250, 2, "triton"),
+        (90, 128, 250, 1, "cudnn"),  # short, but there is nothing to skip
     ],
 )
-def test_short_documents_go_to_triton_where_its_tiles_were_measured_to_win(capability, H, T, most, way, monkeypatch):
+def test_each_row_goes_to_the_kernels_that_were_measured_to_win(capability, H, T, most, way, monkeypatch):
     monkeypatch.setattr(op, "device_capability", lambda: capability)
     monkeypatch.setattr(gpu, "find_spec", lambda name: object())
     monkeypatch.setattr(jax, "__version_info__", (0, 11, 2))
     taken = []
-    for name in ("cudnn", "triton"):
+    for name in ("mosaic", "cudnn", "triton"):
         monkeypatch.setattr(getattr(op, name), "attention", lambda q, *_, name=name, **__: taken.append(name) or q)
     q, first = jnp.zeros((1, T, 1, H), jnp.bfloat16), jnp.zeros((1, T), jnp.int32)
     attention(q, q, q, first_key=first, scale=1.0, documents=documents(first, most))

@@ -60,7 +60,7 @@ def test_a_sound_cpu_installation_passes_and_says_what_is_not_tested(capsys):
 
 def ways_of(folder: Path) -> set[str]:
     """The files of an op that compute it."""
-    beside = {"__init__", "tables", "weights", "triton_kernels"}
+    beside = {"__init__", "tables", "weights", "triton_kernels", "mosaic_kernels"}
     return {file.stem for file in folder.glob("*.py")} - beside
 
 

@@ -149,7 +149,7 @@ def test_the_rehearsal_says_nothing_and_the_step_says_its_way_once(on_h200, kern
         assert not [record for record in caplog.records if record.name == "jaxft"]
         lowered(settings, prepared, None, monkeypatch)
     said = [record.getMessage() for record in caplog.records if record.name == "jaxft"]
-    assert len(said) == 1 and said[0].startswith("attention: triton (cudnn: documents")
+    assert len(said) == 1 and said[0].startswith("attention: triton (mosaic: 64 tokens")
 
 
 @pytest.fixture

@@ -4,7 +4,8 @@ Packing, sliding windows and a key/value cache are one mechanism here: query t o
 first_key[b, t] … last_key[b, t], both included. `key_range` makes the range of packed training rows.
 
 The ways, one file each: `reference` (the definition), `chunked` (plain XLA, long rows), `triton` (own kernels, sm_80
-and later), `cudnn` (Hopper and later, documents only). One that cannot serve a case says so by NotImplementedError.
+and later), `cudnn` (Hopper and later, documents only), `mosaic` (a backward pass for Hopper behind the forward pass of
+one of those two). One that cannot serve a case says so by NotImplementedError.
 """
 
 import functools
@@ -13,13 +14,13 @@ import logging
 import jax
 import jax.numpy as jnp
 
-from jaxft.kernels.attention import chunked, cudnn, reference, triton
+from jaxft.kernels.attention import chunked, cudnn, mosaic, reference, triton
 from jaxft.kernels.attention.cudnn import Documents, documents
 from jaxft.kernels.gpu import device_capability, is_rehearsed
 
 __all__ = ["CUDNN_DOCUMENTS", "Documents", "attention", "documents", "key_range"]
 
-ORDER = ("cudnn", "triton", "reference", "chunked")  # which way is tried first
+ORDER = ("mosaic", "cudnn", "triton", "reference", "chunked")  # which way is tried first
 CUDNN_DOCUMENTS = 10  # more of them in a row skip more by Triton (H200, 2,048 tokens: 19 documents 2.02 ms and 1.62)
 REFERENCE_SCORES = 2**20  # T · S up to which the whole score matrix is small enough to be the fastest plain way
 
@@ -76,8 +77,14 @@ def attention(
     if implementation not in (None, *ORDER):
         raise ValueError(f"implementation {implementation!r}: must be one of {', '.join(ORDER)} or None")
 
+    whole = documents if window is None else None  # of which a query sees all that is before it
+
     def serves(name: str) -> None:
-        if name == "triton":
+        if name == "mosaic":
+            mosaic.check(
+                q, softcap=softcap, last_key=last_key, documents=whole, scale=scale, capability=device_capability()
+            )
+        elif name == "triton":
             triton.check(q, scale=scale, last_key=last_key, capability=device_capability())
         elif name == "cudnn":
             capability = device_capability()
@@ -97,6 +104,8 @@ def attention(
     if window is not None:
         window = jnp.asarray(window, jnp.int32)
         first_key = jnp.where(window > 0, jnp.maximum(first_key, last - window + 1), first_key)
+    if chosen == "mosaic":
+        return mosaic.attention(q, k, v, first_key, whole, scale=scale, capability=device_capability())
     if chosen == "cudnn":
         assert documents is not None  # cudnn.check
         return cudnn.attention(q, k, v, documents, scale)
@@ -128,6 +137,6 @@ def _choose(implementation, serves) -> str:
 @functools.cache
 def _log_once(name: str, refusals: tuple[str, ...]) -> None:
     """One line for each distinct choice; a GPU without a kernel is worth a warning."""
-    level = logging.INFO if name in ("cudnn", "triton") or jax.default_backend() == "cpu" else logging.WARNING
+    level = logging.INFO if name in ("mosaic", "cudnn", "triton") or jax.default_backend() == "cpu" else logging.WARNING
     reasons = f" ({'; '.join(refusals)})" if refusals else ""
     logging.getLogger("jaxft").log(level, "attention: %s%s", name, reasons)

@@ -80,11 +80,11 @@ def documents(first_key: jax.Array, most: int) -> Documents:
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def attention(q: jax.Array, k: jax.Array, v: jax.Array, documents: Documents, scale: float) -> jax.Array:
     """`attention` of this folder with last_key and softcap None, as `check` allows it, where documents.exact holds."""
-    return _run_forward(q, k, v, documents, scale)[0]
+    return run_forward(q, k, v, documents, scale)[0]
 
 
 def _attention_fwd(q, k, v, documents, scale):
-    out, lse = _run_forward(q, k, v, documents, scale)
+    out, lse = run_forward(q, k, v, documents, scale)
     out, lse = checkpoint_name(out, "attention_out"), checkpoint_name(lse, "attention_lse")
     return out, (q, k, v, documents, out, lse)
 
@@ -116,7 +116,7 @@ def _arguments(q, documents, scale):
     return private, (none, *packed, none, none), parameters
 
 
-def _run_forward(q, k, v, documents, scale):
+def run_forward(q, k, v, documents, scale):
     """out (B, T, N, H) and cuDNN's statistics (B · M, N, T) float32."""
     private, operands, parameters = _arguments(q, documents, scale)
     out, lse = private._dot_product_attention_fwd_p_wrapper.bind(q, k, v, *operands, is_training=True, **parameters)

@@ -1,0 +1,136 @@
+"""Packed causal attention on Hopper whose backward pass is our own, in Pallas' Mosaic GPU.
+
+Its kernels are in `mosaic_kernels.py`. The forward pass is cuDNN's where a row is one document and our Triton kernel's
+where it is packed or has a window: either leaves the log-sum-exp, in base e or 2, and the backward pass takes both.
+cuDNN's own backward pass sums dq in float32 by atomics, so that it clears, converts and adds up over grouped heads in
+passes of their own, in scratch memory that a plan does not see; Triton's waits for memory in the warps that compute.
+Milliseconds a backward pass on an H200, jax 0.11.2, 32/8 heads: docs/log.md, "A backward pass of our own".
+"""
+
+import functools
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from jaxft.kernels.attention import cudnn, triton
+from jaxft.kernels.attention.cudnn import Documents
+from jaxft.kernels.gpu import check_16_bits, one_device
+
+TILE = 128  # tokens that a program has for its own
+PROGRAMS = 256  # fewer of them leave multiprocessors without work: then a group's heads are parted
+
+
+@dataclass(frozen=True)
+class Tile:
+    """How many tokens a step reads of the others, keys or queries, and into how many slots they are fetched."""
+
+    others: int
+    stages: int
+
+
+# by head size: of the kernel of dq, of that of dk and dv
+TILES = {64: (Tile(128, 2), Tile(64, 3)), 128: (Tile(64, 3), Tile(64, 2))}
+
+
+def check(
+    q: jax.Array, *, softcap: float | None, last_key: jax.Array | None, documents: Documents | None, scale: float,
+    capability: int,
+) -> None:  # fmt: skip
+    """Raises NotImplementedError with the reason where the backward pass, or the forward pass before it, cannot serve.
+
+    documents: None where a window hides keys that they do not."""
+    if capability != 90:
+        raise NotImplementedError(f"compute capability {capability / 10}: needs 9.0")
+    check_16_bits(q.dtype, capability)
+    if not (0, 11, 2) <= jax.__version_info__[:3] < (0, 13):
+        raise NotImplementedError(f"jax {jax.__version__}: needs 0.11.2 to 0.12")
+    if not one_device():
+        raise NotImplementedError("a mesh of several devices: the kernels have no rule to be split")
+    if softcap is not None:
+        raise NotImplementedError("softcap: the kernels have none")
+    if q.shape[3] not in TILES:
+        raise NotImplementedError(f"head size {q.shape[3]}: needs {' or '.join(map(str, TILES))}")
+    if q.shape[1] % TILE:
+        raise NotImplementedError(f"{q.shape[1]} tokens: needs a multiple of {TILE}")
+    if is_one_document(documents):
+        cudnn.check(q, softcap=softcap, window=None, last_key=last_key, documents=documents, capability=capability)
+    else:
+        triton.check(q, scale=scale, last_key=last_key, capability=capability)
+
+
+def is_one_document(documents: Documents | None) -> bool:
+    """Whether a query sees all keys before it, so that nothing need be said of ranges."""
+    return documents is not None and documents.lengths.shape[1] == 1
+
+
+def attention(
+    q: jax.Array, k: jax.Array, v: jax.Array, first_key: jax.Array, documents: Documents | None, *, scale: float,
+    capability: int,
+) -> jax.Array:  # fmt: skip
+    """`attention` of this folder as `check` allows it; out and lse are named as the Triton kernels' are."""
+    return _attention(q, k, v, first_key, documents, scale, capability)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+def _attention(q, k, v, first_key, documents, scale, capability):
+    return _run_forward(q, k, v, first_key, documents, scale, capability)[0]
+
+
+def _run_forward(q, k, v, first_key, documents, scale, capability):
+    if is_one_document(documents):
+        return cudnn.run_forward(q, k, v, documents, scale)
+    sizes = triton.tiles(capability, q.shape[3], q.dtype)
+    return triton.run_forward(q, k, v, first_key, scale, None, capability, sizes)
+
+
+def _attention_fwd(q, k, v, first_key, documents, scale, capability):
+    out, lse = _run_forward(q, k, v, first_key, documents, scale, capability)
+    out, lse = checkpoint_name(out, "attention_out"), checkpoint_name(lse, "attention_lse")
+    return out, (q, k, v, first_key, documents, out, lse)
+
+
+def _attention_bwd(scale, capability, kept, dout):
+    q, k, v, first_key, documents, out, lse = kept
+    one = is_one_document(documents)
+    grads = run_backward(q, k, v, None if one else first_key, out, lse, dout, scale=scale, natural=one)
+    none = None if documents is None else Documents(None, None, None)  # type: ignore[arg-type]
+    return *grads, None, none
+
+
+_attention.defvjp(_attention_fwd, _attention_bwd)
+
+
+@functools.partial(jax.jit, static_argnames=("scale", "natural", "tiles", "heads", "interpret"))  # one trace a shape
+def run_backward(
+    q: jax.Array, k: jax.Array, v: jax.Array, first_key: jax.Array | None, out: jax.Array, lse: jax.Array,
+    dout: jax.Array, *, scale: float, natural: bool, tiles: tuple[Tile, Tile] | None = None, heads: int | None = None,
+    interpret=None,
+) -> tuple[jax.Array, jax.Array, jax.Array]:  # fmt: skip
+    """The gradients of q, k and v. first_key: None where all keys before a query are seen. lse: (B, N, T) float32, a
+    natural logarithm or one to base 2. tiles and heads replace what is chosen, for measurements and tests."""
+    from jaxft.kernels.attention import mosaic_kernels
+
+    (B, T, N, H), K = q.shape, k.shape[2]
+    of_queries, of_keys = TILES[H] if tiles is None else tiles
+    heads = _heads(N // K, B * K * (T // TILE)) if heads is None else heads
+    common = dict(scale=scale, base=mosaic_kernels.math.e if natural else 2.0, interpret=interpret)
+    ranges = None if first_key is None else (first_key, *walks(first_key, of_queries.others))
+    dq, delta = mosaic_kernels.queries_backward(q, k, v, out, lse, dout, ranges, tile=of_queries, **common)
+    ranges = None if first_key is None else (first_key, *triton.reach(first_key, TILE))
+    return dq, *mosaic_kernels.keys_backward(q, k, v, lse, dout, delta, ranges, tile=of_keys, heads=heads, **common)
+
+
+def _heads(group: int, programs: int) -> int:
+    """How many of a group's query heads a program goes through: all, or a divisor that leaves programs enough."""
+    return next(
+        (heads for heads in range(group, 1, -1) if group % heads == 0 and programs * group // heads >= PROGRAMS), 1
+    )
+
+
+def walks(first_key: jax.Array, keys: int) -> tuple[jax.Array, jax.Array]:
+    """Of each tile of TILE queries: the first tile of `keys` keys that some query sees any of, and the first of which,
+    and of those after it up to the query, all see all. (B, tiles) int32 twice."""
+    tiles = first_key.reshape(len(first_key), -1, TILE)
+    return jnp.min(tiles, axis=2) // keys, -(-jnp.max(tiles, axis=2) // keys)
