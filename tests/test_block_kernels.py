@@ -325,3 +325,22 @@ def test_four_bits_are_read_for_the_card_of_a_plan_and_for_the_device_here_after
         patch.setattr(gpu, "find_spec", lambda name: name)
         assert dequantize_way(patch=patch) == 89
     assert dequantize_way(patch=monkeypatch) is None
+
+
+@pytest.mark.parametrize("normed", [False, True])
+def test_only_a_norm_has_the_products_kept_that_it_read(normed):
+    pytest.importorskip("jax_triton", reason="needs the kernels that are traced")
+    N, K, H, D = 4, 2, 64, 128
+    shaped = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16)
+    x, norms = shaped((2, 24, D)), (shaped((H,)), shaped((H,))) if normed else None
+    layers = tuple(
+        Weights(shaped((O, D)), lora=tuple(jax.ShapeDtypeStruct(s, jnp.float32) for s in ((8, D), (O, 8), ())))
+        for O in (N * H, K * H, K * H)
+    )
+    angle = jax.ShapeDtypeStruct((2, 24, H // 2), jnp.float32)
+
+    def kept(x, layers, norms, angle):
+        return jax.vjp(lambda x: qkv_module.triton.qkv(x, layers, norms, angle, angle, H, 1e-6, 90), x)[1]
+
+    shapes = [leaf.shape for leaf in jax.tree.leaves(jax.eval_shape(kept, x, layers, norms, angle))]
+    assert ((2, 24, N, H) in shapes) == ((2, 24, K, H) in shapes) == normed

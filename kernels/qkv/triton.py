@@ -3,9 +3,9 @@
     q = rotate(norm(x W_qᵀ + u_q (s B_q)ᵀ)), k likewise, v = x W_vᵀ + u_v (s B_v)ᵀ
 
 The low-rank parts of q and k are added by the kernel that normalises and rotates them, in float32: a product of their
-own would write them, and the large product read them, as wide as q and k. Kept for backward: x, the products without
-those parts, named for a rematerialisation policy, the columns of the low-rank inputs, and where they cost nothing the
-dense copies of quantised weights.
+own would write them, and the large product read them, as wide as q and k. The products without those parts are named
+for a rematerialisation policy. Kept for backward: x, those products where there are norms, the columns of the low-rank
+inputs, and where they cost nothing the dense copies of quantised weights.
 """
 
 import functools
@@ -91,7 +91,8 @@ def _forward(x, layers, norms, cos, sin, head_dim, eps, capability):
     x, layers, norms, cos, sin = linear.values((x, layers, norms, cos, sin))
     if keeps_dense():  # the products are computed again right before the gradients that read the weights, too
         layers = linear.dense_weights(layers, x.dtype)
-    out, kept = _run(x, layers, norms, cos, sin, head_dim, eps, capability)
+    out, (q, k, u) = _run(x, layers, norms, cos, sin, head_dim, eps, capability)
+    kept = (None, None, u) if norms is None else (q, k, u)  # to rotate back nothing is read of what was rotated
     return out, (x, layers, norms, cos, sin, kept, wanted, trained)
 
 
@@ -101,6 +102,7 @@ def _backward(head_dim, eps, capability, residuals, upstream):
     rotated, d_norms = [], []
     rest = zip((q, k), _low_ranks(u, layers), norms or (None, None), trained.norms or (False, False), strict=True)
     for dy, (part, low, norm, asked) in zip(upstream[:2], rest, strict=True):
+        part, low = (dy, None) if norm is None else (part, low)
         d_part, d_norm = kernels.rotated_backward(part, low, norm, cos, sin, dy, eps, capability, asked)
         rotated.append(d_part)
         d_norms.append(None if d_norm is None else d_norm.astype(norm.dtype))
