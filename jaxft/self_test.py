@@ -26,8 +26,12 @@ from jaxft.quant import dense, dense_together, multiply, quantize_nf4
 # refuses, and T is no multiple of any tile
 B, T, N, K, H, D, F, V, R = 2, 72, 4, 2, 32, 128, 144, 250, 8
 DOCUMENTS = ((30, 42), (7, 61, 4))  # lengths in each row
-# rows of whole tiles, with heads of 64: what the backward pass for Hopper needs
-WHOLE_TILES = {"whole tiles": ((100, 156), (57, 195, 4)), "one document": ((256,), (256,))}
+# rows of whole tiles and the size of heads: what the backward pass for Hopper needs, and its own forward pass
+WHOLE_TILES = {
+    "whole tiles": (((100, 156), (57, 195, 4)), 64),
+    "one document": (((256,), (256,)), 64),
+    "few rows": (((256,), (256,)), 128),
+}
 
 
 @dataclass(frozen=True)
@@ -151,8 +155,8 @@ def cases(dtype: Any) -> Iterator[Case]:
         return Case(op, (*heads, first_key), (0, 1, 2), named, partial(attend, "reference"))
 
     yield attention_case("attention", DOCUMENTS, H, ("mosaic", "cudnn", "triton", "chunked", "reference"))
-    for of, rows in WHOLE_TILES.items():
-        yield attention_case(f"attention, {of}", rows, 64, ("mosaic", "cudnn", "triton"))
+    for of, (rows, size) in WHOLE_TILES.items():
+        yield attention_case(f"attention, {of}", rows, size, ("mosaic", "cudnn", "triton"))
 
     def layers(loras, weights) -> tuple[Weights, ...]:
         return tuple(Weights(w, None, (a, b, jnp.float32(2))) for (a, b), w in zip(loras, weights, strict=True))

@@ -1,7 +1,8 @@
 """Packed causal attention on Hopper whose backward pass is our own, in Pallas' Mosaic GPU.
 
-Its kernels are in `mosaic_kernels.py`. The forward pass is cuDNN's where a row is one document and our Triton kernel's
-where it is packed or has a window: either leaves the log-sum-exp, in base e or 2, and the backward pass takes both.
+Its kernels are in `mosaic_kernels.py`. The forward pass is cuDNN's where a row is one document, but for few of them our
+own, and our Triton kernel's where it is packed or has a window: each leaves the log-sum-exp, in base e or 2, and the
+backward pass takes both.
 cuDNN's own backward pass sums dq in float32 by atomics, so that it clears, converts and adds up over grouped heads in
 passes of their own, in scratch memory that a plan does not see; Triton's waits for memory in the warps that compute.
 Milliseconds a backward pass on an H200, jax 0.11.2, 32/8 heads: docs/log.md, "A backward pass of our own".
@@ -30,6 +31,9 @@ class Tile:
     stages: int
 
 
+# by head size: programs up to which our forward pass is faster than cuDNN's, and its tile (H200, 32/8 heads, 1×2048:
+# 109 us and 129; 8×2048: 714 and 615; heads of 64 were measured at 8×2048 alone, 510 and 444)
+FEW = {128: (512, Tile(128, 2))}
 # by head size: of the kernel of dq, of that of dk and dv
 TILES = {64: (Tile(128, 2), Tile(64, 3)), 128: (Tile(64, 3), Tile(64, 2))}
 
@@ -80,6 +84,10 @@ def _attention(q, k, v, first_key, documents, scale, capability):
 
 def _run_forward(q, k, v, first_key, documents, scale, capability):
     if is_one_document(documents):
+        B, T, N, H = q.shape
+        programs, (most, tile) = B * N * (T // TILE), FEW.get(H, (0, None))
+        if programs <= most:
+            return run_forward(q, k, v, scale=scale, tile=tile)
         return cudnn.run_forward(q, k, v, documents, scale)
     sizes = triton.tiles(capability, q.shape[3], q.dtype)
     return triton.run_forward(q, k, v, first_key, scale, None, capability, sizes)
@@ -100,6 +108,16 @@ def _attention_bwd(scale, capability, kept, dout):
 
 
 _attention.defvjp(_attention_fwd, _attention_bwd)
+
+
+@functools.partial(jax.jit, static_argnames=("scale", "tile", "interpret"))  # one trace a shape
+def run_forward(
+    q: jax.Array, k: jax.Array, v: jax.Array, *, scale: float, tile: Tile, interpret=None
+) -> tuple[jax.Array, jax.Array]:
+    """out and the natural log-sum-exp (B, N, T) float32 where a query sees all keys before it."""
+    from jaxft.kernels.attention import mosaic_kernels
+
+    return mosaic_kernels.forward(q, k, v, scale=scale, tile=tile, interpret=interpret)
 
 
 @functools.partial(jax.jit, static_argnames=("scale", "natural", "tiles", "heads", "interpret"))  # one trace a shape

@@ -1,4 +1,4 @@
-"""The Mosaic GPU kernels of packed causal attention's backward pass on Hopper: dq, and dk with dv.
+"""The Mosaic GPU kernels of packed causal attention on Hopper: dq, and dk with dv; out, where rows are few.
 
 `mosaic.py` launches them. The formula is that of `triton_kernels.py`, without softcap. What Triton does not write here:
 products from shared memory whose sums stay in one warpgroup's registers while another computes exponentials, and a
@@ -31,8 +31,86 @@ from jaxft.kernels.attention.mosaic import TILE, Tile
 LOG2E = math.log2(math.e)
 GROUPS = 2
 ROWS = TILE // GROUPS  # what one warpgroup's product takes
+HIDDEN = -(2.0**99)  # a score that is not seen; a power of two, so that its product with the factor is exact
 MOST, LEAST = 240, 24  # registers a thread of those that compute, of those that fetch
 WHOLE, BY_ROW, BY_COLUMN = plgpu.Layout.WGMMA, plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
+
+
+def forward(
+    q: jax.Array, k: jax.Array, v: jax.Array, *, scale: float, tile: Tile, interpret: Any = None
+) -> tuple[jax.Array, jax.Array]:
+    """out (B, T, N, H) and the natural log-sum-exp (B, N, T) float32 of rows that are one document each, arrays as for
+    `queries_backward`."""
+    B, T, N, H = q.shape
+    keys, stages, tiles = tile.others, tile.stages, T // TILE
+    factor = scale * LOG2E
+
+    def kernel(
+        q_ref, k_ref, v_ref, out_ref, lse_ref, q_s, lse_s, k_s, v_s, here, k_here, v_here, k_free, v_free
+    ):  # fmt: skip
+        n, b, group = (lax.axis_index(name) for name in ("head", "row", "group"))
+        at = tiles - 1 - lax.axis_index("tile")  # the longest walk first
+        steps = _up((at + 1) * TILE, keys)
+
+        @pl.when(group < GROUPS)
+        def compute():
+            plgpu.set_max_registers(MOST, action="increase")
+            q0 = at * TILE + group * ROWS
+            rows = b, pl.ds(q0, ROWS), n
+            plgpu.copy_gmem_to_smem(q_ref.at[rows], q_s.at[group], here.at[group])
+            plgpu.barrier_wait(here.at[group])
+
+            def step(i, carry, hides):
+                out, top, total = carry
+                slot = _slot(i, stages)
+
+                def scores(s):
+                    plgpu.barrier_wait(k_here.at[slot])
+                    plgpu.wgmma(s, q_s.at[group], k_s.at[slot].transpose((1, 0)))
+                    return s[...]
+
+                s = pl.run_scoped(scores, plgpu.ACC((ROWS, keys), jnp.float32))
+                plgpu.barrier_arrive(k_free.at[slot])
+                if hides:
+                    s = jnp.where(_count(s.shape, 1) + i * keys <= _count(s.shape, 0) + q0, s, HIDDEN)
+                higher = jnp.maximum(top, s.max(axis=1) * factor)
+                p = jnp.exp2(s * factor - _rows(higher, keys))
+                shrink = jnp.exp2(top - higher)
+                out, total = out * _rows(shrink, H), total * shrink + p.sum(axis=1)
+                plgpu.barrier_wait(v_here.at[slot])
+                (out,) = _add((out,), ((p.astype(q.dtype), v_s.at[slot]),), interpret)
+                plgpu.barrier_arrive(v_free.at[slot])
+                return out, higher, total
+
+            whole, end = _down(q0, keys), _up(q0 + ROWS, keys)
+            nothing = [plgpu.layout_cast(jnp.full((ROWS,), value, jnp.float32), BY_ROW) for value in (HIDDEN, 0.0)]
+            seen = lax.fori_loop(0, whole, functools.partial(step, hides=False), (_zeros(ROWS, H), *nothing))
+            out, top, total = lax.fori_loop(whole, end, functools.partial(step, hides=True), seen)
+            _skip(end, steps, stages, ((k_here, k_free), (v_here, v_free)))
+            q_s.at[group][...] = (out * _rows(1 / total, H)).astype(q.dtype)
+            lse_s.at[group][...] = top / LOG2E + jnp.log(total)
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(q_s.at[group], out_ref.at[rows])
+            plgpu.copy_smem_to_gmem(lse_s.at[group], lse_ref.at[b, n, pl.ds(q0, ROWS)])
+            plgpu.wait_smem_to_gmem(0)
+
+        @pl.when(group == GROUPS)
+        def memory():
+            def rows(step):
+                return b, pl.ds(step * keys, keys), _down(n, N // k.shape[2])
+
+            _fetch(
+                steps, stages, (_stream(k_ref, k_s, k_here, k_free, rows), _stream(v_ref, v_s, v_here, v_free, rows))
+            )
+
+    own, other = _matrix(GROUPS, ROWS, H, dtype=q.dtype), _matrix(stages, keys, H, dtype=q.dtype)
+    mine = plgpu.Barrier(num_arrivals=1, num_barriers=GROUPS)
+    return _call(
+        "attention_forward", kernel, (q, k, v),
+        (jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct((B, N, T), jnp.float32)),
+        (own, plgpu.SMEM((GROUPS, ROWS), jnp.float32), other, other, mine, *_here(stages, 1, 1), *_free(stages)),
+        (tiles, N, B), interpret,
+    )  # fmt: skip
 
 
 def queries_backward(
@@ -114,14 +192,12 @@ def queries_backward(
 
         @pl.when(group == GROUPS)
         def memory():
-            def stream(source, to, here, free):
-                def fetch(step, slot):
-                    rows = b, pl.ds((begin + step) * keys, keys), _down(n, N // k.shape[2])
-                    plgpu.copy_gmem_to_smem(source.at[rows], to.at[slot], here.at[slot])
+            def rows(step):
+                return b, pl.ds((begin + step) * keys, keys), _down(n, N // k.shape[2])
 
-                return free, fetch
-
-            _fetch(steps, stages, (stream(k_ref, k_s, k_here, k_free), stream(v_ref, v_s, v_here, v_free)))
+            _fetch(
+                steps, stages, (_stream(k_ref, k_s, k_here, k_free, rows), _stream(v_ref, v_s, v_here, v_free, rows))
+            )
 
     own, other = _matrix(GROUPS, ROWS, H, dtype=q.dtype), _matrix(stages, keys, H, dtype=q.dtype)
     number, first = (plgpu.SMEM((GROUPS, ROWS), dtype) for dtype in (jnp.float32, jnp.int32))
@@ -280,6 +356,15 @@ def _fetch(steps, stages: int, streams: Sequence[tuple[Any, Callable]]) -> None:
     lax.fori_loop(0, jnp.minimum(steps, stages), first, None)
     lax.fori_loop(stages, steps, later, None)
     lax.fori_loop(jnp.maximum(steps - stages, 0), steps, read, None)
+
+
+def _stream(source, to, here, free, rows: Callable) -> tuple[Any, Callable]:
+    """One array's part of `_fetch`; rows: from a step to what of the array it reads."""
+
+    def fetch(step, slot):
+        plgpu.copy_gmem_to_smem(source.at[rows(step)], to.at[slot], here.at[slot])
+
+    return free, fetch
 
 
 def _skip(begin, end, stages: int, slots: Sequence[tuple[Any, Any]]) -> None:
