@@ -90,7 +90,7 @@ class Workload:
 WORKLOADS = {
     "A1": Workload("qwen3-4b", 8, 2048, gradient_checkpointing="offload_middle", kept_layers=1),
     "A2": Workload("qwen3-4b", 8, 2048, gradient_checkpointing="none"),
-    "A3": Workload("qwen3-4b", 1, 2048, load_in_4bit=True, gradient_checkpointing="offload_v"),
+    "A3": Workload("qwen3-4b", 1, 2048, load_in_4bit=True, gradient_checkpointing="offload_v", kept_layers=1),
     "A4": Workload("qwen3-4b", 8, 2048, load_in_4bit=True, gradient_checkpointing="offload_middle"),
     "A5": Workload("llama-3-8b", 2, 2048, load_in_4bit=True, gradient_checkpointing="offload_qkv"),
     "A6": Workload("llama-3-8b", 4, 4096, gradient_checkpointing="offload_qkv"),
