@@ -1,4 +1,4 @@
-"""Does literally what pages say: every command of their console blocks, in an empty directory, in order.
+"""Does literally what pages say: every command of their console blocks, in an empty directory for each, in order.
 
     python scripts/follow_docs.py README.md docs/quick-start.md
 
@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -104,7 +105,9 @@ def follow(page: Path) -> bool:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("pages", nargs="+", type=Path)
-    return 0 if all(follow(page) for page in parser.parse_args().pages) else 1
+    pages = parser.parse_args().pages
+    with ThreadPoolExecutor(os.cpu_count()) as readers:  # most of a command is importing, which takes one core
+        return 0 if all(list(readers.map(follow, pages))) else 1
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ signal to itself, and whether before or after that call.
 
 import contextlib
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -108,5 +109,5 @@ def forked_runs(place: Path) -> Iterator[Start]:
 
 
 def devices(count: int) -> dict[str, str]:
-    """The environment of a process with `count` virtual devices."""
-    return {"XLA_FLAGS": f"--xla_force_host_platform_device_count={count}"}
+    """The environment of a process with `count` virtual devices; it keeps the flags of this one."""
+    return {"XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={count}".lstrip()}

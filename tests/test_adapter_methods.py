@@ -48,6 +48,7 @@ from scripts.compare_with_hf import (
     reference_course,
     reference_model,
 )
+from tests.forked_runs import devices
 from tests.tiny_adapters import make_adapter
 from tests.tiny_models import nonzero_adapter, packed_batch, tiny_model
 from tests.tiny_runs import flags, lines_of, losses_of, same_tensors, sums, write_base, write_rows
@@ -165,10 +166,8 @@ def test_a_mesh_gives_the_losses_of_one_device_with_magnitudes(place):
         "lora = LoraConfig(r=4, lora_alpha=8, use_dora=True)\n"
         "print(json.dumps([run(sys.argv[1], axes, 1, lora) for axes in (None, {'data': 2, 'fsdp': 2, 'tensor': 2})]))"
     )
-    environment = os.environ | {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu",
-        "PYTHONPATH": str(Path(__file__).resolve().parents[1]),
-    }  # fmt: skip
+    root = str(Path(__file__).resolve().parents[1])
+    environment = os.environ | devices(8) | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": root}
     done = subprocess.run(
         [sys.executable, "-c", program, str(place / "base")], env=environment, capture_output=True, text=True,
         check=False,

@@ -15,6 +15,7 @@ import pytest
 
 from jaxft.checkpoint import Checkpoints
 from jaxft.errors import InputError, RunError
+from tests.forked_runs import devices
 
 ROOT = Path(__file__).parent.parent
 META = {"row": 17, "epoch": 2, "best": 0.1 + 0.2, "settings": {"seed": 3}}
@@ -276,7 +277,7 @@ print(len(jax.devices()))
 
 
 def test_a_checkpoint_is_restored_onto_another_sharding(tmp_path):
-    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    environment = os.environ | devices(8) | {"JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-c", OTHER_SHARDING, str(tmp_path)]
     run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr

@@ -31,6 +31,7 @@ from jaxft.errors import InputError
 from jaxft.models.quantized import all_linears, with_quantized
 from jaxft.quant import dense, is_quantized
 from jaxft.trees import Tree, flatten, unflatten
+from tests.forked_runs import devices
 from tests.tiny_models import nonzero_adapter, packed_batch, tiny_model
 from tests.tiny_runs import flags, losses_of, same_tensors, sums, write_base, write_rows
 
@@ -191,9 +192,7 @@ def test_a_mesh_gives_the_losses_of_one_device(place):
         "lora = LoraConfig(r=4, lora_alpha=8)\n"
         "print(json.dumps([run(sys.argv[1], axes, 1, lora) for axes in (None, {'data': 2, 'fsdp': 4})]))"
     )
-    environment = os.environ | {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT),
-    }  # fmt: skip
+    environment = os.environ | devices(8) | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         [sys.executable, "-c", program, str(place / "four")], env=environment, capture_output=True, text=True,
         check=False,

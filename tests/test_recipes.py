@@ -12,6 +12,7 @@ import yaml
 
 from jaxft import train
 from jaxft.config import parse
+from tests.forked_runs import devices
 from tests.tiny_runs import CHATML, flags, lines_of, sums, write_base, write_rows
 
 ROOT = Path(__file__).parent.parent
@@ -127,7 +128,7 @@ def test_each_recipe_runs(recipe, place, tmp_path):
 @pytest.mark.parametrize("recipe", [one for one in RECIPES if "mesh" in content_of(one)], ids=lambda one: one.stem)
 def test_each_recipe_for_several_devices_runs(recipe, place, tmp_path):
     argv = tiny(recipe, place) + flags(output_dir=tmp_path / "run")
-    eight = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "PYTHONPATH": str(ROOT)}
+    eight = devices(8) | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         [sys.executable, "-m", "jaxft.train", *argv], env=os.environ | eight, capture_output=True, text=True,
         cwd=tmp_path,

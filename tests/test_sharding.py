@@ -14,6 +14,7 @@ from jaxft import save_model
 from jaxft.errors import InputError
 from jaxft.sharding import RULES, mesh_sizes, spec
 from jaxft.trees import flatten
+from tests.forked_runs import devices
 from tests.tiny_models import CONFIGS, tiny_model
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -24,11 +25,7 @@ def runs(tmp_path_factory):
     """Five steps on one device and on meshes of eight, from the same directory; see eight_devices.py."""
     directory = tmp_path_factory.mktemp("model")
     save_model(directory, *tiny_model("qwen3_window_bias"))
-    environment = os.environ | {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-        "JAX_PLATFORMS": "cpu",
-        "PYTHONPATH": str(ROOT),
-    }
+    environment = os.environ | devices(8) | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         [sys.executable, str(ROOT / "tests" / "eight_devices.py"), str(directory)],
         env=environment, capture_output=True, text=True, timeout=600, check=False,
