@@ -26,7 +26,7 @@ from jaxft.kernels.norm_rope import triton as norm_rope
 from jaxft.kernels.rms_norm import triton as rms_norm
 from tests.ptx import CAPABILITIES, MISSING, NEEDED, SHARED, assemble, compiled
 
-pytestmark = pytest.mark.skipif(bool(MISSING), reason=NEEDED)
+pytestmark = [pytest.mark.skipif(bool(MISSING), reason=NEEDED), pytest.mark.lowering]
 S = jax.ShapeDtypeStruct
 KERNELS = ["forward", "keys_backward", "queries_backward"]
 
