@@ -1,6 +1,6 @@
 """The Triton kernels of a run's step, compiled while its data are tokenised.
 
-The step's shapes follow from the flags. What only the data tell is how many documents a row holds, and it decides
+The step's shapes follow from the flags. What only the data tell is how many documents a row holds, and it can decide
 between cuDNN and Triton for attention: Triton is taken for the guess, and where that was wrong its kernels are kept on
 disk for another run. The step itself is traced and lowered as ever, and finds its kernels compiled or being compiled.
 """

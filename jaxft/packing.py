@@ -109,9 +109,12 @@ class Batches:
         self.rows = len(plan)
         self.rows_per_step = accumulation * batch_size
         self.steps_per_epoch = -(-self.rows // self.rows_per_step)
-        self.max_documents: int | None = max(map(len, plan)) + 1  # in one row; padding counts as one
         sizes = lengths_of(samples)
-        self.tokens = sum(int(sizes[row].sum()) for row in plan)
+        filled = [int(sizes[row].sum()) for row in plan]
+        # in one row; its padding, where it has room for any, counts as one
+        counts = (len(row) + (tokens < max_length) for row, tokens in zip(plan, filled, strict=True))
+        self.max_documents: int | None = max(counts)
+        self.tokens = sum(filled)
         self.efficiency = self.tokens / (self.rows * max_length)
         permutation(0, seed, 0)  # a seed that cannot be used must fail here, not at the first step
 

@@ -193,6 +193,19 @@ def test_each_row_goes_to_the_kernels_that_were_measured_to_win(capability, H, T
     assert taken == [way]
 
 
+def test_a_window_of_0_is_none(monkeypatch):
+    monkeypatch.setattr(op, "device_capability", lambda: 90)
+    monkeypatch.setattr(gpu, "find_spec", lambda name: object())
+    monkeypatch.setattr(jax, "__version_info__", (0, 11, 2))
+    known = documents(jnp.zeros((1, 256), jnp.int32), 1)
+    monkeypatch.setattr(op.mosaic, "attention", lambda q, k, v, first, described, **_: described is known)
+    q = jnp.zeros((1, 256, 1, 128), jnp.bfloat16)
+    calls = functools.partial(
+        op.attention, q, q, q, first_key=jnp.zeros((1, 256), jnp.int32), scale=1.0, documents=known
+    )
+    assert [calls(window=window) for window in (None, 0, 8)] == [True, True, False]
+
+
 FOUR = documents(jnp.zeros((2, 64), jnp.int32), 4)
 
 

@@ -105,6 +105,17 @@ def test_batch_lays_documents_out_as_the_contract_says():
     assert batches.efficiency == 9 / 12
 
 
+@pytest.mark.parametrize(("lengths", "most"), [([6, 6], 1), ([6, 4, 2], 2), ([3, 2], 3)])
+def test_padding_counts_as_a_document_where_a_row_has_room_for_it(lengths, most):
+    batches = Batches(
+        some_samples(lengths), plan_packing(lengths, 6, 0), max_length=6, batch_size=2, seed=0, shuffle=False
+    )
+    assert batches.max_documents == most
+    for step in range(batches.steps_per_epoch):  # rows that the last batch lacks are one document of padding
+        segments = batches.batch(step)["segment_ids"].reshape(-1, 6)
+        assert max(1 + np.count_nonzero(np.diff(row)) for row in segments) <= most
+
+
 def test_rows_of_a_step_are_cut_into_micro_batches_in_order():
     samples = some_samples([2] * 8)
     plan = plan_padding([2] * 8, 2)

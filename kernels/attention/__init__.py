@@ -4,8 +4,8 @@ Packing, sliding windows and a key/value cache are one mechanism here: query t o
 first_key[b, t] … last_key[b, t], both included. `key_range` makes the range of packed training rows.
 
 The ways, one file each: `reference` (the definition), `chunked` (plain XLA, long rows), `triton` (own kernels, sm_80
-and later), `cudnn` (Hopper and later, documents only), `mosaic` (a backward pass for Hopper behind the forward pass of
-one of those two). One that cannot serve a case says so by NotImplementedError.
+and later), `cudnn` (Hopper and later, documents only), `mosaic` (for Hopper, a backward pass behind the forward pass of
+one of those two or its own). One that cannot serve a case says so by NotImplementedError.
 """
 
 import functools
@@ -21,7 +21,9 @@ from jaxft.kernels.gpu import device_capability, is_rehearsed
 __all__ = ["CUDNN_DOCUMENTS", "Documents", "attention", "documents", "key_range"]
 
 ORDER = ("mosaic", "cudnn", "triton", "reference", "chunked")  # which way is tried first
-CUDNN_DOCUMENTS = 10  # more of them in a row skip more by Triton (H200, 2,048 tokens: 19 documents 2.02 ms and 1.62)
+# where `mosaic` does not serve: more of them in a row skip more by Triton (H200, 2,048 tokens: 19 documents 2.02 ms and
+# 1.62)
+CUDNN_DOCUMENTS = 10
 REFERENCE_SCORES = 2**20  # T · S up to which the whole score matrix is small enough to be the fastest plain way
 
 
@@ -65,6 +67,8 @@ def attention(
     for cannot serve.
     """
     B, T, N, H = q.shape
+    if isinstance(window, int) and window == 0:
+        window = None
     if k.shape != v.shape or k.shape[0] != B or k.shape[3] != H or N % k.shape[2]:
         raise ValueError(f"q has shape {q.shape}, k {k.shape}, v {v.shape}; need (B, T, N, H) and (B, S, K, H), K | N")
     if not q.dtype == k.dtype == v.dtype:
@@ -77,12 +81,12 @@ def attention(
     if implementation not in (None, *ORDER):
         raise ValueError(f"implementation {implementation!r}: must be one of {', '.join(ORDER)} or None")
 
-    whole = documents if window is None else None  # of which a query sees all that is before it
+    described = documents if window is None else None  # a query sees all that is before it in its document
 
     def serves(name: str) -> None:
         if name == "mosaic":
             mosaic.check(
-                q, softcap=softcap, last_key=last_key, documents=whole, scale=scale, capability=device_capability()
+                q, softcap=softcap, last_key=last_key, documents=described, scale=scale, capability=device_capability()
             )
         elif name == "triton":
             triton.check(q, scale=scale, last_key=last_key, capability=device_capability())
@@ -105,7 +109,7 @@ def attention(
         window = jnp.asarray(window, jnp.int32)
         first_key = jnp.where(window > 0, jnp.maximum(first_key, last - window + 1), first_key)
     if chosen == "mosaic":
-        return mosaic.attention(q, k, v, first_key, whole, scale=scale, capability=device_capability())
+        return mosaic.attention(q, k, v, first_key, described, scale=scale, capability=device_capability())
     if chosen == "cudnn":
         assert documents is not None  # cudnn.check
         return cudnn.attention(q, k, v, documents, scale)

@@ -54,6 +54,8 @@ def check(
         raise NotImplementedError("a mesh of several devices: the kernels have no rule to be split")
     if softcap is not None:
         raise NotImplementedError("softcap: the kernels have none")
+    if scale <= 0:
+        raise NotImplementedError(f"scale {scale}: needs a positive one")
     if q.shape[3] not in TILES:
         raise NotImplementedError(f"head size {q.shape[3]}: needs {' or '.join(map(str, TILES))}")
     if q.shape[1] % TILE:

@@ -7,10 +7,10 @@ warpgroup that does nothing but fetch.
 Tiles. A program has TILE tokens for its own, ROWS for each of GROUPS warpgroups that compute: queries of one head, or
 keys of one kv head. The last warpgroup fetches tiles of the others, keys or queries, into `stages` slots and waits for
 both to have read one before it takes it again. As in the Triton kernels a walk covers only tiles that some query
-reaches, masked where one of them is hidden; where `first` is None all keys up to the query are seen, and the loop that
-documents and windows begin with is not there. dk and dv are sums over the query heads of a group, in registers; where
-one program goes through fewer heads than a group has (`heads`), their parts are float32 and added by XLA. No atomics:
-the same bytes each time.
+reaches, masked where one of its queries does not see one of its keys; where `ranges` is None all keys up to the query
+are seen, and the loop that documents and windows begin with is not there. dk and dv are sums over the query heads of a
+group, in registers; where one program goes through fewer heads than a group has (`heads`), their parts are float32 and
+added by XLA. No atomics: the same bytes each time.
 
 delta (B, N, T) float32 comes out of the first kernel for the second. Measured on an H200 beside cuDNN: docs/log.md.
 """
@@ -96,12 +96,8 @@ def forward(
 
         @pl.when(group == GROUPS)
         def memory():
-            def rows(step):
-                return b, pl.ds(step * keys, keys), _down(n, N // k.shape[2])
-
-            _fetch(
-                steps, stages, (_stream(k_ref, k_s, k_here, k_free, rows), _stream(v_ref, v_s, v_here, v_free, rows))
-            )
+            head = _down(n, N // k.shape[2])
+            _fetch_keys(0, steps, b, head, ((k_ref, k_s, k_here, k_free), (v_ref, v_s, v_here, v_free)))
 
     own, other = _matrix(GROUPS, ROWS, H, dtype=q.dtype), _matrix(stages, keys, H, dtype=q.dtype)
     mine = plgpu.Barrier(num_arrivals=1, num_barriers=GROUPS)
@@ -192,12 +188,8 @@ def queries_backward(
 
         @pl.when(group == GROUPS)
         def memory():
-            def rows(step):
-                return b, pl.ds((begin + step) * keys, keys), _down(n, N // k.shape[2])
-
-            _fetch(
-                steps, stages, (_stream(k_ref, k_s, k_here, k_free, rows), _stream(v_ref, v_s, v_here, v_free, rows))
-            )
+            head = _down(n, N // k.shape[2])
+            _fetch_keys(begin, steps, b, head, ((k_ref, k_s, k_here, k_free), (v_ref, v_s, v_here, v_free)))
 
     own, other = _matrix(GROUPS, ROWS, H, dtype=q.dtype), _matrix(stages, keys, H, dtype=q.dtype)
     number, first = (plgpu.SMEM((GROUPS, ROWS), dtype) for dtype in (jnp.float32, jnp.int32))
@@ -339,8 +331,8 @@ def _call(name: str, kernel: Callable, arrays, out, scratch, grid, interpret):
 def _fetch(steps, stages: int, streams: Sequence[tuple[Any, Callable]]) -> None:
     """The last warpgroup's work: fetch(step, slot) of each stream, `stages` steps ahead of who frees the slots."""
 
-    def first(step, _):
-        for _free, fetch in streams:
+    def fill(step, _):
+        for _empty, fetch in streams:
             fetch(step, _slot(step, stages))
 
     def later(step, _):
@@ -353,18 +345,24 @@ def _fetch(steps, stages: int, streams: Sequence[tuple[Any, Callable]]) -> None:
             plgpu.barrier_wait(free.at[_slot(step, stages)])
 
     plgpu.set_max_registers(LEAST, action="decrease")
-    lax.fori_loop(0, jnp.minimum(steps, stages), first, None)
+    lax.fori_loop(0, jnp.minimum(steps, stages), fill, None)
     lax.fori_loop(stages, steps, later, None)
     lax.fori_loop(jnp.maximum(steps - stages, 0), steps, read, None)
 
 
-def _stream(source, to, here, free, rows: Callable) -> tuple[Any, Callable]:
-    """One array's part of `_fetch`; rows: from a step to what of the array it reads."""
+def _fetch_keys(begin, steps, b, head, arrays: Sequence[tuple[Any, Any, Any, Any]]) -> None:
+    """`_fetch` of tiles of k and v, from tile `begin` on; arrays: of each the reference, its slots (stages, keys, H),
+    and the barriers of full and of free ones."""
+    stages, keys, _ = arrays[0][1].shape
 
-    def fetch(step, slot):
-        plgpu.copy_gmem_to_smem(source.at[rows(step)], to.at[slot], here.at[slot])
+    def stream(source, slots, here, free):
+        def fetch(step, slot):
+            rows = b, pl.ds((begin + step) * keys, keys), head
+            plgpu.copy_gmem_to_smem(source.at[rows], slots.at[slot], here.at[slot])
 
-    return free, fetch
+        return free, fetch
+
+    _fetch(steps, stages, [stream(*one) for one in arrays])
 
 
 def _skip(begin, end, stages: int, slots: Sequence[tuple[Any, Any]]) -> None:

@@ -57,8 +57,9 @@ FLOAT32_TILES = {
     128: Tiles(Tile(32, 32, 4, 1), Tile(32, 16, 4, 1), Tile(16, 32, 4, 1)),
     256: Tiles(Tile(16, 16, 4, 1), Tile(16, 16, 4, 1), Tile(16, 16, 4, 1)),
 }
-# Tokens of a document, on average, below which the tiles of TILES win over cuDNN's kernels; what is not here was not
-# measured. H200, heads of 128, rows of 2,048: 5 documents cuDNN 1.55 ms, Triton 1.70; 7: 1.39 and 1.23
+# Tokens of a document, on average, below which the tiles of TILES win over cuDNN's kernels, where `mosaic` does not
+# serve; what is not here was not measured. H200, heads of 128, rows of 2,048: 5 documents cuDNN 1.55 ms, Triton 1.70;
+# 7: 1.39 and 1.23
 SHORT = {("hopper", 128): 350}
 SMALLEST_CAPABILITY = 80
 
