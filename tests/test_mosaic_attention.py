@@ -73,7 +73,7 @@ def test_out_and_the_gradients_are_those_of_the_definition(rows, H, dtype, tiles
         assert distances(ours, (out, lse))[0] < 5e-3 and distances(ours, (out, lse))[1] < 1e-6
     got = mosaic.run_backward(
         q, k, v, None if natural else first, out.astype(q.dtype), lse if natural else lse / np.log(2), dout,
-        scale=scale, natural=natural, tiles=tiles, heads=heads, interpret=plgpu.InterpretGPUParams(),
+        scale=scale, tiles=tiles, heads=heads, interpret=plgpu.InterpretGPUParams(),
     )  # fmt: skip
     assert all(g.dtype == q.dtype and g.shape == w.shape for g, w in zip(got, want, strict=True))
     assert max(distances(got, want)) < 5e-3
@@ -81,9 +81,7 @@ def test_out_and_the_gradients_are_those_of_the_definition(rows, H, dtype, tiles
 
 def all_kernels(q, k, first, lse):
     """The gradients of rows of one document and of packed ones, added up, and the forward pass of the former."""
-    grads = [
-        mosaic.run_backward(q, k, k, ranges, q, lse, q, scale=0.1, natural=ranges is None) for ranges in (None, first)
-    ]
+    grads = [mosaic.run_backward(q, k, k, ranges, q, lse, q, scale=0.1) for ranges in (None, first)]
     return jax.tree.map(jnp.add, *grads), mosaic.run_forward(q, k, k, scale=0.1, tile=mosaic.FEW[128][1])
 
 

@@ -9,6 +9,7 @@ Milliseconds a backward pass on an H200, jax 0.11.2, 32/8 heads: docs/log.md, "A
 """
 
 import functools
+import math
 from dataclasses import dataclass
 
 import jax
@@ -103,8 +104,8 @@ def _attention_fwd(q, k, v, first_key, documents, scale, capability):
 
 def _attention_bwd(scale, capability, kept, dout):
     q, k, v, first_key, documents, out, lse = kept
-    one = is_one_document(documents)
-    grads = run_backward(q, k, v, None if one else first_key, out, lse, dout, scale=scale, natural=one)
+    ranges = None if is_one_document(documents) else first_key
+    grads = run_backward(q, k, v, ranges, out, lse, dout, scale=scale)
     none = None if documents is None else Documents(None, None, None)  # type: ignore[arg-type]
     return *grads, None, none
 
@@ -122,20 +123,20 @@ def run_forward(
     return mosaic_kernels.forward(q, k, v, scale=scale, tile=tile, interpret=interpret)
 
 
-@functools.partial(jax.jit, static_argnames=("scale", "natural", "tiles", "heads", "interpret"))  # one trace a shape
+@functools.partial(jax.jit, static_argnames=("scale", "tiles", "heads", "interpret"))  # one trace a shape
 def run_backward(
     q: jax.Array, k: jax.Array, v: jax.Array, first_key: jax.Array | None, out: jax.Array, lse: jax.Array,
-    dout: jax.Array, *, scale: float, natural: bool, tiles: tuple[Tile, Tile] | None = None, heads: int | None = None,
-    interpret=None,
+    dout: jax.Array, *, scale: float, tiles: tuple[Tile, Tile] | None = None, heads: int | None = None, interpret=None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:  # fmt: skip
-    """The gradients of q, k and v. first_key: None where all keys before a query are seen. lse: (B, N, T) float32, a
-    natural logarithm or one to base 2. tiles and heads replace what is chosen, for measurements and tests."""
+    """The gradients of q, k and v. first_key: None where all keys before a query are seen. lse: (B, N, T) float32, to
+    base e where first_key is None, else to base 2, as the forward passes of either leave it. tiles and heads replace
+    what is chosen, for measurements and tests."""
     from jaxft.kernels.attention import mosaic_kernels
 
     (B, T, N, H), K = q.shape, k.shape[2]
     of_queries, of_keys = TILES[H] if tiles is None else tiles
     heads = _heads(N // K, B * K * (T // TILE)) if heads is None else heads
-    common = dict(scale=scale, base=mosaic_kernels.math.e if natural else 2.0, interpret=interpret)
+    common = dict(scale=scale, base=math.e if first_key is None else 2.0, interpret=interpret)
     ranges = None if first_key is None else (first_key, *walks(first_key, of_queries.others))
     dq, delta = mosaic_kernels.queries_backward(q, k, v, out, lse, dout, ranges, tile=of_queries, **common)
     ranges = None if first_key is None else (first_key, *triton.reach(first_key, TILE))

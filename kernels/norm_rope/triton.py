@@ -86,10 +86,14 @@ def rotated(
 
 
 def rotated_backward(
-    x: jax.Array, low: LowRank | None, weight: jax.Array | None, cos: jax.Array, sin: jax.Array, dy: jax.Array,
-    eps: float, capability: int, wanted: bool,
+    x: jax.Array | None, low: LowRank | None, weight: jax.Array | None, cos: jax.Array, sin: jax.Array,
+    dy: jax.Array, eps: float, capability: int, wanted: bool,
 ) -> tuple[jax.Array, jax.Array | None]:  # fmt: skip
-    """The gradients of x, which is u bᵀ's too, and where wanted of weight, (H,) float32."""
+    """The gradients of x, which is u bᵀ's too, and where wanted of weight, (H,) float32. Without a weight neither x nor
+    low is read, and x may be None."""
+    if weight is None:
+        x, low = dy, None  # an array that is not read is stood for by another
+    assert x is not None
     tile = _tile(x, low, wanted)
     programs = math.prod(tile.grid) if wanted else 1
     like = (

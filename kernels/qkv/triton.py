@@ -102,7 +102,6 @@ def _backward(head_dim, eps, capability, residuals, upstream):
     rotated, d_norms = [], []
     rest = zip((q, k), _low_ranks(u, layers), norms or (None, None), trained.norms or (False, False), strict=True)
     for dy, (part, low, norm, asked) in zip(upstream[:2], rest, strict=True):
-        part, low = (dy, None) if norm is None else (part, low)
         d_part, d_norm = kernels.rotated_backward(part, low, norm, cos, sin, dy, eps, capability, asked)
         rotated.append(d_part)
         d_norms.append(None if d_norm is None else d_norm.astype(norm.dtype))
