@@ -1,7 +1,8 @@
-"""Triton kernels that were compiled before, kept on disk beside XLA's programs.
+"""Kernels that were compiled or lowered before, kept on disk beside XLA's programs.
 
-jax-triton compiles each kernel again in every process, while a step is lowered: seconds before XLA can look whether it
-knows the program. What is kept is the bytes of a finished call, under a hash of all that decides them. A file that is
+jax-triton compiles each kernel again in every process, while a step is lowered, and Pallas lowers each of Mosaic's:
+seconds before XLA can look whether it knows the program. What is kept is the bytes of a finished call, under a hash of
+all that decides them. A file that is
 damaged is as good as none, and one that cannot be written is no error.
 """
 
@@ -16,14 +17,14 @@ from typing import Any
 import jax
 
 DIGEST = hashlib.sha256().digest_size
-PACKAGES = ("triton", "jax-triton", "jaxlib")  # whose versions decide the bytes
+PACKAGES = ("triton", "jax-triton", "jax", "jaxlib")  # whose versions decide the bytes
 
 
 def kept(kernel: Any, decides: Any, make: Callable[[], bytes]) -> bytes:
     """What `make` returned for this kernel before, or returns now.
 
-    kernel: a `triton.jit` function, whose source and all that it calls decide what is made, beside `decides`, by its
-    repr. Nothing is kept where jax keeps no programs (`jax_compilation_cache_dir`, `jax_enable_compilation_cache`).
+    kernel: its `cache_key` is of the source that decides what is made, beside `decides`, by its repr. Nothing is kept
+    where jax keeps no programs (`jax_compilation_cache_dir`, `jax_enable_compilation_cache`).
     """
     path = place(kernel, decides)
     if path is None:
@@ -46,7 +47,7 @@ def place(kernel: Any, decides: Any) -> Path | None:
         return None
     directory = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
     about = repr((kernel.cache_key, decides, _versions()))
-    return Path(directory) / "triton" / hashlib.sha256(about.encode()).hexdigest()
+    return Path(directory) / "kernels" / hashlib.sha256(about.encode()).hexdigest()
 
 
 @functools.cache

@@ -1,22 +1,29 @@
-"""How a Triton kernel is launched: through jax-triton, as a call that XLA may record into a CUDA graph.
+"""How a kernel is launched: one custom call, whose bytes are made once and kept on disk (`compiled.py`).
 
-jax-triton 0.3.1 writes the older form of the custom call, which XLA launches from the host each time and which ends
-every graph that it makes of a loop's body. jaxlib has the newer form too (`triton_kernel_call_ffi`, XLA's typed FFI,
-marked as one that a graph can hold): same kernel, same arguments. So the call that jax-triton writes is written over
-with that form. Where a step is bound by launches, as four bits at 2,048 tokens are, it decides the speed
-(docs/log.md). jax-triton is imported when a kernel is lowered and not before: it clears TRITON_CACHE_DIR.
+Triton's go through jax-triton, as a call that XLA may record into a CUDA graph. jax-triton 0.3.1 writes the older form
+of the custom call, which XLA launches from the host each time and which ends every graph that it makes of a loop's
+body. jaxlib has the newer form too (`triton_kernel_call_ffi`, XLA's typed FFI, marked as one that a graph can hold):
+same kernel, same arguments. So the call that jax-triton writes is written over with that form. Where a step is bound
+by launches, as four bits at 2,048 tokens are, it decides the speed (docs/log.md). jax-triton is imported when a kernel
+is lowered and not before: it clears TRITON_CACHE_DIR.
+
+Mosaic's go through Pallas, which takes half a second a kernel to trace and lower it in every process. Their call holds
+the lowered module, which XLA compiles.
 """
 
 import contextlib
 import functools
+import hashlib
+import importlib
 import os
 import threading
 import types
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import jax
 from jax.extend.core import ClosedJaxpr, Jaxpr, Primitive
@@ -29,6 +36,8 @@ from jaxft.without_torch import unseen
 T = TypeVar("T")
 THREADS = 8  # that compile kernels
 LEGACY, TYPED = "triton_kernel_call", "triton_kernel_call_ffi"
+MOSAIC = "mosaic_gpu_v2"
+MOSAIC_FLAGS = {"use_custom_barrier", "skip_device_barrier", "uses_xla_collective_metadata"}  # that no kernel here sets
 GRID = 65535  # the most programs along any axis of a grid but the first
 
 
@@ -49,13 +58,112 @@ def fitting(count: int, tile: int) -> int:
     return tile
 
 
+class _Kernel(Protocol):
+    """What a launch knows of its kernel."""
+
+    @property
+    def cache_key(self) -> str:
+        """Of all source that decides what it is compiled to."""
+
+    def call(self, launch: "_Launch", arrays: Sequence[jax.Array]) -> Any:
+        """Traces the launch, without what is kept."""
+
+    def opaque(self, operation: ir.Operation) -> bytes:
+        """What is kept of the custom call that lowering `call` wrote."""
+
+    def form(self, opaque: bytes) -> dict[str, Any]:
+        """The custom call of what was kept, as `jax.ffi.ffi_lowering` takes it."""
+
+
+@dataclass(frozen=True)
+class _Triton:
+    """fn: a `triton.jit` function."""
+
+    fn: Any
+
+    @property
+    def cache_key(self) -> str:
+        return self.fn.cache_key
+
+    def call(self, launch, arrays):
+        _meet_triton()
+        import jax_triton
+
+        options = dict(launch.options) | {"input_output_aliases": launch.aliases}
+        return jax_triton.triton_call(*arrays, kernel=self.fn, out_shape=launch.out, **options)
+
+    def opaque(self, operation):
+        attributes = operation.attributes
+        assert ir.StringAttr(attributes["call_target_name"]).value == LEGACY, "jax-triton writes another call"
+        return ir.StringAttr(attributes["backend_config"]).value_bytes
+
+    def form(self, opaque):
+        if typed_calls():
+            return dict(call_target_name=TYPED, api_version=4, backend_config={"opaque": ir.StringAttr.get(opaque)})
+        return dict(call_target_name=LEGACY, api_version=2, backend_config=opaque)
+
+
+@dataclass(frozen=True)
+class _Mosaic:
+    """The function `name` of a module, which is imported when nothing is kept: Pallas takes a quarter of a second.
+
+    reads: other modules whose source decides what it does, without importing them either; arguments: the structure in
+    which it takes its arrays."""
+
+    module: str
+    name: str
+    reads: tuple[str, ...]
+    arguments: Any
+
+    @property
+    def cache_key(self) -> str:
+        return f"{_source((self.module, *self.reads))} {self.name} {self.arguments}"
+
+    def call(self, launch, arrays):
+        function = getattr(importlib.import_module(self.module), self.name)
+        return function(*jax.tree.unflatten(self.arguments, arrays), **dict(launch.options))
+
+    def opaque(self, operation):
+        attributes = operation.attributes
+        assert ir.StringAttr(attributes["call_target_name"]).value == MOSAIC, "Pallas writes another call"
+        found: dict[str, Any] = {one.name: one.attr for one in ir.DictAttr(attributes["mhlo.backend_config"])}  # type: ignore[attr-defined]
+        module = ir.StringAttr(found.pop("module")).value_bytes
+        digest = ir.StringAttr(found.pop("kernel_hash")).value_bytes
+        assert digest == hashlib.sha256(module).digest(), "Pallas writes another call"
+        assert found == dict.fromkeys(MOSAIC_FLAGS, ir.BoolAttr.get(False)), "Pallas writes another call"
+        return module
+
+    def form(self, opaque):
+        import jax.experimental.mosaic.gpu.core  # noqa: F401  # tells XLA's compiler of Mosaic where its runtime lies
+
+        config = dict.fromkeys(MOSAIC_FLAGS, ir.BoolAttr.get(False)) | {
+            "kernel_hash": ir.StringAttr.get(hashlib.sha256(opaque).digest()), "module": ir.StringAttr.get(opaque),
+        }  # fmt: skip
+        return dict(call_target_name=MOSAIC, api_version=4, backend_config=config)
+
+
+@functools.cache
+def _source(modules: tuple[str, ...]) -> str:
+    """A hash of the modules' files."""
+    found = hashlib.sha256()
+    for module in modules:
+        spec = find_spec(module)
+        assert spec is not None and spec.origin is not None
+        found.update(hashlib.sha256(Path(spec.origin).read_bytes()).digest())
+    return found.hexdigest()
+
+
 @dataclass(frozen=True)
 class _Launch:
-    """The parts of a launch that are known when it is traced: options are those of `jax_triton.triton_call`."""
+    """The parts of a launch that are known when it is traced: options are the kernel's own."""
 
-    kernel: Any
+    kernel: _Kernel
     out: tuple[jax.ShapeDtypeStruct, ...]
     options: tuple[tuple[str, Any], ...]
+
+    @property
+    def aliases(self) -> dict[int, int]:
+        return dict(dict(self.options).get("input_output_aliases", ()))
 
 
 _compiling: dict[Path, Future[None]] = {}  # by the file that each will be
@@ -63,7 +171,7 @@ _lock = threading.Lock()  # of `_compiling`
 _meeting = threading.Lock()  # of `_met`
 _met = False
 
-_launch_p = Primitive("triton_launch")
+_launch_p = Primitive("kernel_launch")
 _launch_p.multiple_results = True
 _launch_p.def_impl(functools.partial(xla.apply_primitive, _launch_p))
 _launch_p.def_abstract_eval(lambda *_, launch: [jax.core.ShapedArray(like.shape, like.dtype) for like in launch.out])
@@ -74,34 +182,34 @@ def triton_call(*arrays: jax.Array, kernel: Any, out_shape: Any, **options: Any)
 
     options: its own; input_output_aliases is a tuple of (input, output) pairs.
     """
+    return _bind(arrays, _Triton(kernel), out_shape, options)
+
+
+def mosaic_call(*arrays: Any, module: str, name: str, reads: tuple[str, ...], out_shape: Any, **options: Any) -> Any:
+    """The function `name` of a module, called with these trees of arrays and these options: one kernel of Mosaic GPU
+    and nothing beside it, which gives what out_shape describes. reads: other modules whose source decides what it
+    does."""
+    leaves, arguments = jax.tree.flatten(arrays)
+    return _bind(leaves, _Mosaic(module, name, reads, arguments), out_shape, options)
+
+
+def _bind(arrays: Sequence[jax.Array], kernel: _Kernel, out_shape: Any, options: dict[str, Any]) -> Any:
     leaves, treedef = jax.tree.flatten(out_shape)
     launch = _Launch(kernel, tuple(leaves), tuple(sorted(options.items())))
     return jax.tree.unflatten(treedef, _launch_p.bind(*arrays, launch=launch))
 
 
 def _lower(ctx: Any, *operands: Any, launch: _Launch) -> Any:
-    aliases = dict(dict(launch.options).get("input_output_aliases", ()))
-
-    def call(*arrays):
-        import jax_triton
-
-        options = dict(launch.options) | {"input_output_aliases": aliases}
-        return jax_triton.triton_call(*arrays, kernel=launch.kernel, out_shape=launch.out, **options)
-
     def compiled() -> bytes:
-        _meet_triton()
-        (result, *_) = mlir.lower_fun(call, multiple_results=True)(ctx, *operands)
-        attributes = result.owner.attributes
-        assert ir.StringAttr(attributes["call_target_name"]).value == LEGACY, "jax-triton writes another call"
-        opaque = ir.StringAttr(attributes["backend_config"]).value_bytes
+        call = mlir.lower_fun(lambda *arrays: launch.kernel.call(launch, arrays), multiple_results=True)
+        (result, *_) = call(ctx, *operands)
+        opaque = launch.kernel.opaque(result.owner)
         result.owner.erase()  # the module must not tell which kernels were known: it is what XLA knows a program by
         return opaque
 
     opaque = kept(launch.kernel, _decides(ctx.avals_in, launch), compiled)
-    form: dict[str, Any] = dict(call_target_name=LEGACY, api_version=2, backend_config=opaque)
-    if typed_calls():
-        form = dict(call_target_name=TYPED, api_version=4, backend_config={"opaque": ir.StringAttr.get(opaque)})
-    return jax.ffi.ffi_lowering(**form, operand_output_aliases=aliases)(ctx, *operands)
+    form = launch.kernel.form(opaque)
+    return jax.ffi.ffi_lowering(**form, operand_output_aliases=launch.aliases)(ctx, *operands)
 
 
 mlir.register_lowering(_launch_p, _lower, platform="cuda")
@@ -126,7 +234,7 @@ def _meet_triton() -> None:
 
 
 def _decides(avals: Sequence[Any], launch: _Launch) -> Any:
-    """What decides a compiled call beside its kernel."""
+    """What decides a call's bytes beside its kernel."""
     return [(aval.shape, aval.dtype.name) for aval in avals], launch.out, launch.options
 
 

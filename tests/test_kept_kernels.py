@@ -1,4 +1,4 @@
-"""Triton kernels on disk: compiled once, known by all that decides them, compiled again where a file is damaged."""
+"""Kernels on disk: compiled once, known by all that decides them, compiled again where a file is damaged."""
 
 import importlib
 import linecache
@@ -29,7 +29,7 @@ def directory(tmp_path):
 @pytest.fixture
 def versions(monkeypatch):
     """The packages that compile, which need not be installed to keep what they made."""
-    found = ["3.6.0", "0.3.1", "0.11.2"]
+    found = ["3.6.0", "0.3.1", "0.11.2", "0.11.2"]
     monkeypatch.setattr(compiled, "_versions", lambda: found)
     return found
 
@@ -64,7 +64,7 @@ def test_a_kernel_is_compiled_once_and_again_for_another_source_argument_or_vers
     assert compile(decides=("float32", 64)) == b"a ('float32', 64)" and compile.times == 3
     versions[0] = "3.7.0"
     assert compile() == b"a ('float32', 128)" and compile.times == 4
-    assert len(list((directory / "triton").iterdir())) == 4
+    assert len(list((directory / "kernels").iterdir())) == 4
 
 
 @pytest.mark.skipif(bool(MISSING), reason=NEEDED)
@@ -91,7 +91,7 @@ def test_a_kernel_is_another_one_where_a_function_of_another_module_is_that_it_c
 def test_a_damaged_file_is_compiled_again_and_mended(directory, versions, damage):
     compile = Counted()
     want = compile()
-    (path,) = (directory / "triton").iterdir()
+    (path,) = (directory / "kernels").iterdir()
     path.write_bytes(damage(path.read_bytes()))
     assert compile() == want and compile.times == 2
     assert compile() == want and compile.times == 2
@@ -99,9 +99,9 @@ def test_a_damaged_file_is_compiled_again_and_mended(directory, versions, damage
 
 def test_what_cannot_be_kept_is_compiled_all_the_same(directory, versions):
     compile = Counted()
-    (directory / "triton").write_text("a file where the folder should be")
+    (directory / "kernels").write_text("a file where the folder should be")
     assert compile() == compile() and compile.times == 2
-    (directory / "triton").unlink()
+    (directory / "kernels").unlink()
     for name, value in (("jax_enable_compilation_cache", False), ("jax_compilation_cache_dir", None)):
         jax.config.update(name, value)
         compile()
@@ -129,6 +129,51 @@ def test_a_kernel_that_is_kept_gives_the_same_module_without_a_compiler(director
     assert lowered() == cold
 
 
+@pytest.mark.skipif("jax_cuda13_plugin" in MISSING, reason=NEEDED)
+@pytest.mark.skipif(jax.__version_info__ < (0, 11, 2), reason="the kernels are written for jax 0.11.2 and later")
+def test_a_kernel_of_mosaic_that_is_kept_gives_the_same_module_without_pallas(directory, monkeypatch):
+    from jaxft.kernels import launch
+    from jaxft.kernels.attention import mosaic
+
+    q, k = (jax.ShapeDtypeStruct((1, 512, heads, 64), jnp.bfloat16) for heads in (4, 2))
+    lse = jax.ShapeDtypeStruct((1, 4, 512), jnp.float32)
+
+    def lowered(heads=2) -> str:
+        def gradients(q, k, lse):
+            return mosaic.run_backward(q, k, k, None, q, lse, q, scale=0.1, heads=heads)
+
+        return jax.jit(gradients).trace(q, k, lse).lower(lowering_platforms=("cuda",)).as_text()
+
+    cold = lowered()
+    assert cold.count("custom_call @mosaic_gpu_v2") == 2
+    jax.clear_caches()
+
+    def refused(module):
+        raise AssertionError(f"{module} imported to lower it again")
+
+    monkeypatch.setattr(launch.importlib, "import_module", refused)
+    assert lowered() == cold
+    with pytest.raises(AssertionError, match="mosaic_kernels imported"):
+        lowered(heads=1)  # another kernel
+
+
+def test_a_kernel_of_mosaic_is_another_one_where_a_module_that_it_reads_is(directory, versions, tmp_path, monkeypatch):
+    from jaxft.kernels import launch
+
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def place(one: str, other: str, name: str = "kernel"):
+        for module, body in (("kernels_of_a_test", one), ("numbers_of_a_test", other)):
+            (tmp_path / f"{module}.py").write_text(body)
+        importlib.invalidate_caches()
+        launch._source.cache_clear()
+        return compiled.place(launch._Mosaic("kernels_of_a_test", name, ("numbers_of_a_test",), None), None)
+
+    first = place("A = 1", "B = 1")
+    assert first == place("A = 1", "B = 1")
+    assert len({first, place("A = 2", "B = 1"), place("A = 1", "B = 2"), place("A = 1", "B = 1", "other")}) == 4
+
+
 @pytest.mark.skipif(bool(MISSING), reason=NEEDED)
 def test_the_kernels_of_a_program_are_compiled_before_it_is_lowered(directory, monkeypatch):
     from jaxft.kernels.launch import compile_ahead
@@ -145,7 +190,7 @@ def test_the_kernels_of_a_program_are_compiled_before_it_is_lowered(directory, m
     e, v = jax.ShapeDtypeStruct((256, 512), jnp.bfloat16), jax.ShapeDtypeStruct((3, 256, 512), jnp.bfloat16)
     traced = jax.jit(program).trace(e, v)
     compile_ahead(traced.jaxpr.jaxpr)
-    assert len(list((directory / "triton").iterdir())) == 2  # one of an activation, wherever it is launched
+    assert len(list((directory / "kernels").iterdir())) == 2  # one of an activation, wherever it is launched
 
     refuse_to_compile(monkeypatch)
     traced.lower(lowering_platforms=("cuda",))

@@ -208,7 +208,7 @@ def test_one_kernel_serves_every_tile_of_cross_entropy(of, name):
     launches = list(launch._launches(jax.make_jaxpr(jax.grad(loss, of))(*arrays).jaxpr))
     assert len(launches) == 2  # in a whole block, and in the one with the tiles that are left
     (kernel,) = {one.params["launch"] for one in launches}
-    assert kernel.kernel.fn.__name__ == name
+    assert kernel.kernel.fn.fn.__name__ == name
     assert len({tuple(variable.aval for variable in one.invars) for one in launches}) == 1
 
 

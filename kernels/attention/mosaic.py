@@ -11,11 +11,13 @@ Milliseconds a backward pass on an H200, jax 0.11.2, 32/8 heads: docs/log.md, "A
 import functools
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from jaxft.kernels import launch
 from jaxft.kernels.attention import cudnn, triton
 from jaxft.kernels.attention.cudnn import Documents
 from jaxft.kernels.gpu import check_16_bits, one_device
@@ -118,9 +120,9 @@ def run_forward(
     q: jax.Array, k: jax.Array, v: jax.Array, *, scale: float, tile: Tile, interpret=None
 ) -> tuple[jax.Array, jax.Array]:
     """out and the natural log-sum-exp (B, N, T) float32 where a query sees all keys before it."""
-    from jaxft.kernels.attention import mosaic_kernels
-
-    return mosaic_kernels.forward(q, k, v, scale=scale, tile=tile, interpret=interpret)
+    B, T, N, _ = q.shape
+    like = jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct((B, N, T), jnp.float32)
+    return _launch("forward", (q, k, v), like, interpret, scale=scale, tile=tile)
 
 
 @functools.partial(jax.jit, static_argnames=("scale", "tiles", "heads", "interpret"))  # one trace a shape
@@ -131,16 +133,32 @@ def run_backward(
     """The gradients of q, k and v. first_key: None where all keys before a query are seen. lse: (B, N, T) float32, to
     base e where first_key is None, else to base 2, as the forward passes of either leave it. tiles and heads replace
     what is chosen, for measurements and tests."""
-    from jaxft.kernels.attention import mosaic_kernels
-
     (B, T, N, H), K = q.shape, k.shape[2]
     of_queries, of_keys = TILES[H] if tiles is None else tiles
     heads = _heads(N // K, B * K * (T // TILE)) if heads is None else heads
-    common = dict(scale=scale, base=math.e if first_key is None else 2.0, interpret=interpret)
+    common = dict(scale=scale, base=math.e if first_key is None else 2.0)
     ranges = None if first_key is None else (first_key, *walks(first_key, of_queries.others))
-    dq, delta = mosaic_kernels.queries_backward(q, k, v, out, lse, dout, ranges, tile=of_queries, **common)
+    like = jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct((B, N, T), jnp.float32)
+    arrays = q, k, v, out, lse, dout, ranges
+    dq, delta = _launch("queries_backward", arrays, like, interpret, tile=of_queries, **common)
     ranges = None if first_key is None else (first_key, *triton.reach(first_key, TILE))
-    return dq, *mosaic_kernels.keys_backward(q, k, v, lse, dout, delta, ranges, tile=of_keys, heads=heads, **common)
+    parts = N // K // heads
+    like = (jax.ShapeDtypeStruct((B, T, K * parts, H), k.dtype if parts == 1 else jnp.float32),) * 2
+    arrays = q, k, v, lse, dout, delta, ranges
+    dk, dv = _launch("keys_backward", arrays, like, interpret, tile=of_keys, heads=heads, **common)
+    if parts > 1:
+        dk, dv = (one.reshape(B, T, K, parts, H).sum(3).astype(k.dtype) for one in (dk, dv))
+    return dq, dk, dv
+
+
+def _launch(name: str, arrays: tuple, like: Any, interpret: Any, **options: Any) -> Any:
+    """A kernel of `mosaic_kernels`, called on a simulated GPU where `interpret` says so."""
+    if interpret is not None:
+        from jaxft.kernels.attention import mosaic_kernels
+
+        return getattr(mosaic_kernels, name)(*arrays, interpret=interpret, **options)
+    module = f"{__package__}.mosaic_kernels"
+    return launch.mosaic_call(*arrays, module=module, name=name, reads=(__name__,), out_shape=like, **options)
 
 
 def _heads(group: int, programs: int) -> int:

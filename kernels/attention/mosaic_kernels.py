@@ -208,7 +208,8 @@ def keys_backward(
     interpret: Any = None,
 ) -> tuple[jax.Array, jax.Array]:  # fmt: skip
     """The gradients of k and v, arrays as for `queries_backward`. ranges: first_key and of `triton.reach` two numbers a
-    tile, or None. heads: of how many query heads a program takes the sum, a divisor of N / K."""
+    tile, or None. heads: of how many query heads a program takes the sum, a divisor of N / K; where that is fewer than
+    all, they are float32 parts (B, T, N / heads, H), a kv head's side by side."""
     B, T, N, H = q.shape
     K, queries, stages, tiles = k.shape[2], tile.others, tile.stages, T // TILE
     parts = N // K // heads
@@ -301,15 +302,12 @@ def keys_backward(
     own, other = _matrix(GROUPS, ROWS, H, dtype=q.dtype), _matrix(stages, queries, H, dtype=q.dtype)
     number, first = (plgpu.SMEM((stages, queries), dtype) for dtype in (jnp.float32, jnp.int32))
     here = _here(stages, 2 if ranges is None else 3, 2)
-    dk, dv = _call(
+    return _call(
         "attention_keys_backward", kernel, arrays, (like, like),
         (own, own, other, other, number, number, first, plgpu.Barrier(num_arrivals=2, num_barriers=GROUPS), *here,
          *_free(stages)),
         (tiles, K * parts, B), interpret,
     )  # fmt: skip
-    if parts > 1:
-        dk, dv = (one.reshape(B, T, K, parts, H).sum(3).astype(k.dtype) for one in (dk, dv))
-    return dk, dv
 
 
 def _optional(arrays: tuple, ranges: tuple | None) -> tuple[tuple, Callable]:
