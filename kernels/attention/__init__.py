@@ -4,8 +4,8 @@ Packing, sliding windows and a key/value cache are one mechanism here: query t o
 first_key[b, t] … last_key[b, t], both included. `key_range` makes the range of packed training rows.
 
 The ways, one file each: `reference` (the definition), `chunked` (plain XLA, long rows), `triton` (own kernels, sm_80
-and later), `cudnn` (Hopper and later, documents only), `mosaic` (for Hopper, a backward pass behind the forward pass of
-one of those two or its own). One that cannot serve a case says so by NotImplementedError.
+and later), `cudnn` (Hopper and later, documents only), `mosaic` (own kernels for Hopper; the forward pass of many rows
+of one document is cuDNN's). One that cannot serve a case says so by NotImplementedError.
 """
 
 import functools

@@ -1,8 +1,9 @@
 """Packed causal attention on Hopper whose backward pass is our own, in Pallas' Mosaic GPU.
 
 Its kernels are in `mosaic_kernels.py`. The forward pass is cuDNN's where a row is one document, but for few of them our
-own, and our Triton kernel's where it is packed or has a window: each leaves the log-sum-exp, in base e or 2, and the
-backward pass takes both.
+own, and our own with masks where it is packed or has a window (our Triton kernel's for head sizes that are not in
+`PACKED`). Each leaves the log-sum-exp, in base e where a row is one document, else in base 2, and the backward pass
+takes both.
 cuDNN's own backward pass sums dq in float32 by atomics, so that it clears, converts and adds up over grouped heads in
 passes of their own, in scratch memory that a plan does not see; Triton's waits for memory in the warps that compute.
 Milliseconds a backward pass on an H200, jax 0.11.2, 32/8 heads: docs/log.md, "A backward pass of our own".
@@ -37,6 +38,10 @@ class Tile:
 # by head size: programs up to which our forward pass is faster than cuDNN's, and its tile (H200, 32/8 heads, 1×2048:
 # 109 us and 129; 8×2048: 714 and 615; heads of 64 were measured at 8×2048 alone, 510 and 444)
 FEW = {128: (512, Tile(128, 2))}
+# by head size, where rows are packed or have a window: the tile of our forward pass for documents of LONG tokens and
+# more on average, and for shorter ones or where that is not known. A head size that is not here has Triton's
+PACKED = {64: (Tile(128, 2), Tile(64, 2)), 128: (Tile(128, 2), Tile(64, 2))}
+LONG = 512
 # by head size: of the kernel of dq, of that of dk and dv
 TILES = {64: (Tile(128, 2), Tile(64, 3)), 128: (Tile(64, 3), Tile(64, 2))}
 
@@ -63,15 +68,24 @@ def check(
         raise NotImplementedError(f"head size {q.shape[3]}: needs {' or '.join(map(str, TILES))}")
     if q.shape[1] % TILE:
         raise NotImplementedError(f"{q.shape[1]} tokens: needs a multiple of {TILE}")
+    if last_key is not None:
+        raise NotImplementedError("last_key: the kernels end every range at its query")
     if is_one_document(documents):
         cudnn.check(q, softcap=softcap, window=None, last_key=last_key, documents=documents, capability=capability)
-    else:
+    elif packed_tile(q, documents) is None:
         triton.check(q, scale=scale, last_key=last_key, capability=capability)
 
 
 def is_one_document(documents: Documents | None) -> bool:
     """Whether a query sees all keys before it, so that nothing need be said of ranges."""
     return documents is not None and documents.lengths.shape[1] == 1
+
+
+def packed_tile(q: jax.Array, documents: Documents | None) -> Tile | None:
+    """The tile of our forward pass with masks, None where Triton's is taken."""
+    _, T, _, H = q.shape
+    long, short = PACKED.get(H, (None, None))
+    return short if documents is None or T // documents.lengths.shape[1] < LONG else long
 
 
 def attention(
@@ -92,8 +106,11 @@ def _run_forward(q, k, v, first_key, documents, scale, capability):
         B, T, N, H = q.shape
         programs, (most, tile) = B * N * (T // TILE), FEW.get(H, (0, None))
         if programs <= most:
-            return run_forward(q, k, v, scale=scale, tile=tile)
+            return run_forward(q, k, v, None, scale=scale, tile=tile)
         return cudnn.run_forward(q, k, v, documents, scale)
+    tile = packed_tile(q, documents)
+    if tile is not None:
+        return run_forward(q, k, v, first_key, scale=scale, tile=tile)
     sizes = triton.tiles(capability, q.shape[3], q.dtype)
     return triton.run_forward(q, k, v, first_key, scale, None, capability, sizes)
 
@@ -117,12 +134,13 @@ _attention.defvjp(_attention_fwd, _attention_bwd)
 
 @functools.partial(jax.jit, static_argnames=("scale", "tile", "interpret"))  # one trace a shape
 def run_forward(
-    q: jax.Array, k: jax.Array, v: jax.Array, *, scale: float, tile: Tile, interpret=None
+    q: jax.Array, k: jax.Array, v: jax.Array, first_key: jax.Array | None, *, scale: float, tile: Tile, interpret=None
 ) -> tuple[jax.Array, jax.Array]:
-    """out and the natural log-sum-exp (B, N, T) float32 where a query sees all keys before it."""
+    """out (B, T, N, H) and the log-sum-exp (B, N, T) float32, first_key and the base as `run_backward` takes them."""
     B, T, N, _ = q.shape
     like = jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct((B, N, T), jnp.float32)
-    return _launch("forward", (q, k, v), like, interpret, scale=scale, tile=tile)
+    ranges = None if first_key is None else (first_key, *walks(first_key, tile.others))
+    return _launch("forward", (q, k, v, ranges), like, interpret, scale=scale, tile=tile)
 
 
 @functools.partial(jax.jit, static_argnames=("scale", "tiles", "heads", "interpret"))  # one trace a shape

@@ -1,4 +1,4 @@
-"""The Mosaic GPU kernels of packed causal attention on Hopper: dq, and dk with dv; out, where rows are few.
+"""The Mosaic GPU kernels of packed causal attention on Hopper: out; dq, and dk with dv.
 
 `mosaic.py` launches them. The formula is that of `triton_kernels.py`, without softcap. What Triton does not write here:
 products from shared memory whose sums stay in one warpgroup's registers while another computes exponentials, and a
@@ -37,20 +37,27 @@ WHOLE, BY_ROW, BY_COLUMN = plgpu.Layout.WGMMA, plgpu.Layout.WGMMA.reduce(1), plg
 
 
 def forward(
-    q: jax.Array, k: jax.Array, v: jax.Array, *, scale: float, tile: Tile, interpret: Any = None
-) -> tuple[jax.Array, jax.Array]:
-    """out (B, T, N, H) and the natural log-sum-exp (B, N, T) float32 of rows that are one document each, arrays as for
-    `queries_backward`."""
+    q: jax.Array, k: jax.Array, v: jax.Array, ranges: tuple[jax.Array, jax.Array, jax.Array] | None, *, scale: float,
+    tile: Tile, interpret: Any = None,
+) -> tuple[jax.Array, jax.Array]:  # fmt: skip
+    """out (B, T, N, H) and the log-sum-exp (B, N, T) float32, in base e where ranges is None, else in base 2; arrays
+    as for `queries_backward`.
+
+    A query may see no key of the first tiles of its walk: top is HIDDEN or HIDDEN · factor then, and what its hidden
+    keys add is finite and goes away with the first key that it sees, for shrink is 0 there.
+    """
     B, T, N, H = q.shape
     keys, stages, tiles = tile.others, tile.stages, T // TILE
     factor = scale * LOG2E
+    arrays, unpack = _optional((q, k, v), ranges)
 
-    def kernel(
-        q_ref, k_ref, v_ref, out_ref, lse_ref, q_s, lse_s, k_s, v_s, here, k_here, v_here, k_free, v_free
-    ):  # fmt: skip
+    def kernel(*refs):
+        (q_ref, k_ref, v_ref), from_ref, refs = unpack(refs)
+        out_ref, lse_ref, q_s, lse_s, first_s, k_s, v_s, here, k_here, v_here, k_free, v_free = refs
         n, b, group = (lax.axis_index(name) for name in ("head", "row", "group"))
         at = tiles - 1 - lax.axis_index("tile")  # the longest walk first
-        steps = _up((at + 1) * TILE, keys)
+        begin = jnp.int32(0) if from_ref is None else from_ref[1][b, at]
+        steps = _up((at + 1) * TILE, keys) - begin
 
         @pl.when(group < GROUPS)
         def compute():
@@ -58,7 +65,10 @@ def forward(
             q0 = at * TILE + group * ROWS
             rows = b, pl.ds(q0, ROWS), n
             plgpu.copy_gmem_to_smem(q_ref.at[rows], q_s.at[group], here.at[group])
+            if from_ref is not None:
+                plgpu.copy_gmem_to_smem(from_ref[0].at[b, pl.ds(q0, ROWS)], first_s.at[group], here.at[group])
             plgpu.barrier_wait(here.at[group])
+            first = None if from_ref is None else _load(first_s.at[group], BY_ROW)
 
             def step(i, carry, hides):
                 out, top, total = carry
@@ -72,7 +82,9 @@ def forward(
                 s = pl.run_scoped(scores, plgpu.ACC((ROWS, keys), jnp.float32))
                 plgpu.barrier_arrive(k_free.at[slot])
                 if hides:
-                    s = jnp.where(_count(s.shape, 1) + i * keys <= _count(s.shape, 0) + q0, s, HIDDEN)
+                    key = _count(s.shape, 1) + (begin + i) * keys
+                    seen = key <= _count(s.shape, 0) + q0
+                    s = jnp.where(seen if first is None else seen & (key >= _rows(first, keys)), s, HIDDEN)
                 higher = jnp.maximum(top, s.max(axis=1) * factor)
                 p = jnp.exp2(s * factor - _rows(higher, keys))
                 shrink = jnp.exp2(top - higher)
@@ -82,13 +94,19 @@ def forward(
                 plgpu.barrier_arrive(v_free.at[slot])
                 return out, higher, total
 
-            whole, end = _down(q0, keys), _up(q0 + ROWS, keys)
+            hidden, seen = (functools.partial(step, hides=hides) for hides in (True, False))
             nothing = [plgpu.layout_cast(jnp.full((ROWS,), value, jnp.float32), BY_ROW) for value in (HIDDEN, 0.0)]
-            seen = lax.fori_loop(0, whole, functools.partial(step, hides=False), (_zeros(ROWS, H), *nothing))
-            out, top, total = lax.fori_loop(whole, end, functools.partial(step, hides=True), seen)
+            whole, carry = _down(q0, keys) - begin, (_zeros(ROWS, H), *nothing)  # where the diagonal begins
+            masked = jnp.int32(0)
+            if from_ref is not None:
+                masked = jnp.minimum(from_ref[2][b, at] - begin, whole)
+                carry = lax.fori_loop(0, masked, hidden, carry)
+            carry = lax.fori_loop(masked, whole, seen, carry)
+            end = _up(q0 + ROWS, keys) - begin
+            out, top, total = lax.fori_loop(whole, end, hidden, carry)
             _skip(end, steps, stages, ((k_here, k_free), (v_here, v_free)))
             q_s.at[group][...] = (out * _rows(1 / total, H)).astype(q.dtype)
-            lse_s.at[group][...] = top / LOG2E + jnp.log(total)
+            lse_s.at[group][...] = top / LOG2E + jnp.log(total) if from_ref is None else top + jnp.log2(total)
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(q_s.at[group], out_ref.at[rows])
             plgpu.copy_smem_to_gmem(lse_s.at[group], lse_ref.at[b, n, pl.ds(q0, ROWS)])
@@ -97,15 +115,15 @@ def forward(
         @pl.when(group == GROUPS)
         def memory():
             head = _down(n, N // k.shape[2])
-            _fetch_keys(0, steps, b, head, ((k_ref, k_s, k_here, k_free), (v_ref, v_s, v_here, v_free)))
+            _fetch_keys(begin, steps, b, head, ((k_ref, k_s, k_here, k_free), (v_ref, v_s, v_here, v_free)))
 
     own, other = _matrix(GROUPS, ROWS, H, dtype=q.dtype), _matrix(stages, keys, H, dtype=q.dtype)
-    mine = plgpu.Barrier(num_arrivals=1, num_barriers=GROUPS)
+    number, first = (plgpu.SMEM((GROUPS, ROWS), dtype) for dtype in (jnp.float32, jnp.int32))
+    mine = plgpu.Barrier(num_arrivals=1 if ranges is None else 2, num_barriers=GROUPS)
     return _call(
-        "attention_forward", kernel, (q, k, v),
+        "attention_forward", kernel, arrays,
         (jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct((B, N, T), jnp.float32)),
-        (own, plgpu.SMEM((GROUPS, ROWS), jnp.float32), other, other, mine, *_here(stages, 1, 1), *_free(stages)),
-        (tiles, N, B), interpret,
+        (own, number, first, other, other, mine, *_here(stages, 1, 1), *_free(stages)), (tiles, N, B), interpret,
     )  # fmt: skip
 
 
