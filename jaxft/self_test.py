@@ -26,10 +26,11 @@ from jaxft.quant import dense, dense_together, multiply, quantize_nf4
 # refuses, and T is no multiple of any tile
 B, T, N, K, H, D, F, V, R = 2, 72, 4, 2, 32, 128, 144, 250, 8
 DOCUMENTS = ((30, 42), (7, 61, 4))  # lengths in each row
-# rows of whole tiles and the size of heads: what the backward pass for Hopper needs, and its own forward pass. 64 rows
-# have so many programs that one of them goes through all query heads of a group
+# rows of whole tiles and the size of heads: what our kernels for Hopper need, forward and backward. 64 rows have so
+# many programs that one of them goes through all query heads of a group
 WHOLE_TILES = {
     "whole tiles": (((100, 412), (57, 451, 4)), 64),
+    "long documents": (((300, 724), (1000, 24)), 128),
     "one document": (((512,), (512,)), 64),
     "few rows": (((512,), (512,)), 128),
     "many rows": (((256,),) * 64, 64),

@@ -10,7 +10,18 @@ from flax import nnx
 
 from jaxft.kernels.attention import CUDNN_DOCUMENTS, documents, key_range
 from jaxft.kernels.linear_cross_entropy import logits
-from jaxft.models.layers import KEPT_MLP, Cache, Context, Embedding, LayerData, Linear, RMSNorm, scan_layers, stack
+from jaxft.models.layers import (
+    KEPT_MLP,
+    LEANEST,
+    Cache,
+    Context,
+    Embedding,
+    LayerData,
+    Linear,
+    RMSNorm,
+    scan_layers,
+    stack,
+)  # fmt: skip
 from jaxft.models.rope import Rope, document_lengths
 from jaxft.sharding import constrain
 
@@ -96,22 +107,25 @@ class Decoder(nnx.Module):
         all hidden states are NaN.
         """
         tiles = None if mlp_tiles == 1 and gradient_checkpointing in KEPT_MLP else mlp_tiles
-        context = self.context(segment_ids, positions, tiles, max_documents)
+        scratch = gradient_checkpointing != LEANEST
+        context = self.context(segment_ids, positions, tiles, max_documents, scratch)
         hidden = self._run(tokens, context, None, dtype, key, gradient_checkpointing, kept_layers)[0]
         return hidden if context.documents is None else jnp.where(context.documents.exact, hidden, jnp.nan)
 
     def context(
         self, segment_ids: jax.Array, positions: jax.Array, mlp_tiles: int | None = None,
-        max_documents: int | None = None,
+        max_documents: int | None = None, scratch: bool = True,
     ) -> Context:  # fmt: skip
-        """What every layer reads of packed rows (B, T); see `__call__`."""
+        """What every layer reads of packed rows (B, T); see `__call__` and `Context`."""
         first_key, windows = key_range(segment_ids), any(self.config.layer_window)
         described = None
         if max_documents is not None and max_documents <= CUDNN_DOCUMENTS and not windows:
             described = documents(first_key, max_documents)
         lengths = document_lengths(segment_ids, positions)
         ropes = [rope.tables(positions, lengths) for rope in self.config.ropes]
-        return Context(first_key, None, ropes, mlp_tiles=mlp_tiles, windows=windows, documents=described)
+        return Context(
+            first_key, None, ropes, mlp_tiles=mlp_tiles, windows=windows, documents=described, scratch=scratch
+        )
 
     def with_cache(
         self,

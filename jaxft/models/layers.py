@@ -226,7 +226,8 @@ class Context:
     first_key, last_key: (B, T) int32, the keys each token sees (`kernels.attention`). rope: cos and sin, one
     (B, T, H/2) pair a rope. cache_index: where this call's keys go in the key/value cache, or None in training.
     documents: what first_key says in documents, None where it is not wanted. windows: whether any layer has a window.
-    mlp_tiles: in how many parts the MLPs take the tokens; None keeps what their backward passes read.
+    mlp_tiles: in how many parts the MLPs take the tokens; None keeps what their backward passes read. scratch: whether
+    attention's backward pass may take memory beside its gradients.
     """
 
     first_key: jax.Array
@@ -236,6 +237,7 @@ class Context:
     mlp_tiles: int | None = field(default=None, metadata={"static": True})
     windows: bool = field(default=True, metadata={"static": True})
     documents: attention_op.Documents | None = None
+    scratch: bool = field(default=True, metadata={"static": True})
 
 
 @jax.tree_util.register_dataclass
@@ -282,6 +284,7 @@ def attend(
     mixed = attention_op.attention(
         q, k, v, first_key=context.first_key, last_key=context.last_key, scale=scale, softcap=softcap,
         window=layer.window if context.windows else None, documents=context.documents,
+        scratch=context.scratch,
     )  # fmt: skip
     return mixed, cache
 

@@ -50,6 +50,7 @@ def attention(
     scale: float,
     softcap: float | None = None,
     documents: Documents | None = None,
+    scratch: bool = True,
     implementation: str | None = None,
 ) -> jax.Array:
     """Grouped-query attention (Ainslie et al. 2023, https://arxiv.org/abs/2305.13245) over key ranges.
@@ -63,6 +64,7 @@ def attention(
     implementation: one of `ORDER`; None takes the first that serves the case and logs once which and why.
     documents: what `documents` made of first_key, without which cuDNN is not asked; the caller vouches that
     documents.exact holds, for cuDNN sees nothing else (`Decoder` looks once for all layers).
+    scratch: whether the backward pass may take memory beside its gradients where that is faster.
     Raises ValueError on shapes or dtypes that do not fit, NotImplementedError where the implementation that was asked
     for cannot serve.
     """
@@ -88,6 +90,8 @@ def attention(
             mosaic.check(
                 q, softcap=softcap, last_key=last_key, documents=described, scale=scale, capability=device_capability()
             )
+            if implementation is None and scratch and mosaic.is_slow(q, described):
+                raise NotImplementedError(f"{T} tokens of one document: cuDNN's backward pass is faster")
         elif name == "triton":
             triton.check(q, scale=scale, last_key=last_key, capability=device_capability())
         elif name == "cudnn":

@@ -1,9 +1,8 @@
 """Packed causal attention on Hopper whose backward pass is our own, in Pallas' Mosaic GPU.
 
 Its kernels are in `mosaic_kernels.py`. The forward pass is cuDNN's where a row is one document, but for few of them our
-own, and our own with masks where it is packed or has a window (our Triton kernel's for head sizes that are not in
-`PACKED`). Each leaves the log-sum-exp, in base e where a row is one document, else in base 2, and the backward pass
-takes both.
+own, and where it is packed or has a window our own with masks or our Triton kernel's. Each leaves the log-sum-exp, in
+base e where a row is one document, else in base 2, and the backward pass takes both.
 cuDNN's own backward pass sums dq in float32 by atomics, so that it clears, converts and adds up over grouped heads in
 passes of their own, in scratch memory that a plan does not see; Triton's waits for memory in the warps that compute.
 Milliseconds a backward pass on an H200, jax 0.11.2, 32/8 heads: docs/log.md, "A backward pass of our own".
@@ -39,9 +38,16 @@ class Tile:
 # 109 us and 129; 8×2048: 714 and 615; heads of 64 were measured at 8×2048 alone, 510 and 444)
 FEW = {128: (512, Tile(128, 2))}
 # by head size, where rows are packed or have a window: the tile of our forward pass for documents of LONG tokens and
-# more on average, and for shorter ones or where that is not known. A head size that is not here has Triton's
-PACKED = {64: (Tile(128, 2), Tile(64, 2)), 128: (Tile(128, 2), Tile(64, 2))}
-LONG = 512
+# more on average, and for shorter ones or where that is not known; None where Triton's is faster (H200, 8×2048, 32/8
+# heads, documents of 1024, 512, 200 and 50 tokens; microseconds of Triton's, of tiles of 128, of 64. Heads of 128: 469,
+# 402, 400; 291, 283, 264; 208, 290, 247; 161, 275, 218. Of 64: 363, 308, 311; 274, 224, 214; 288, 242, 211; 275, 225,
+# 184. One of 1900 beside one of 148: 730, 594, 629 and 531, 451, 481)
+PACKED = {64: (Tile(128, 2), Tile(64, 2)), 128: (Tile(128, 2), None)}
+LONG = {64: 1024, 128: 400}
+# tokens of a row that is one document, beyond which cuDNN's backward pass of five products is faster than ours of seven
+# (both passes, ours to cuDNN's, 32/8 heads of 128: 2048 tokens 0.96, 4096 1.02, 8192 1.06, 32768 1.09; of 64: 2048
+# 0.96, 8192 1.07)
+LONGEST = 4096
 # by head size: of the kernel of dq, of that of dk and dv
 TILES = {64: (Tile(128, 2), Tile(64, 3)), 128: (Tile(64, 3), Tile(64, 2))}
 
@@ -84,8 +90,13 @@ def is_one_document(documents: Documents | None) -> bool:
 def packed_tile(q: jax.Array, documents: Documents | None) -> Tile | None:
     """The tile of our forward pass with masks, None where Triton's is taken."""
     _, T, _, H = q.shape
-    long, short = PACKED.get(H, (None, None))
-    return short if documents is None or T // documents.lengths.shape[1] < LONG else long
+    long, short = PACKED[H]
+    return short if documents is None or T // documents.lengths.shape[1] < LONG[H] else long
+
+
+def is_slow(q: jax.Array, documents: Documents | None) -> bool:
+    """Whether cuDNN's backward pass is faster, for scratch memory that a plan does not see."""
+    return is_one_document(documents) and q.shape[1] > LONGEST
 
 
 def attention(
