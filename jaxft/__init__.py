@@ -22,7 +22,8 @@ from jaxft.load import (
 from jaxft.lora import LoraConfig, add_lora
 from jaxft.loss import sft_loss
 from jaxft.models import Model, describe_model, init_params
-from jaxft.optim import make_optimizer, make_schedule
+from jaxft.optim import make_optimizer
+from jaxft.schedules import make_schedule
 from jaxft.step import make_eval_step, make_train_step
 
 if without_torch.command():  # it was off for the imports

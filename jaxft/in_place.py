@@ -14,6 +14,7 @@ import optax
 
 from jaxft.kernels.adamw_8bit import adamw, adamw_8bit
 from jaxft.optim_8bit import Adam8State, Moment8, corrections
+from jaxft.schedules import Numbers, Schedule, scheduled
 from jaxft.trees import Tree, flatten, unflatten
 
 
@@ -46,7 +47,8 @@ def adamw_8bit_in_place(
     weight_decay: Callable[[Tree], Tree],
     rate_factor: Callable[[str], float],
 ) -> InPlace:
-    """whole: the transformation that this one is the other half of, with one `Adam8State` and counters in its state.
+    """whole: the transformation that this one is the other half of; in its state are one `Adam8State`, counters, and
+    the `Numbers` of a schedule that has them.
 
     weight_decay: of a tree's leaves, a tree of numbers. rate_factor: what the schedule's learning rate is multiplied by
     for the leaf at a path.
@@ -55,7 +57,10 @@ def adamw_8bit_in_place(
     def apply(grads, state, params, key, factor, finite):
         adam = next(node for node in jax.tree.leaves(state, is_leaf=_is_adam) if _is_adam(node))
         corrected = corrections(adam.steps + 1, adam_beta1, adam_beta2)
-        rate = jnp.asarray(schedule(adam.steps) if callable(schedule) else schedule, jnp.float32)
+        if isinstance(schedule, Schedule):
+            rate = schedule.rate(adam.steps, scheduled(state).numbers)
+        else:
+            rate = jnp.asarray(schedule(adam.steps) if callable(schedule) else schedule, jnp.float32)
         given, mu, nu = (dict(flatten(tree)) for tree in (grads, adam.mu, adam.nu))
         decay, leaves = dict(flatten(weight_decay(params))), list(flatten(params))
         found = {}
@@ -67,8 +72,11 @@ def adamw_8bit_in_place(
         params, mu, nu = (unflatten({path: parts[i] for path, parts in found.items()}) for i in range(3))
         counted = lambda count: jnp.where(finite, count + 1, count)  # noqa: E731
         new = Adam8State(counted(adam.steps), mu, nu)
-        state = jax.tree.map(lambda node: new if _is_adam(node) else counted(node), state, is_leaf=_is_adam)
-        return params, state
+
+        def after(node):
+            return new if _is_adam(node) else node if isinstance(node, Numbers) else counted(node)
+
+        return params, jax.tree.map(after, state, is_leaf=lambda node: isinstance(node, Adam8State | Numbers))
 
     return InPlace(whole.init, whole.update, apply, max_grad_norm)
 

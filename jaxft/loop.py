@@ -4,7 +4,7 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +26,7 @@ from jaxft.packing import Batches
 from jaxft.prepare import Prepared
 from jaxft.processes import is_first, largest, on_first
 from jaxft.reporters import reporting
+from jaxft.schedules import Numbers, Schedule, scheduled, with_numbers
 from jaxft.settings import TrainSettings
 from jaxft.sharding import put_batch
 from jaxft.step import TrainStep, make_eval_step
@@ -46,7 +47,7 @@ class Run:
     batches: Batches | StreamBatches
     heldout: Batches | None
     optimizer: optax.GradientTransformation
-    schedule: Callable[[int], Any]
+    schedule: Schedule
     fingerprint: dict[str, Any]
     step: TrainStep | None = None  # compiled, by `memory.plan_run`
     task: Task | None = None  # what is answered at each evaluation
@@ -115,8 +116,12 @@ class Window:
 
 def initial_optimizer_state(run: Run, prepared: Prepared) -> optax.OptState:
     """The optimizer's first state, each moment where its parameter lies."""
+
+    def init(trainable: Tree, numbers: Numbers) -> optax.OptState:
+        return with_numbers(run.optimizer.init(trainable), numbers)
+
     places = jax.tree.map(lambda leaf: leaf.sharding, state_shapes(run.optimizer, prepared.trainable))
-    return jax.jit(run.optimizer.init, out_shardings=places)(prepared.trainable)
+    return jax.jit(init, out_shardings=places)(prepared.trainable, run.schedule.numbers)
 
 
 def run_training(run: Run, prepared: Prepared) -> Outcome:
@@ -136,8 +141,10 @@ def run_training(run: Run, prepared: Prepared) -> Outcome:
     source = resumed_from(run, checkpoints)
     if source is not None:
         saved, first = source
-        state, meta = saved.restore(first, {"trainable": trainable, "opt_state": opt_state, "key": key})
-        trainable, opt_state, key = state["trainable"], state["opt_state"], state["key"]
+        like = {"trainable": trainable, "opt_state": with_numbers(opt_state, None), "key": key}
+        state, meta = saved.restore(first, like)
+        trainable, key = state["trainable"], state["key"]
+        opt_state = with_numbers(state["opt_state"], scheduled(opt_state).numbers)  # of the run as it is planned now
         window = Window(**meta["window"])
         run.batches.go_on(first, meta["epoch"], meta["row"])
 
@@ -161,7 +168,7 @@ def run_training(run: Run, prepared: Prepared) -> Outcome:
     peak = peak_flops(prepared.mesh.devices.flat[0], prepared.compute_dtype)
     peak = None if peak is None else peak * prepared.mesh.devices.size
     # one program each, where each of their operations would be one
-    schedule, step_key = jax.jit(run.schedule), jax.jit(jax.random.fold_in)
+    rate, step_key = jax.jit(run.schedule.rate), jax.jit(jax.random.fold_in)
     eval_function = jax.jit(make_eval_step(prepared.model, dtype=prepared.compute_dtype))
 
     def settle() -> None:
@@ -185,7 +192,7 @@ def run_training(run: Run, prepared: Prepared) -> Outcome:
     def save(step: int) -> None:
         settle()
         epoch, row = run.batches.position(step)
-        state = {"trainable": trainable, "opt_state": opt_state, "key": key}
+        state = {"trainable": trainable, "opt_state": with_numbers(opt_state, None), "key": key}
         sums = {"loss": window.loss, "weight": window.weight, "targets": window.targets}
         meta = {"fingerprint": run.fingerprint, "total_steps": run.total_steps, "epoch": epoch, "row": row}
         meta["window"] = sums  # so that a line after a resume covers the same steps as without
@@ -255,7 +262,7 @@ def run_training(run: Run, prepared: Prepared) -> Outcome:
                 raise
             told = step % settings.logging_steps == 0 or step == run.total_steps
             if told:  # asks the device, which is busy with the step before
-                learning_rate = float(schedule(_updates_done(opt_state, step - 1)))
+                learning_rate = float(rate(_updates_done(opt_state, step - 1), run.schedule.numbers))
             trainable, opt_state, found = run.step(
                 trainable, opt_state, prepared.frozen, put_batch(batch, prepared.mesh),
                 step_key(key, step),
@@ -284,7 +291,8 @@ def run_training(run: Run, prepared: Prepared) -> Outcome:
     if stop.agreed is None and rules.keep_best and course.best_step is not None:
         result_step = course.best_step
     if result_step != step:
-        like = jax.tree.map(_described, {"trainable": trainable, "opt_state": opt_state}) | {"key": key}
+        described = jax.tree.map(_described, {"trainable": trainable, "opt_state": with_numbers(opt_state, None)})
+        like = described | {"key": key}
         del trainable, opt_state
         trainable = checkpoints.restore(result_step, like)[0]["trainable"]
     return Outcome(
@@ -297,7 +305,7 @@ def _updates_done(opt_state: optax.OptState, steps_done: int) -> Any:
     """How many updates the schedule has counted: all steps, less those that float16 left out."""
     if not isinstance(opt_state, LossScale):
         return steps_done
-    return int(optax.tree.get(opt_state.inner, "count", filtering=lambda path, _: "ScaleBySchedule" in str(path)))
+    return int(scheduled(opt_state).count)
 
 
 def _time_is_up(course: Course, began: float, steps_done: int) -> bool:

@@ -1,9 +1,8 @@
-"""Optimizers and learning-rate schedules by the names that users of transformers type."""
+"""Optimizers by the names that users of transformers type."""
 
 import functools
-import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,94 +14,10 @@ from jaxft.kernels.adamw_8bit import to_bfloat16
 from jaxft.lora_config import SAVABLE
 from jaxft.optim_8bit import Moment8, moment_shapes, scale_by_adam_8bit
 from jaxft.optim_paged import on_host, paged
+from jaxft.schedules import scale_by_rate
 from jaxft.trees import Tree, flatten, unflatten
 
 OPTIMS = ("adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit")
-Factor = Callable[[jax.Array, int, int], jax.Array]  # (step, warmup_steps, total_steps) -> factor of learning_rate
-
-
-def _progress(step, warmup, total):
-    return (step - warmup) / max(1, total - warmup)
-
-
-def _linear(step, warmup, total):
-    return jnp.maximum(0.0, (total - step) / max(1, total - warmup))
-
-
-def _cosine(step, warmup, total, *, num_cycles=0.5):
-    return jnp.maximum(0.0, 0.5 * (1 + jnp.cos(math.pi * num_cycles * 2 * _progress(step, warmup, total))))
-
-
-def _cosine_with_restarts(step, warmup, total, *, num_cycles=1):
-    progress = _progress(step, warmup, total)
-    wave = 0.5 * (1 + jnp.cos(math.pi * ((num_cycles * progress) % 1.0)))
-    return jnp.where(progress >= 1, 0.0, jnp.maximum(0.0, wave))
-
-
-def _cosine_with_min_lr(step, warmup, total, *, min_lr_rate, num_cycles=0.5):
-    wave = 0.5 * (1 + jnp.cos(math.pi * num_cycles * 2 * _progress(step, warmup, total)))
-    return jnp.maximum(0.0, wave * (1 - min_lr_rate) + min_lr_rate)
-
-
-def _polynomial(step, warmup, total, *, lr_end_rate, power=1.0):
-    remaining = jnp.maximum(0.0, 1 - _progress(step, warmup, total))
-    return (1 - lr_end_rate) * remaining**power + lr_end_rate
-
-
-def _inverse_sqrt(step, warmup, total, *, timescale=None):
-    timescale = timescale or warmup or 10_000
-    return 1 / jnp.sqrt((step + (timescale - warmup)) / timescale)
-
-
-def _warmup_stable_decay(step, warmup, total, *, num_decay_steps, min_lr_ratio=0.0, num_cycles=0.5):
-    start = total - num_decay_steps
-    wave = 0.5 * (1 + jnp.cos(math.pi * num_cycles * 2 * (step - start) / max(1, num_decay_steps)))
-    falling = jnp.maximum(0.0, wave * (1 - min_lr_ratio) + min_lr_ratio)
-    return jnp.where(step < start, 1.0, jnp.where(step < total, falling, min_lr_ratio))
-
-
-SCHEDULES: dict[str, Callable[..., jax.Array]] = {
-    "linear": _linear,
-    "cosine": _cosine,
-    "cosine_with_restarts": _cosine_with_restarts,
-    "cosine_with_min_lr": _cosine_with_min_lr,
-    "polynomial": _polynomial,
-    "inverse_sqrt": _inverse_sqrt,
-    "warmup_stable_decay": _warmup_stable_decay,
-    "constant": lambda step, warmup, total: jnp.float32(1.0),
-    "constant_with_warmup": lambda step, warmup, total: jnp.float32(1.0),
-}
-
-
-def make_schedule(
-    name: str, learning_rate: float, warmup_steps: int, total_steps: int, options: dict[str, Any] | None = None
-) -> optax.Schedule:
-    """transformers' schedule `name`: step (from 0) to learning rate, float32.
-
-    The first warmup_steps rise linearly from 0, or from `min_lr_ratio` (`constant` has none). options:
-    `lr_scheduler_kwargs` as transformers spells them. Raises InputError for an unknown name or option.
-    """
-    if name not in SCHEDULES:
-        raise InputError(f"lr_scheduler_type {name!r} is unknown; known: {', '.join(SCHEDULES)}")
-    options = dict(options or {})
-    if name == "polynomial":
-        options["lr_end_rate"] = options.pop("lr_end", 1e-7) / learning_rate if learning_rate else 0.0
-    if name == "cosine_with_min_lr" and "min_lr" in options:
-        options["min_lr_rate"] = options.pop("min_lr") / learning_rate if learning_rate else 0.0
-    after = SCHEDULES[name]
-    warmup = 0 if name == "constant" else warmup_steps
-    floor = options.get("min_lr_ratio", 0.0)  # warmup_stable_decay rises from where it will end
-    try:
-        jax.eval_shape(lambda: after(jnp.float32(warmup), warmup, total_steps, **options))  # computes nothing
-    except TypeError as error:
-        raise InputError(f"lr_scheduler_type {name}: lr_scheduler_kwargs {options} do not fit: {error}") from error
-
-    def schedule(step):
-        step = jnp.asarray(step, jnp.float32)
-        rising = floor + (1 - floor) * step / max(1, warmup)
-        return learning_rate * jnp.where(step < warmup, rising, after(step, warmup, total_steps, **options))
-
-    return schedule
 
 
 def decays(params: Tree) -> Tree:
@@ -130,17 +45,20 @@ def make_optimizer(
     (`jaxft.optim_8bit`), with "paged_adamw" and "paged_adamw_8bit" on the host (`jaxft.optim_paged`), where
     `state_shapes` says so. max_grad_norm 0 does not clip. embedding_factor: how many times the schedule's learning rate
     embedding and head have. loraplus_lr_ratio: how many times it LoRA's B has, and DoRA's magnitudes (LoRA+, Hayou et
-    al. 2024, https://arxiv.org/abs/2402.12354). Raises InputError for an unknown optim.
+    al. 2024, https://arxiv.org/abs/2402.12354). schedule: any of optax's; one of `make_schedule` has what depends on
+    the number of steps in the optimizer's state, and `update` is the same program for all of them. Raises InputError
+    for an unknown optim.
     """
     ratio = 1.0 if loraplus_lr_ratio is None else loraplus_lr_ratio
     factor = functools.partial(_rate_factor, embedding_factor=embedding_factor, loraplus_lr_ratio=ratio)
     scaled = [] if embedding_factor == ratio == 1 else [_scale_rates(factor)]
     clip = optax.clip_by_global_norm(max_grad_norm) if max_grad_norm else optax.identity()
-    decay = optax.chain(optax.add_decayed_weights(weight_decay, decays), optax.scale_by_learning_rate(schedule))
+    end = (optax.add_decayed_weights(weight_decay, decays), scale_by_rate(schedule))
+    decay = _in_float32(optax.chain(*end))
     if optim == "adamw_8bit":
         adam = scale_by_adam_8bit(adam_beta1, adam_beta2, adam_epsilon)
         return adamw_8bit_in_place(
-            optax.chain(clip, adam, _in_float32(decay), *scaled), schedule,
+            optax.chain(clip, adam, decay, *scaled), schedule,
             adam_beta1=adam_beta1, adam_beta2=adam_beta2, adam_epsilon=adam_epsilon, max_grad_norm=max_grad_norm,
             weight_decay=lambda params: jax.tree.map(lambda own: weight_decay if own else 0.0, decays(params)),
             rate_factor=factor,
@@ -148,11 +66,11 @@ def make_optimizer(
     if optim.startswith("paged_") and optim in OPTIMS:
         wide = _in_float32(optax.scale_by_adam(adam_beta1, adam_beta2, adam_epsilon))
         adam = scale_by_adam_8bit(adam_beta1, adam_beta2, adam_epsilon) if optim.endswith("8bit") else wide
-        return optax.chain(clip, paged(adam), _in_float32(decay), *scaled)
+        return optax.chain(clip, paged(adam), decay, *scaled)
     if optim != "adamw":
         raise InputError(f"optim {optim!r} is unknown; known: {', '.join(OPTIMS)}")
-    adam = optax.adamw(schedule, b1=adam_beta1, b2=adam_beta2, eps=adam_epsilon, weight_decay=weight_decay, mask=decays)
-    return optax.chain(clip, _in_float32(adam), *scaled)
+    adamw = optax.chain(optax.scale_by_adam(adam_beta1, adam_beta2, adam_epsilon), *end)
+    return optax.chain(clip, _in_float32(adamw), *scaled)
 
 
 def _rate_factor(path: str, *, embedding_factor: float, loraplus_lr_ratio: float) -> float:

@@ -30,7 +30,7 @@ from jaxft.lora import padding
 from jaxft.memory import plan_run, with_plan
 from jaxft.metrics import MetricsFile
 from jaxft.mixture import Source, mix
-from jaxft.optim import make_optimizer, make_schedule, with_loss_scale
+from jaxft.optim import make_optimizer, with_loss_scale
 from jaxft.optim_paged import check_device
 from jaxft.output import (
     CHECKPOINTS,
@@ -49,6 +49,7 @@ from jaxft.report import Told, report
 from jaxft.reporters import check_reporters
 from jaxft.rows import Rows
 from jaxft.samples import Sample, Samples, Selection
+from jaxft.schedules import Schedule, make_schedule
 from jaxft.settings import TrainSettings
 from jaxft.sharding import data_parallel_size
 from jaxft.streaming import StreamBatches
@@ -365,7 +366,7 @@ def make_run(
     )
 
 
-def schedule_of(settings: TrainSettings, total: int) -> optax.Schedule:
+def schedule_of(settings: TrainSettings, total: int) -> Schedule:
     """The learning rate of a run of `total` steps, by the number of the step."""
     warmup = settings.warmup_steps if settings.warmup_ratio is None else math.ceil(settings.warmup_ratio * total)
     return make_schedule(

@@ -29,8 +29,8 @@ GROUPS = {
     "Reading data": ("jaxft/data", "jaxft/columns.py", "jaxft/files.py", "jaxft/packing.py"),
     "Rendering conversations": ("jaxft/chat.py", "jaxft/templates.py"),
     "Training": (
-        "jaxft/train.py", "jaxft/loop.py", "jaxft/optim", "jaxft/metrics.py", "jaxft/step.py", "jaxft/loss.py",
-        "jaxft/stopping.py", "jaxft/tasks.py", "jaxft/reporters.py",
+        "jaxft/train.py", "jaxft/loop.py", "jaxft/optim", "jaxft/schedules.py", "jaxft/metrics.py", "jaxft/step.py",
+        "jaxft/loss.py", "jaxft/stopping.py", "jaxft/tasks.py", "jaxft/reporters.py",
     ),
     "Saving and resuming": ("jaxft/checkpoint.py", "jaxft/output.py"),
     "Evaluating": ("jaxft/evaluate.py",),

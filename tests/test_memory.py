@@ -86,8 +86,9 @@ def test_what_is_planned_without_weights_is_what_a_run_holds(place, more):
     settings = settings_of(place, "base", **more)
     held = prepare(settings, str(place / "base"))
     described = prepare_shapes(settings, str(place / "described"), needed=False)
-    optimizer = make_optimizer(0.01, optim=settings.optim)
-    run = SimpleNamespace(optimizer=optimizer)
+    schedule = train.schedule_of(settings, 10)
+    optimizer = make_optimizer(schedule, optim=settings.optim)
+    run = SimpleNamespace(optimizer=optimizer, schedule=schedule)
     states = loop.initial_optimizer_state(run, held), state_shapes(optimizer, described.trainable)
     for real, planned in ((held.frozen, described.frozen), (held.trainable, described.trainable), states):
         assert jax.tree.structure(real) == jax.tree.structure(planned)

@@ -1,4 +1,4 @@
-"""Schedules against transformers' own, the optimizer against torch's AdamW, and rounding and loss scaling alone."""
+"""The optimizer against torch's AdamW, and rounding and loss scaling alone."""
 
 import jax
 import jax.numpy as jnp
@@ -6,58 +6,11 @@ import numpy as np
 import pytest
 import transformers
 
-from jaxft import make_optimizer, make_schedule
+from jaxft import make_optimizer
 from jaxft.convert.hf import places
-from jaxft.errors import InputError
-from jaxft.optim import SCHEDULES, apply_updates, decays, next_loss_scale, stochastic_round, with_loss_scale
+from jaxft.optim import apply_updates, decays, next_loss_scale, stochastic_round, with_loss_scale
 from jaxft.trees import flatten
 from tests.tiny_models import CONFIGS, hf_config, tiny_model
-
-RATE, TOTAL = 3e-4, 23
-OPTIONS: dict[str, list[dict]] = {
-    "cosine": [{"num_cycles": 1.5}],
-    "cosine_with_restarts": [{"num_cycles": 3}],
-    "cosine_with_min_lr": [{"min_lr": 1e-5}, {"min_lr_rate": 0.2}],
-    "polynomial": [{"lr_end": 1e-5, "power": 2.0}],
-    "inverse_sqrt": [{"timescale": 5}],
-    "warmup_stable_decay": [{"num_decay_steps": 8, "min_lr_ratio": 0.1}],
-}
-NEEDED = {"cosine_with_min_lr", "warmup_stable_decay"}  # these have no meaning without options
-CASES = [(name, {}) for name in SCHEDULES if name not in NEEDED] + [(n, o) for n, each in OPTIONS.items() for o in each]
-
-
-@pytest.mark.parametrize("warmup", [0, 4])
-@pytest.mark.parametrize(("name", "options"), CASES)
-def test_schedule_has_the_rates_of_transformers(name, options, warmup):
-    torch = pytest.importorskip("torch", reason="transformers' schedules need torch")
-    adam = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=RATE)
-    theirs = transformers.get_scheduler(
-        name, adam, num_warmup_steps=warmup, num_training_steps=TOTAL, scheduler_specific_kwargs=dict(options)
-    )
-    expected = []
-    for _ in range(TOTAL + 5):
-        expected.append(theirs.get_last_lr()[0])
-        adam.step()
-        theirs.step()
-    schedule = jax.jit(jax.vmap(make_schedule(name, RATE, warmup, TOTAL, options)))
-    ours = schedule(jnp.arange(TOTAL + 5, dtype=jnp.int32))
-    assert ours.dtype == jnp.float32
-    np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=1e-6 * RATE)
-
-
-def test_linear_schedule_is_the_one_written_down():
-    schedule = make_schedule("linear", 1.0, 2, 6)
-    rates = [round(float(schedule(step)), 6) for step in range(8)]
-    assert rates == [0, 0.5, 1, 0.75, 0.5, 0.25, 0, 0]
-
-
-def test_unknown_schedule_or_option_is_refused():
-    with pytest.raises(InputError, match="'cosin' is unknown; known: linear, cosine"):
-        make_schedule("cosin", RATE, 0, TOTAL)
-    with pytest.raises(InputError, match=r"lr_scheduler_kwargs \{'cycles': 2\} do not fit"):
-        make_schedule("cosine", RATE, 0, TOTAL, {"cycles": 2})
-    with pytest.raises(InputError, match="num_decay_steps"):
-        make_schedule("warmup_stable_decay", RATE, 0, TOTAL)
 
 
 def some_tree(seed, dtype=np.float32):

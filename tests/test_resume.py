@@ -1,5 +1,6 @@
 """A run that was stopped, or killed at any moment, and resumed is the run that was not: bit for bit."""
 
+import json
 import os
 import random
 import signal
@@ -260,6 +261,20 @@ def test_a_finished_run_can_be_made_longer_and_says_that_the_schedule_changes(pl
     assert train.main(arguments(place, out, resume_from_checkpoint=whole, max_steps=14)) == 0
     assert "12 steps were planned" in capsys.readouterr().err
     assert [line["step"] for line in lines_of(out) if "loss" in line] == [13, 14]
+
+
+@pytest.mark.parametrize("optim", ["adamw", "adamw_8bit", "paged_adamw"])
+def test_a_longer_run_takes_the_rates_of_its_own_plan_and_no_checkpoint_holds_those_of_another(optim, place):
+    out, longer = place / f"planned {optim}", place / f"planned longer {optim}"
+    linear = {"lr_scheduler_type": "linear", "warmup_steps": 2, "lora_dropout": 0, "save_steps": 0, "optim": optim}
+    assert train.main(arguments(place, out, max_steps=4, **linear)) == 0
+    record = json.loads((out / "checkpoints" / "4" / "checkpoint.json").read_text())
+    assert [name for name in record["leaves"] if name.endswith("/count")]
+    assert not [name for name in record["leaves"] if "numbers" in name]
+    assert train.main(arguments(place, longer, max_steps=6, resume_from_checkpoint=out, **linear)) == 0
+    lines = [line for line in lines_of(longer) if "loss" in line]
+    assert [line["learning_rate"] for line in lines] == pytest.approx([0.01 * 2 / 4, 0.01 * 1 / 4])
+    assert not same_tensors(longer / ADAPTER, out / ADAPTER)  # by the old plan the rate would be 0 after step 4
 
 
 def test_settings_that_contradict_the_checkpoint_are_listed_and_nothing_is_touched(place, whole):
