@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, wait
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,7 +16,7 @@ from jaxft.cards import COMPILER_OPTIONS, MEMORY, PREALLOCATED, is_absent, step_
 from jaxft.errors import InputError, RunError
 from jaxft.estimate import estimate
 from jaxft.kernels.gpu import compiling_for
-from jaxft.kernels.launch import compile_ahead
+from jaxft.kernels.launch import begin_compiling
 from jaxft.kernels.linear_cross_entropy import tile_rows
 from jaxft.loop import Run
 from jaxft.models import Model
@@ -31,6 +32,7 @@ from jaxft.sharding import batch_sharding, data_parallel_size
 from jaxft.step import make_train_step
 from jaxft.trees import Tree
 
+Between = Callable[[Sequence[Future[None]]], None]  # see `plan`
 GIB = 1 << 30
 MARGIN = 0.95  # of what XLA may use of a device: its allocator leaves gaps, and what runs beside the step needs some
 
@@ -107,12 +109,15 @@ def plan(
     model: Model, *, optimizer: optax.GradientTransformation, trainable: Tree, opt_state: optax.OptState, frozen: Tree,
     batch: dict[str, Any], gradient_checkpointing: str = "full", mlp_tiles: int = 1, kept_layers: int = 0,
     dtype: Any = None, max_documents: int | None = None, compiler_options: dict[str, Any] | None = None,
+    between: Between = lambda kernels: None,
 ) -> Plan:  # fmt: skip
     """Compiles the train step for these trees and says what it needs; nothing is run, and no array is needed.
 
     trainable, opt_state, frozen, batch ((A, B, T) each): arrays, or `jax.ShapeDtypeStruct`s with the shardings, all of
     one mesh, that the arrays will have. The first two are donated. The rest is `make_train_step`'s; compiler_options
-    are XLA's, beside `cards.step_options`. Evaluation and generation are programs of their own, not counted here.
+    are XLA's, beside `cards.step_options`. between: called when a part of the work is done, with what compiles the
+    kernels where that has begun; what it raises ends the plan. Evaluation and generation are programs of their own, not
+    counted here.
     """
     mesh = jax.tree.leaves(trainable)[0].sharding.mesh
     device = mesh.devices.flat[0]
@@ -133,8 +138,13 @@ def plan(
     )  # fmt: skip
     with compiling_for(device) if absent else nullcontext(), jax.set_mesh(mesh):
         traced = step.trace(trainable, opt_state, frozen, batch, key)
-        compile_ahead(traced.jaxpr.jaxpr)
+        between([])
+        kernels = begin_compiling(traced.jaxpr.jaxpr)
+        between(kernels)
+        wait(kernels)
+        between([])
         lowered = traced.lower()
+    between([])
     compiled = lowered.compile()
     found = compiled.memory_analysis()
     assert found is not None  # every backend that this runs on has one
@@ -222,10 +232,28 @@ def _fits(found: Plan, budget: int, say: Callable[[str], None]) -> bool:
     return fits
 
 
-def plan_run(run: Run, prepared: Prepared, say: Callable[[str], None]) -> Plan:
+def plan_of(
+    settings: TrainSettings, prepared: Prepared, optimizer: Any, max_documents: int | None,
+    policy: tuple[str, int, int] | None = None, between: Between = lambda kernels: None,
+) -> Plan:  # fmt: skip
+    """`plan` of a run's step. policy: (gradient_checkpointing, mlp_tiles, kept_layers), the flags' where None."""
+    trainable, opt_state, frozen, batch, _ = step_shapes(settings, prepared, optimizer)
+    remat, tiles, kept = policy or (settings.gradient_checkpointing, settings.mlp_tiles, settings.kept_layers)
+    return plan(
+        prepared.model, optimizer=optimizer, trainable=trainable, opt_state=opt_state, frozen=frozen, batch=batch,
+        gradient_checkpointing=remat, mlp_tiles=tiles, kept_layers=kept, dtype=prepared.compute_dtype,
+        max_documents=max_documents, between=between,
+    )  # fmt: skip
+
+
+def plan_run(
+    run: Run, prepared: Prepared, say: Callable[[str], None],
+    ahead: Callable[[Run, Prepared], Plan | None] = lambda run, prepared: None,
+) -> Plan:  # fmt: skip
     """The step that the run will take, compiled: as the flags say, or the fastest within `--memory_budget`.
 
-    A dry run prints it on stdout. Raises InputError where nothing fits, RunError where a dry run's step does not.
+    ahead: gives that of the flags, where it was made beside other work (`step_ahead`), or None. A dry run prints the
+    plan on stdout. Raises InputError where nothing fits, RunError where a dry run's step does not.
     """
     settings, device = run.settings, prepared.mesh.devices.flat[0]
     limit, advice = settings.memory_limit, what_helps(settings, prepared)
@@ -240,12 +268,8 @@ def plan_run(run: Run, prepared: Prepared, say: Callable[[str], None]) -> Plan:
         say(f"memory: at most {gib(limit)}, {source}")
 
     def make(gradient_checkpointing: str, mlp_tiles: int, kept_layers: int = 0) -> Plan:
-        trainable, opt_state, frozen, batch, _ = step_shapes(settings, prepared, run.optimizer)
-        return plan(
-            prepared.model, optimizer=run.optimizer, trainable=trainable, opt_state=opt_state, frozen=frozen,
-            batch=batch, gradient_checkpointing=gradient_checkpointing, mlp_tiles=mlp_tiles, kept_layers=kept_layers,
-            dtype=prepared.compute_dtype, max_documents=run.batches.max_documents,
-        )  # fmt: skip
+        policy = gradient_checkpointing, mlp_tiles, kept_layers
+        return plan_of(settings, prepared, run.optimizer, run.batches.max_documents, policy)
 
     given = settings.settings_given & {"gradient_checkpointing", "mlp_tiles", "kept_layers"}
     if settings.memory_budget and not given:
@@ -257,7 +281,7 @@ def plan_run(run: Run, prepared: Prepared, say: Callable[[str], None]) -> Plan:
                 raise RunError(str(failure)) from failure
             raise
     else:
-        planned = make(settings.gradient_checkpointing, settings.mlp_tiles, settings.kept_layers)
+        planned = ahead(run, prepared) or plan_of(settings, prepared, run.optimizer, run.batches.max_documents)
     if settings.dry_run:
         print("\n".join([*planned.lines(), f"{run.total_steps} steps of {run.batches.rows_per_step} rows"]))
         for line in time_lines(run, prepared, planned):

@@ -23,7 +23,6 @@ from jaxft.evaluate import held_out_split, read_from
 from jaxft.files import find_files, open_rows, open_stream
 from jaxft.hub import open_repository, push
 from jaxft.in_place import InPlace
-from jaxft.kernels_ahead import kernels_ahead
 from jaxft.load import EMBEDDED, parameter_count
 from jaxft.loop import Run, resumed_from, run_training
 from jaxft.lora import padding
@@ -52,6 +51,7 @@ from jaxft.samples import Sample, Samples, Selection
 from jaxft.schedules import Schedule, make_schedule
 from jaxft.settings import TrainSettings
 from jaxft.sharding import data_parallel_size
+from jaxft.step_ahead import step_ahead
 from jaxft.streaming import StreamBatches
 from jaxft.tasks import find_metric, make_task
 from jaxft.usage import usage
@@ -101,15 +101,15 @@ def train(settings: TrainSettings, provenance: dict[str, str]) -> int:
     # the step is compiled before any weight is on a device: XLA tries its ways there, with arrays of its own
     with (
         reading_ahead([] if settings.dry_run else files_of(prepared.directory)),
-        kernels_ahead(settings, prepared, lambda some: some_optimizer(settings, some)) as begin_kernels,
+        step_ahead(settings, guessed(settings, prepared), lambda some: some_optimizer(settings, some)) as ahead,
     ):
         if settings.streaming:
             batches, data = stream(sources[0], sources[0].split or named, prepared, settings)
         else:
-            found = [tokenize("train", rows, prepared, settings, notes, begin_kernels) for rows in tables]
+            found = [tokenize("train", rows, prepared, settings, notes, ahead.begin) for rows in tables]
             samples = mixed([part for part, _ in found], sources, settings.seed)
             batches, data = lay_out(samples, prepared, settings, notes), {"data": samples.checksum()}
-        apart = [tokenize("held out", rows, prepared, settings, notes, begin_kernels) for rows in heldout_tables]
+        apart = [tokenize("held out", rows, prepared, settings, notes, ahead.begin) for rows in heldout_tables]
         if settings.eval_split is not None:
             say_split(found, apart, settings.seed)
         kept = [part for part, _ in apart]
@@ -119,7 +119,7 @@ def train(settings: TrainSettings, provenance: dict[str, str]) -> int:
         prepared = with_schedule(prepared, settings, steps_of(settings, batches))
         run = make_run(settings, prepared, directory, batches, data, heldout)
         resumed_from(run)  # raises now what it would raise after compiling and reading the weights
-        planned = plan_run(run, prepared, say)
+        planned = plan_run(run, prepared, say, ahead.take)
     if settings.dry_run:
         return 0
     run, prepared = with_plan(run, planned), read_weights(prepared, settings)
@@ -326,10 +326,15 @@ def steps_of(settings: TrainSettings, batches: Batches | StreamBatches) -> int:
     return math.ceil(settings.num_train_epochs * batches.steps_per_epoch)  # as transformers rounds it
 
 
+def guessed(settings: TrainSettings, prepared: Prepared) -> Prepared:
+    """`with_schedule` for the steps that the flags name, or else the fewest that AdaLoRA takes."""
+    fewest = settings.tinit + settings.tfinal + 1
+    return with_schedule(prepared, settings, settings.max_steps if settings.max_steps >= 0 else fewest)
+
+
 def some_optimizer(settings: TrainSettings, prepared: Prepared) -> optax.GradientTransformation:
-    """The run's optimizer for some number of steps, where theirs is not known yet and does not matter."""
-    scheduled = with_schedule(prepared, settings, settings.tinit + settings.tfinal + 1)  # the fewest that AdaLoRA takes
-    return optimizer_of(settings, scheduled, schedule_of(settings, 1))
+    """The run's optimizer for some number of steps, where theirs is not known yet: its program is that of any."""
+    return optimizer_of(settings, prepared, schedule_of(settings, 1))
 
 
 def with_schedule(prepared: Prepared, settings: TrainSettings, total: int) -> Prepared:

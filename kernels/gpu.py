@@ -12,7 +12,7 @@ import jax.numpy as jnp
 CARDS = {80: "a100", 87: "a100", 90: "hopper", 100: "blackwell", 103: "blackwell", 110: "blackwell"}
 
 _target: ContextVar[jax.Device | None] = ContextVar("target", default=None)
-_rehearsed: ContextVar[bool] = ContextVar("rehearsed", default=False)
+_held_back: ContextVar[list[Callable[[], None]] | None] = ContextVar("held_back", default=None)
 
 
 @contextmanager
@@ -26,18 +26,23 @@ def compiling_for(device: jax.Device) -> Iterator[None]:
 
 
 @contextmanager
-def rehearsing() -> Iterator[None]:
-    """What is traced inside is never run: which ways it took is not said."""
-    before = _rehearsed.set(True)
+def holding_back() -> Iterator[list[Callable[[], None]]]:
+    """What is traced inside may never be run: which ways it took is not said. Gives what says it, to be called."""
+    said: list[Callable[[], None]] = []
+    before = _held_back.set(said)
     try:
-        yield
+        yield said
     finally:
-        _rehearsed.reset(before)
+        _held_back.reset(before)
 
 
-def is_rehearsed() -> bool:
-    """Whether this is inside of `rehearsing`."""
-    return _rehearsed.get()
+def say(line: Callable[[], None]) -> None:
+    """Calls what says something of a way that is traced; inside of `holding_back` it is kept."""
+    held = _held_back.get()
+    if held is None:
+        line()
+    else:
+        held.append(line)
 
 
 def device_capability() -> int:

@@ -19,7 +19,7 @@ import os
 import threading
 import types
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -238,14 +238,12 @@ def _decides(avals: Sequence[Any], launch: _Launch) -> Any:
     return [(aval.shape, aval.dtype.name) for aval in avals], launch.out, launch.options
 
 
-def compile_ahead(jaxpr: Jaxpr) -> None:
-    """Compiles the kernels of a traced program side by side that are not on disk yet (`kept`). Lowering the program
-    would compile them one after the other; it finds them there. What fails here fails there with its reason."""
-    wait(begin_compiling(jaxpr))
-
-
 def begin_compiling(jaxpr: Jaxpr) -> list[Future[None]]:
-    """`compile_ahead` without waiting: what compiles each kernel, whoever asked for it first."""
+    """Begins to compile, side by side, the kernels of a traced program that are not on disk yet (`kept`).
+
+    Returns what compiles each, whoever asked for it first. Lowering the program would compile them one after the other;
+    it finds them there. What fails here fails there with its reason.
+    """
     found: dict[Path, Future[None]] = {}
     pool = ThreadPoolExecutor(min(THREADS, os.cpu_count() or 1), "compiling kernels")
     for eqn in _launches(jaxpr):

@@ -23,20 +23,23 @@ from jaxft.errors import RunError, run_command
 
 ROOT = Path(__file__).resolve().parents[1]
 GOALS = {"cold": 20.0, "warm": 8.0}  # seconds, without reading the weights, of Qwen3-4B on an H200
+TOKENS = "device, tokenizer, tokens"
 # the line that ends each part of the way to the first step, in order
 ENDS = {
     "imports": re.compile(r"model_name_or_path = "),
     "data set": re.compile(r"train: read "),
-    "device, tokenizer, tokens": re.compile(r"model: "),
+    TOKENS: re.compile(r"model: "),
     "step compiled, weights": re.compile(r"weights: read in ([\d.]+) s"),
     "adapter, first step": re.compile(r"step 1\b"),
 }
-# jax's own lines about the step's program, which belong to "step compiled, weights"
+# jax's own lines about the step's program, which is made beside `TOKENS` where what they tell was guessed right
+# (jaxft/step_ahead.py), else in "step compiled, weights"; where it was guessed wrong, in both
 PROGRAM = {
     "tracing": re.compile(r"Finished tracing.* train_step for \w+ in ([\d.]+) sec"),
     "lowering": re.compile(r"Finished jaxpr to MLIR module conversion jit\(train_step\) in ([\d.]+) sec"),
     "compiling, or taking from the cache": re.compile(r"Finished XLA compilation of jit\(train_step\) in ([\d.]+) sec"),
 }
+BESIDE = "of the step's, beside the tokens"
 PROGRAMS = re.compile(r"Finished XLA compilation of .* in ([\d.]+) sec")
 
 
@@ -70,7 +73,7 @@ def one_run(place: Path, name: str, command: list[str]) -> dict[str, Any]:
 def parts_of(name: str, lines: list[tuple[float, str]]) -> dict[str, Any]:
     """What the lines of a run and their times say. Raises RunError where a line that ends a part is missing."""
     found: dict[str, Any] = {"run": name}
-    last = reading = 0.0
+    last = reading = tokens = 0.0
     for part, end in ENDS.items():
         hits = [(at, match) for at, line in lines if (match := end.match(line))]
         if not hits:
@@ -79,12 +82,19 @@ def parts_of(name: str, lines: list[tuple[float, str]]) -> dict[str, Any]:
         if match.groups():
             reading = float(match.group(1))
         found[part], last = at - last, at
-    before = [line for at, line in lines if at <= last]
-    found |= {
-        part: sum(float(match.group(1)) for line in before if (match := said.search(line)))
-        for part, said in PROGRAM.items()
-    }
-    others = [float(match.group(1)) for line in before if (match := PROGRAMS.search(line))]
+        tokens = at if part == TOKENS else tokens
+
+    def spent(until: float) -> dict[str, float]:
+        """Seconds of each part of the step's program that was there by then."""
+        so_far = [line for at, line in lines if at <= until]
+        return {
+            part: sum(float(match.group(1)) for line in so_far if (match := said.search(line)))
+            for part, said in PROGRAM.items()
+        }
+
+    found |= spent(last)
+    found[BESIDE] = sum(spent(tokens).values())
+    others = [float(match.group(1)) for at, line in lines if at <= last and (match := PROGRAMS.search(line))]
     found["programs compiled"], found["all of them"] = len(others), sum(others)
     return found | {"reading weights": reading, "total": last, "without reading": last - reading}
 
@@ -98,7 +108,7 @@ def step_seconds(directory: Path) -> float:
 def table(found: list[dict[str, Any]]) -> str:
     """The runs side by side, in seconds."""
     rows = [f"| part | {' | '.join(run['run'] for run in found)} |", f"|---{'|---' * len(found)}|"]
-    parts = ("total", "without reading", "reading weights", *ENDS, *PROGRAM, "programs compiled", "all of them")
+    parts = ("total", "without reading", "reading weights", *ENDS, *PROGRAM, BESIDE, "programs compiled", "all of them")
     for part in (*parts, "second step"):
         cells = [f"{run[part]}" if isinstance(run[part], int) else f"{run[part]:.2f}" for run in found]
         rows.append(f"| {part} | {' | '.join(cells)} |")

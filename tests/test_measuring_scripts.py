@@ -309,6 +309,9 @@ def test_a_run_says_the_lines_by_which_the_way_to_its_first_step_is_timed(script
     assert found["total"] - found["without reading"] == found["reading weights"] == 0.25
     assert [found[part] for part in first_step.PROGRAM] == [0.5, 0.25, 2.0]
     assert (found["programs compiled"], found["all of them"]) == (2, 3.0)
+    assert found[first_step.BESIDE] == 0
+    early = first_step.parts_of("cold", [(float(number), line) for number, line in enumerate([*program, *said])])
+    assert early[first_step.BESIDE] == 0.5 + 0.25 + 2.0
     assert 0 < first_step.step_seconds(tmp_path / "out") < 60
     with pytest.raises(RunError, match="did not say 'weights: read in"):
         first_step.parts_of("cold", [(0.0, line) for line in said if not line.startswith("weights")])

@@ -2,13 +2,15 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jaxft.kernels.attention import CUDNN_DOCUMENTS, documents, key_range
+from jaxft.kernels import attention as attention_op
+from jaxft.kernels.attention import documents, key_range
 from jaxft.kernels.linear_cross_entropy import logits
 from jaxft.models.layers import (
     KEPT_MLP,
@@ -54,6 +56,16 @@ class ModelConfig:
     ropes: tuple[Rope, ...]
     layer_rope: tuple[int, ...]
     layer_window: tuple[int, ...]
+
+
+def documents_read(config: ModelConfig, most: int | None, tokens: int, dtype: jnp.dtype) -> int | None:
+    """What a model's program depends on of `most`, how many documents a row of so many tokens holds; else None.
+
+    dtype: of the activations. Counts with the same answer have the same program on one device.
+    """
+    q: Any = jax.ShapeDtypeStruct((1, tokens, config.num_heads, config.head_dim), dtype)
+    windows, scale, softcap = any(config.layer_window), config.attention_scale, config.attention_softcap
+    return attention_op.documents_read(most, q, windows=windows, scale=scale, softcap=softcap)
 
 
 class Decoder(nnx.Module):
@@ -103,24 +115,24 @@ class Decoder(nnx.Module):
         dtype: what activations are computed in, the embedding's own where None. key: LoRA's dropout, off where None.
         mlp_tiles: in how many parts the MLPs take the tokens; more need less memory. kept_layers: how many of the last
         layers keep on the device what "products" keeps. max_documents: how many documents, padding included, a row
-        holds at most, where that is known; it decides which attention kernel is the fastest. Where some row holds more,
-        all hidden states are NaN.
+        holds at most, where that is known; it decides which attention kernel is the fastest. Where some row holds more
+        and that kernel reads it (`documents_read`), all hidden states are NaN.
         """
         tiles = None if mlp_tiles == 1 and gradient_checkpointing in KEPT_MLP else mlp_tiles
-        scratch = gradient_checkpointing != LEANEST
-        context = self.context(segment_ids, positions, tiles, max_documents, scratch)
+        dtype = dtype or self.embed_tokens.weight[...].dtype
+        read = documents_read(self.config, max_documents, tokens.shape[1], dtype)
+        context = self.context(segment_ids, positions, tiles, read, scratch=gradient_checkpointing != LEANEST)
         hidden = self._run(tokens, context, None, dtype, key, gradient_checkpointing, kept_layers)[0]
         return hidden if context.documents is None else jnp.where(context.documents.exact, hidden, jnp.nan)
 
     def context(
-        self, segment_ids: jax.Array, positions: jax.Array, mlp_tiles: int | None = None,
-        max_documents: int | None = None, scratch: bool = True,
+        self, segment_ids: jax.Array, positions: jax.Array, mlp_tiles: int | None = None, read: int | None = None,
+        scratch: bool = True,
     ) -> Context:  # fmt: skip
-        """What every layer reads of packed rows (B, T); see `__call__` and `Context`."""
+        """What every layer reads of packed rows (B, T), see `Context`; read: how many documents of each, see
+        `documents_read`."""
         first_key, windows = key_range(segment_ids), any(self.config.layer_window)
-        described = None
-        if max_documents is not None and max_documents <= CUDNN_DOCUMENTS and not windows:
-            described = documents(first_key, max_documents)
+        described = None if read is None else documents(first_key, read)
         lengths = document_lengths(segment_ids, positions)
         ropes = [rope.tables(positions, lengths) for rope in self.config.ropes]
         return Context(

@@ -16,9 +16,9 @@ import jax.numpy as jnp
 
 from jaxft.kernels.attention import chunked, cudnn, mosaic, reference, triton
 from jaxft.kernels.attention.cudnn import Documents, documents
-from jaxft.kernels.gpu import device_capability, is_rehearsed
+from jaxft.kernels.gpu import device_capability, say
 
-__all__ = ["CUDNN_DOCUMENTS", "Documents", "attention", "documents", "key_range"]
+__all__ = ["CUDNN_DOCUMENTS", "Documents", "attention", "documents", "documents_read", "key_range"]
 
 ORDER = ("mosaic", "cudnn", "triton", "reference", "chunked")  # which way is tried first
 # where `mosaic` does not serve: more of them in a row skip more by Triton (H200, 2,048 tokens: 19 documents 2.02 ms and
@@ -37,6 +37,21 @@ def key_range(segment_ids: jax.Array) -> jax.Array:
     index = jnp.arange(T, dtype=jnp.int32)[None, :]
     before = jnp.pad(segment_ids, ((0, 0), (1, 0)), constant_values=-1)[:, :T]
     return jax.lax.cummax(jnp.where(segment_ids != before, index, 0), axis=1)
+
+
+def documents_read(most: int | None, q: jax.Array, *, windows: bool, scale: float, softcap: float | None) -> int | None:
+    """How many documents a row `documents` has to tell to `attention`; None where the way that it takes asks for none.
+
+    most: how many a row of q (B, T, N, H), which may be a shape, holds at most, None where that is not known. windows:
+    whether some layer has one. Counts with the same answer, which is never a smaller one, have the same program.
+    """
+    if most is None or most == 1 or windows:
+        return None if windows else most
+    try:
+        mosaic.check(q, softcap=softcap, last_key=None, documents=None, scale=scale, capability=device_capability())
+    except NotImplementedError:
+        return most if most <= CUDNN_DOCUMENTS else None
+    return mosaic.most_alike(most, q)
 
 
 def attention(
@@ -136,8 +151,7 @@ def _choose(implementation, serves) -> str:
                 raise NotImplementedError(f"attention by {name}: {refusal}") from None
             refusals.append(f"{name}: {refusal}")
         else:
-            if not is_rehearsed():
-                _log_once(name, tuple(refusals))
+            say(functools.partial(_log_once, name, tuple(refusals)))
             return name
     raise AssertionError("chunked serves every case")
 

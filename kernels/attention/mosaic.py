@@ -94,6 +94,12 @@ def packed_tile(q: jax.Array, documents: Documents | None) -> Tile | None:
     return short if documents is None or T // documents.lengths.shape[1] < LONG[H] else long
 
 
+def most_alike(most: int, q: jax.Array) -> int | None:
+    """The largest number of documents a row that has the tile of `most`; None where unknown ones have it, too."""
+    _, T, _, H = q.shape
+    return None if most > T // LONG[H] else T // LONG[H]
+
+
 def is_slow(q: jax.Array, documents: Documents | None) -> bool:
     """Whether cuDNN's backward pass is faster, for scratch memory that a plan does not see."""
     return is_one_document(documents) and q.shape[1] > LONGEST
