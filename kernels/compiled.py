@@ -2,8 +2,7 @@
 
 jax-triton compiles each kernel again in every process, while a step is lowered, and Pallas lowers each of Mosaic's:
 seconds before XLA can look whether it knows the program. What is kept is the bytes of a finished call, under a hash of
-all that decides them. A file that is
-damaged is as good as none, and one that cannot be written is no error.
+all that decides them. A file that is damaged is as good as none, and one that cannot be written is no error.
 """
 
 import functools

@@ -18,7 +18,7 @@ from jaxft.kernels.attention import chunked, cudnn, mosaic, reference, triton
 from jaxft.kernels.attention.cudnn import Documents, documents
 from jaxft.kernels.gpu import device_capability, say
 
-__all__ = ["CUDNN_DOCUMENTS", "Documents", "attention", "documents", "documents_read", "key_range"]
+__all__ = ["Documents", "attention", "documents", "documents_read", "key_range"]
 
 ORDER = ("mosaic", "cudnn", "triton", "reference", "chunked")  # which way is tried first
 # where `mosaic` does not serve: more of them in a row skip more by Triton (H200, 2,048 tokens: 19 documents 2.02 ms and
@@ -45,8 +45,10 @@ def documents_read(most: int | None, q: jax.Array, *, windows: bool, scale: floa
     most: how many a row of q (B, T, N, H), which may be a shape, holds at most, None where that is not known. windows:
     whether some layer has one. Counts with the same answer, which is never a smaller one, have the same program.
     """
-    if most is None or most == 1 or windows:
-        return None if windows else most
+    if most is None or windows:
+        return None
+    if most == 1:
+        return most
     try:
         mosaic.check(q, softcap=softcap, last_key=None, documents=None, scale=scale, capability=device_capability())
     except NotImplementedError:

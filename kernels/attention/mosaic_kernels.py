@@ -82,9 +82,7 @@ def forward(
                 s = pl.run_scoped(scores, plgpu.ACC((ROWS, keys), jnp.float32))
                 plgpu.barrier_arrive(k_free.at[slot])
                 if hides:
-                    key = _count(s.shape, 1) + (begin + i) * keys
-                    seen = key <= _count(s.shape, 0) + q0
-                    s = jnp.where(seen if first is None else seen & (key >= _rows(first, keys)), s, HIDDEN)
+                    s = jnp.where(_seen(s.shape, q0, (begin + i) * keys, first), s, HIDDEN)
                 higher = jnp.maximum(top, s.max(axis=1) * factor)
                 p = jnp.exp2(s * factor - _rows(higher, keys))
                 shrink = jnp.exp2(top - higher)
@@ -94,16 +92,9 @@ def forward(
                 plgpu.barrier_arrive(v_free.at[slot])
                 return out, higher, total
 
-            hidden, seen = (functools.partial(step, hides=hides) for hides in (True, False))
             nothing = [plgpu.layout_cast(jnp.full((ROWS,), value, jnp.float32), BY_ROW) for value in (HIDDEN, 0.0)]
-            whole, carry = _down(q0, keys) - begin, (_zeros(ROWS, H), *nothing)  # where the diagonal begins
-            masked = jnp.int32(0)
-            if from_ref is not None:
-                masked = jnp.minimum(from_ref[2][b, at] - begin, whole)
-                carry = lax.fori_loop(0, masked, hidden, carry)
-            carry = lax.fori_loop(masked, whole, seen, carry)
-            end = _up(q0 + ROWS, keys) - begin
-            out, top, total = lax.fori_loop(whole, end, hidden, carry)
+            clear = None if from_ref is None else from_ref[2].at[b, at]
+            (out, top, total), end = _walk(step, (_zeros(ROWS, H), *nothing), q0, keys, begin, clear)
             _skip(end, steps, stages, ((k_here, k_free), (v_here, v_free)))
             q_s.at[group][...] = (out * _rows(1 / total, H)).astype(q.dtype)
             lse_s.at[group][...] = top / LOG2E + jnp.log(total) if from_ref is None else top + jnp.log2(total)
@@ -178,9 +169,7 @@ def queries_backward(
                     plgpu.wgmma(dp, do_s.at[group], v_s.at[slot].transpose((1, 0)))
                     p = jnp.exp2(plgpu.wgmma_accumulator_load(s, wait_n=1) * factor - _rows(lse, keys))
                     if hides:
-                        key = _count(p.shape, 1) + (begin + i) * keys
-                        seen = key <= _count(p.shape, 0) + q0
-                        p = jnp.where(seen if first is None else seen & (key >= _rows(first, keys)), p, 0.0)
+                        p = jnp.where(_seen(p.shape, q0, (begin + i) * keys, first), p, 0.0)
                     return p * (plgpu.wgmma_accumulator_load(dp) - _rows(delta, keys))
 
                 ds = pl.run_scoped(scores, *[plgpu.ACC((ROWS, keys), jnp.float32)] * 2)
@@ -189,15 +178,8 @@ def queries_backward(
                 plgpu.barrier_arrive(k_free.at[slot])
                 return dq
 
-            hidden, seen = (functools.partial(step, hides=hides) for hides in (True, False))
-            whole, dq = _down(q0, keys) - begin, _zeros(ROWS, H)  # where the diagonal begins
-            masked = jnp.int32(0)
-            if from_ref is not None:
-                masked = jnp.minimum(from_ref[2][b, at] - begin, whole)
-                dq = lax.fori_loop(0, masked, hidden, dq)
-            dq = lax.fori_loop(masked, whole, seen, dq)
-            end = _up(q0 + ROWS, keys) - begin
-            dq = lax.fori_loop(whole, end, hidden, dq)
+            clear = None if from_ref is None else from_ref[2].at[b, at]
+            dq, end = _walk(step, _zeros(ROWS, H), q0, keys, begin, clear)
             _skip(end, steps, stages, ((k_here, k_free), (v_here, v_free)))
             q_s.at[group][...] = (dq * scale).astype(q.dtype)
             plgpu.commit_smem()
@@ -379,6 +361,28 @@ def _fetch_keys(begin, steps, b, head, arrays: Sequence[tuple[Any, Any, Any, Any
         return free, fetch
 
     _fetch(steps, stages, [stream(*one) for one in arrays])
+
+
+def _walk(step: Callable, carry: Any, q0, keys: int, begin, clear: Any) -> tuple[Any, Any]:
+    """What step(i, carry, hides) makes of carry over the tiles of `keys` keys that ROWS queries from q0 on walk, tile
+    `begin` first, and how many steps these are. clear: a reference to the first tile from which all before the diagonal
+    are seen; None where all are."""
+    hidden, seen = (functools.partial(step, hides=hides) for hides in (True, False))
+    whole = _down(q0, keys) - begin  # where the diagonal begins
+    masked = jnp.int32(0)
+    if clear is not None:
+        masked = jnp.minimum(clear[...] - begin, whole)
+        carry = lax.fori_loop(0, masked, hidden, carry)
+    carry = lax.fori_loop(masked, whole, seen, carry)
+    end = _up(q0 + ROWS, keys) - begin
+    return lax.fori_loop(whole, end, hidden, carry), end
+
+
+def _seen(shape: tuple[int, ...], q0, k0, first: Any):
+    """Which keys from k0 on which queries from q0 on see; first: each query's first key, or None."""
+    key = _count(shape, 1) + k0
+    seen = key <= _count(shape, 0) + q0
+    return seen if first is None else seen & (key >= _rows(first, shape[1]))
 
 
 def _skip(begin, end, stages: int, slots: Sequence[tuple[Any, Any]]) -> None:
