@@ -32,6 +32,7 @@ from typing import Any
 import jax
 
 from jaxft import bench
+from jaxft.doctor import available_memory
 from jaxft.errors import InputError, RunError, run_command
 from jaxft.load import parameter_count
 from jaxft.memory import GIB, MARGIN
@@ -182,9 +183,7 @@ def limit_memory(budget: float, host: int) -> int | None:
     card = int(ask_card("memory.total")) * (1 << 20)
     if budget * GIB > card:
         raise InputError(f"--budget {budget:g}: the card has {_gib(card)}")
-    memory = dict(line.split(":") for line in Path("/proc/meminfo").read_text(encoding="utf-8").splitlines())
-    free = int(memory["MemAvailable"].split()[0]) * 1024
-    pinned = max(min(host // GIB + HOST_SPARE, free // GIB - HOST_KEPT), 1)
+    pinned = max(min(host // GIB + HOST_SPARE, available_memory() // GIB - HOST_KEPT), 1)
     os.environ["XLA_PYTHON_CLIENT_MEM_FRACTION"] = str(budget * GIB / card)
     os.environ["XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB"] = str(pinned)
     return pinned * GIB
