@@ -148,16 +148,21 @@ def _dense_int8(weight: Int8, dtype: Any, after: jax.Array | None) -> jax.Array:
     return (rows * jnp.float32(7.874015718698502e-3)).astype(dtype)  # bitsandbytes' own constant for 1/127
 
 
-def multiply(x: jax.Array, weight: Weight, *, implementation: str | None = None) -> jax.Array:
-    """x Wᵀ for x (..., I) and a plain or quantised weight (O, I): (..., O) in x's dtype, accumulated in float32.
+def multiply(
+    x: jax.Array, weight: Weight, dtype: jnp.dtype | None = None, *, implementation: str | None = None
+) -> jax.Array:
+    """x Wᵀ for x (..., I) and a plain or quantised weight (O, I): (..., O) in `dtype`, x's own where None, accumulated
+    in float32.
 
     Of an NF4 weight a GPU reads the 4 bits themselves where x has few rows, as in generation. Not differentiable for a
     quantised weight.
     """
     if isinstance(weight, NF4) and weight.ndim == 2:
-        return multiply_nf4(x, _held(weight), block=weight.block, implementation=implementation)
+        return multiply_nf4(x, _held(weight), block=weight.block, dtype=dtype, implementation=implementation)
     precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None  # float32 means float32, not TF32
-    return jnp.einsum("...I,OI->...O", x, dense(weight, x.dtype), precision=precision)
+    return jnp.einsum(
+        "...I,OI->...O", x, dense(weight, x.dtype), precision=precision, preferred_element_type=dtype or x.dtype
+    )
 
 
 def reads_codes(x: jax.Array, weights: Sequence[Weight]) -> bool:

@@ -172,6 +172,7 @@ def summed(name, *, T, O, R, dtype=jnp.float32, tolerance=EXACT):
     product, u, b, add = (
         jnp.asarray(random.standard_normal(shape), dtype) for shape in ((1, T, O), (1, T, R), (O, R), (1, T, O))
     )
+    product = product.astype(jnp.float32)
     got = linear_triton.summed(product, u, b, add, CARD)
     product, u, b, add = raised((product, u, b, add))
     interpreted.compare(name, {"y": got}, {"y": product + u @ b.T + add}, tolerance)
@@ -223,6 +224,65 @@ def linears(name, *, T, O, I, ranks, dtype=jnp.float16, tolerance=HALF):
 
     got = with_gradients(kernels, arguments, of=(0, 1, 2))
     interpreted.compare(name, got, with_gradients(definition, raised(arguments), of=(0, 1, 2)), tolerance)
+
+
+def young_adapter(name):
+    """What a B far below the rounding of every sum changes: as much, over all numbers, as its own numbers say.
+
+    Rounding a small part away changes nothing; adding it to sums that lie halfway between two numbers changes too much.
+    Not v, which XLA's own product adds up, in one sum on a GPU alone.
+    """
+    random = np.random.default_rng(0)
+    T, D, F, N, H, R = 512, 64, 128, 4, 32, 8
+
+    def draw(*shape, scale):
+        return jnp.asarray(random.normal(0, scale, shape), jnp.float16)
+
+    def layer(O, I):
+        return Weights(
+            draw(O, I, scale=I**-0.5), None, (draw(R, I, scale=I**-0.5), draw(O, R, scale=3e-5), jnp.float16(1))
+        )
+
+    def without(layer):
+        a, b, _ = layer.lora
+        return layer._replace(lora=(a, 0 * b, jnp.float16(1)))
+
+    residual, *inner = layer(D, D), *(layer(F, D) for _ in range(2)), layer(D, F)
+    rotated = tuple(layer(N * H, D) for _ in range(3))
+    x, add = draw(1, T, D, scale=1.0), draw(1, T, D, scale=2.0)
+    angle = random.uniform(0, 6, (1, T, H // 2)).astype(np.float32)
+    norms = draw(H, scale=1.0), draw(H, scale=1.0)
+    keys = (None,) * 3
+
+    def kernels(residual, inner, rotated, x, add):
+        q, k, _ = qkv_triton.qkv(x, rotated, norms, jnp.cos(angle), jnp.sin(angle), H, 1e-6, CARD)
+        return {
+            "linear": linear.linears(x, (residual,), 0.0, keys[:1], add, CARD)[0],
+            "mlp": fused.mlp(x, inner, "silu", 0.0, keys, add, Kernels(CARD, True)),
+            "q": q, "k": k,
+        }  # fmt: skip
+
+    def definition(residual, inner, rotated, x, add):
+        q, k, _ = qkv_reference.qkv(
+            x, rotated, norms, jnp.cos(angle), jnp.sin(angle), head_dim=H, eps=1e-6, dropout=0.0, key=None
+        )
+        return {
+            "linear": linear_reference.linear(x, *residual[:3], 0.0, None) + add,
+            "mlp": reference.mlp(x, *inner, "silu", 0.0, keys) + add,
+            "q": q, "k": k,
+        }  # fmt: skip
+
+    def change(op, arguments):
+        layers = residual, tuple(inner), rotated
+        bare = jax.tree.map(without, layers, is_leaf=lambda leaf: isinstance(leaf, Weights))
+        put = lambda layers: raised(op(*arguments(layers), *arguments((x, add))))  # noqa: E731
+        return jax.tree.map(jnp.subtract, put(layers), put(bare))
+
+    got, wanted = change(kernels, lambda tree: tree), change(definition, raised)
+    for way, exact in wanted.items():
+        share = float(jnp.vdot(got[way], exact) / jnp.vdot(exact, exact))
+        assert abs(share - 1) < 0.1, f"{name}, {way}: {share:.2f} of what the numbers say"
+    print(f"{name}: ok", flush=True)
 
 
 def rms_norm(name, *, shape, dtype=jnp.float32, of=(0, 1), tolerance=EXACT):
@@ -311,6 +371,7 @@ if __name__ == "__main__":
     norm_rope("norm_rope, four heads a program", B=2, T=7, N=4, H=32)  # as the last one left it
     summed("linear, summed", T=37, O=130, R=5)
     summed("linear, summed, float16", T=64, O=256, R=16, dtype=jnp.float16, tolerance=HALF)
+    young_adapter("a young adapter")
     linears("linear, one beside a residual", T=37, O=70, I=48, ranks=(5,))
     thin_products("thin products", T=75, columns=(96, 64, 33), ranks=(5, 16, 3))
     thin_products("thin products, one token, one array", T=1, columns=(130,), ranks=(16,))

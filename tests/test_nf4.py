@@ -329,7 +329,7 @@ def test_a_few_rows_are_multiplied_with_the_four_bits_and_many_with_the_dense_we
     monkeypatch.setattr(gpu, "device_capability", lambda: 90)
     monkeypatch.setattr(gpu, "find_spec", lambda name: name)
 
-    def multiply(x, *rest):
+    def multiply(x, *rest, dtype):
         seen.append(rest[-1])
         return jnp.zeros((*x.shape[:-1], 64), x.dtype)
 
@@ -347,7 +347,7 @@ def test_gate_and_up_are_made_dense_by_one_call_where_their_four_bits_are_not_re
     monkeypatch.setattr(gpu, "device_capability", lambda: 90)
     monkeypatch.setattr(gpu, "find_spec", lambda name: name)
 
-    def multiply(x, weight, block, capability):
+    def multiply(x, weight, block, capability, dtype):
         made.append(("4 bits", weight.shape))
         return jnp.zeros((*x.shape[:-1], weight.shape[0]), x.dtype)
 

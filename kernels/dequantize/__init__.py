@@ -43,8 +43,11 @@ def dequantize_nf4(
     return [_by_reference(weight, after, block, dtype) for weight in weights]
 
 
-def multiply_nf4(x: jax.Array, weight: Held, *, block: int, implementation: str | None = None) -> jax.Array:
-    """x Wᵀ for x (..., I) and the W (O, I) that `dequantize_nf4` gives in x's dtype: (..., O), accumulated in float32.
+def multiply_nf4(
+    x: jax.Array, weight: Held, *, block: int, dtype: jnp.dtype | None = None, implementation: str | None = None
+) -> jax.Array:
+    """x Wᵀ for x (..., I) and the W (O, I) that `dequantize_nf4` gives in x's dtype: (..., O) in `dtype`, x's own where
+    None, accumulated in float32.
 
     Where x has at most 16 rows and a GPU serves, W is read in 4 bits inside of the product and never written
     ("triton"); its values are then level · scale without the last rounding, to x's dtype: the scale multiplies the sum
@@ -55,10 +58,10 @@ def multiply_nf4(x: jax.Array, weight: Held, *, block: int, implementation: str 
     _check([weight], block, implementation)
     capability = _reading_codes(x, weight.shape, implementation)
     if capability is not None:
-        return triton.multiply_nf4(x, weight, block, capability)
+        return triton.multiply_nf4(x, weight, block, capability, dtype=dtype)
     (matrix,) = dequantize_nf4([weight], block=block, dtype=x.dtype, implementation=implementation)
     precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-    return jnp.einsum("...I,OI->...O", x, matrix, precision=precision)
+    return jnp.einsum("...I,OI->...O", x, matrix, precision=precision, preferred_element_type=dtype or x.dtype)
 
 
 def in_four_bits(x: jax.Array, shape: tuple[int, ...]) -> bool:

@@ -106,9 +106,10 @@ def _tables() -> tuple[jax.Array, jax.Array]:
 
 
 def multiply_nf4(
-    x: jax.Array, weight: Held, block: int, capability: int, tile: Tile | None = None, programs: int = PROGRAMS
-) -> jax.Array:
-    """x Wᵀ for x (..., I) of at most `ROWS` rows: (..., O) in x's dtype; see `__init__`.
+    x: jax.Array, weight: Held, block: int, capability: int, tile: Tile | None = None, programs: int = PROGRAMS,
+    dtype: jnp.dtype | None = None,
+) -> jax.Array:  # fmt: skip
+    """x Wᵀ for x (..., I) of at most `ROWS` rows: (..., O) in `dtype`, x's own where None; see `__init__`.
 
     programs: about how many the kernel is cut into at least.
     """
@@ -120,12 +121,13 @@ def multiply_nf4(
     tile = tile or tile_of(rows)
     double, stacked = weight.nested is not None, weight.layer is not None
     arguments, grid = product_constants(rows, weight.shape, block, double, stacked, tile, programs)
+    dtype = dtype or x.dtype
     out = launch.triton_call(
         x.reshape(rows, I), *_arrays(weight), *_tables(), kernel=triton_kernels.product, name="multiply_nf4", grid=grid,
-        out_shape=jax.ShapeDtypeStruct((grid[1], rows, O), x.dtype if grid[1] == 1 else jnp.float32),
+        out_shape=jax.ShapeDtypeStruct((grid[1], rows, O), dtype if grid[1] == 1 else jnp.float32),
         num_warps=tile.warps, num_stages=1, enable_fp_fusion=False, compute_capability=capability, **arguments,
     )  # fmt: skip
-    total = out[0] if grid[1] == 1 else jnp.sum(out, axis=0).astype(x.dtype)
+    total = out[0] if grid[1] == 1 else jnp.sum(out, axis=0).astype(dtype)
     return total.reshape(*lead, O)
 
 

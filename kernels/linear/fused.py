@@ -145,13 +145,14 @@ def outputs(
     parts up is compiled for, None for plain XLA."""
     found: list[jax.Array] = []
     for layer, low in zip(layers, split_ranks(u, layers, start), strict=True):
+        if low is not None and capability is not None and add is not None and layer.bias is None:
+            product = multiply(x, layer.weight, jnp.float32)  # type: ignore[arg-type]  # a scalar type
+            found.append(triton.summed(product, low, scaled_b(layer, x.dtype), add, capability))
+            add = None
+            continue
         y = multiply(x, layer.weight)
         if low is not None:
             b = scaled_b(layer, x.dtype)
-            if capability is not None and add is not None and layer.bias is None:
-                found.append(triton.summed(y, low, b, add, capability))
-                add = None
-                continue
             # the large product can take it as its own start (beta = 1). Added to the residual first, whose numbers are
             # larger, a young adapter's part would be rounded away, every time in the same direction
             y = y + reference.matmul(low, b)

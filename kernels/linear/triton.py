@@ -59,8 +59,8 @@ def thin(capability: int | None, ranks: Sequence[int]) -> int | None:
 
 
 def summed(product: jax.Array, u: jax.Array, b: jax.Array, add: jax.Array, capability: int) -> jax.Array:
-    """product + u bᵀ + add in float32, rounded once: product and add (..., O), u (..., R), b (O, R), all of one
-    dtype."""
+    """product + u bᵀ + add in float32, rounded once, to add's dtype: product (..., O) float32, add (..., O), u (..., R)
+    and b (O, R) of one dtype."""
     from jaxft.kernels.linear import triton_kernels
 
     O, R = b.shape
@@ -68,7 +68,7 @@ def summed(product: jax.Array, u: jax.Array, b: jax.Array, add: jax.Array, capab
     tokens = fitting(T, TOKENS)
     return launch.triton_call(
         product, u, b, add, kernel=triton_kernels.summed,
-        out_shape=jax.ShapeDtypeStruct(product.shape, product.dtype), grid=(-(-O // FEATURES), -(-T // tokens)),
+        out_shape=jax.ShapeDtypeStruct(add.shape, add.dtype), grid=(-(-O // FEATURES), -(-T // tokens)),
         num_warps=WARPS, num_stages=1, compute_capability=capability, name="linear_summed", T=T, O=O, R=R,
         RP=padded(R), BT=tokens, BO=FEATURES,
     )  # fmt: skip
