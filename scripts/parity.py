@@ -11,6 +11,8 @@ program. Each trains the adapter in float32 with AdamW in 32 bits, its weights a
 than 0 takes the rows of a batch in another order and lets every row begin at another position, of which RoPE knows
 differences alone: exact arithmetic would not notice, and rounding does. By how much the losses of two seeds differ is
 the run-to-run noise, which `report` holds the difference between programs against; exit 1 where that is too large.
+Runs with `--dtype float32`, which round next to nothing, are what `report --exact` holds all others against, and each
+other: programs that compute the same differ there by a tenth at most of what bfloat16 does to one of them.
 
 `prepare --batches_only` needs neither torch nor a GPU, and `prepare --batches FILE` neither data nor a tokenizer. Where
 Unsloth runs, nothing of jaxft is imported: it wants to be the first to import transformers, which it changes.
@@ -378,7 +380,7 @@ def run(options: argparse.Namespace) -> int:
 
 def report(options: argparse.Namespace) -> int:
     results = read_results(options.results)
-    exact = None if options.exact is None else read_exact(options.exact, results[0])
+    exact = read_exact(options.exact, results[0])
     verdict = verdicts(results, exact)
     picture = options.out.with_suffix(".png")
     draw(picture, results, exact)
@@ -412,7 +414,10 @@ def main(argv: list[str] | None = None) -> int:
     one = commands.add_parser("report", help="write the page and its picture")
     one.set_defaults(command=report)
     one.add_argument("results", type=Path, nargs="+")
-    one.add_argument("--exact", type=Path, help="a run of the same with --dtype float32, which all are held against")
+    one.add_argument(
+        "--exact", type=Path, nargs="+", default=[], help="runs of the same with --dtype float32: held against each "
+        "other, and all against the first program's, transformers + PEFT's where it is there",
+    )  # fmt: skip
     one.add_argument("--out", type=Path, default=Path(__file__).resolve().parents[1] / "docs" / "parity.md")
     for subcommand in commands.choices.values():
         subcommand.add_argument("--debug", action="store_true", help="a traceback where something fails")

@@ -10,10 +10,11 @@ from typing import Any
 
 import numpy as np
 
-NAMES = {"jaxft": "jaxft", "hf": "transformers + PEFT", "unsloth": "Unsloth"}
+NAMES = {"hf": "transformers + PEFT", "jaxft": "jaxft", "unsloth": "Unsloth"}
 RANK = ALPHA = 16
 SIZES = {"rows": 2, "length": 1024, "steps": 200, "seed": 0}
 FIRST = 1e-2  # how far the losses of the first step may lie apart
+SHARE = 0.1  # of what rounding moves the reference by: how far programs in float32 may lie apart in the mean
 TIMES = 2.0  # how many times the run-to-run noise the curves of two programs may lie apart in the mean
 GIB = 1 << 30
 
@@ -38,14 +39,27 @@ class Result:
         return f"{NAMES[self.program]}{f', seed {self.seed}' if self.seed else ''}"
 
 
-def read_exact(path: Path, reference: Result) -> Result:
-    """A run in float32, which the others are rounded runs of. Raises InputError where it is another run."""
+def read_exact(paths: Sequence[Path], reference: Result) -> list[Result]:
+    """Runs in float32, which the others are rounded runs of: one a program, the reference's first where it is there.
+    Raises InputError where one is another run."""
     from jaxft.errors import InputError
 
-    found = Result(**json.loads(path.read_text(encoding="utf-8")))
-    if found.dtype != "float32":
-        raise InputError(f"--exact {path} is a run in {found.dtype}; add --dtype float32 to `run`")
-    check_same(path, found, "the others", reference, ("prepared", "training", "seed"))
+    found = [Result(**json.loads(path.read_text(encoding="utf-8"))) for path in paths]
+    for path, one in zip(paths, found, strict=True):
+        if one.dtype != "float32":
+            raise InputError(f"--exact {path} is a run in {one.dtype}; add --dtype float32 to `run`")
+        check_same(path, one, "the others", reference, ("prepared", "training", "seed"))
+    return in_order(found)
+
+
+def in_order(results: list[Result]) -> list[Result]:
+    """By seed, and transformers + PEFT first. Raises InputError where two are of one program and seed."""
+    from jaxft.errors import InputError
+
+    found = sorted(results, key=lambda one: (one.seed, list(NAMES).index(one.program)))
+    names = [one.name for one in found]
+    if len(set(names)) < len(names):
+        raise InputError(f"two results of one program and seed among {', '.join(names)}")
     return found
 
 
@@ -68,11 +82,9 @@ def read_results(paths: Sequence[Path]) -> list[Result]:
     found = [Result(**json.loads(path.read_text(encoding="utf-8"))) for path in paths]
     for path, one in zip(paths, found, strict=True):
         check_same(path, one, paths[0], found[0], ("prepared", "training", "dtype"))
-    found.sort(key=lambda one: (one.seed, ["hf", "jaxft", "unsloth"].index(one.program)))
-    names = [one.name for one in found]
-    if len(set(names)) < len(names):
-        raise InputError(f"two results of one program and seed among {', '.join(names)}")
+    found = in_order(found)
     if found[0].program != "hf" or found[0].seed != 0:
+        names = [one.name for one in found]
         raise InputError(f"no result of `run hf` with seed 0 among {', '.join(names)}; the others are held against it")
     return found
 
@@ -93,10 +105,21 @@ class Apart:
         return float(self.distances.mean())
 
 
-def verdicts(results: list[Result], exact: Result | None) -> list[tuple[bool, str]]:
+def verdicts(results: list[Result], exact: list[Result]) -> list[tuple[bool, str]]:
     """(whether it holds, the sentence) of each promise. The noise is the reference's own."""
-    found = [] if exact is None else [against_exact(results, exact)]
-    return found + against_noise(results)
+    found = [against_exact(results, exact[0])] if exact else []
+    return [*among_exact(results[0], exact), *found, *against_noise(results)]
+
+
+def among_exact(reference: Result, exact: list[Result]) -> list[tuple[bool, str]]:
+    """Where next to nothing is rounded, programs compute the same."""
+    found = []
+    for pair in programs(exact):
+        rounding = Apart(reference, exact[0]).mean
+        text = f"in float32 {pair.a.name} and {pair.b.name} differ by {pair.mean:.1e} in the mean"
+        text = f"{text}, at most {pair.distances.max():.1e} (mean at most {SHARE:g} of {rounding:.1e}, which "
+        found.append((pair.mean <= SHARE * rounding, f"{text}{reference.dtype} moves {reference.name} by)"))
+    return found
 
 
 def against_exact(results: list[Result], exact: Result) -> tuple[bool, str]:
@@ -124,7 +147,7 @@ def against_noise(results: list[Result]) -> list[tuple[bool, str]]:
     return found
 
 
-def page(results: list[Result], exact: Result | None, verdict: list[tuple[bool, str]], picture: str) -> str:
+def page(results: list[Result], exact: list[Result], verdict: list[tuple[bool, str]], picture: str) -> str:
     """docs/parity.md."""
     reference, prepared, training = results[0], results[0].prepared, results[0].training
     steps = len(reference.losses)
@@ -161,16 +184,16 @@ def page(results: list[Result], exact: Result | None, verdict: list[tuple[bool, 
         f"![Losses, and differences to transformers + PEFT]({picture})",
         "",
         f"| who | {' | '.join(f'loss at {step}' for step in shown)} | mean \\|difference\\| | largest | "
-        + "to float32, mean | " * (exact is not None)
+        + "to float32, mean | " * bool(exact)
         + "peak GiB |",
-        "|---" * (len(shown) + 4 + (exact is not None)) + "|",
+        "|---" * (len(shown) + 4 + bool(exact)) + "|",
     ]
     for one in results:
         apart = Apart(one, reference)
         losses = " | ".join(f"{one.losses[step - 1]:.4f}" for step in shown)
         far = " | " if one is reference else f"{apart.mean:.1e} | {apart.distances.max():.1e}"
         peak = "" if one.peak_bytes is None else f"{one.peak_bytes / GIB:.2f}"
-        rounded = "" if exact is None else f"{Apart(one, exact).mean:.1e} | "
+        rounded = f"{Apart(one, exact[0]).mean:.1e} | " if exact else ""
         lines.append(f"| {one.name} | {losses} | {far} | {rounded}{peak} |")
     lines += [
         "",
@@ -185,17 +208,13 @@ def page(results: list[Result], exact: Result | None, verdict: list[tuple[bool, 
     return "\n".join(lines) + "\n"
 
 
-def commands(results: list[Result], exact: Result | None) -> list[str]:
+def commands(results: list[Result], exact: list[Result]) -> list[str]:
     """What was typed, with short paths."""
     prepared, files = results[0].prepared, [f"{one.program}-{one.seed}.json" for one in results]
     shape = " ".join(f"--{name} {prepared[name]}" for name in SIZES)
     dtype = "" if results[0].dtype == "bfloat16" else f" --dtype {results[0].dtype}"
     report = f"$ python scripts/parity.py report {' '.join(files)}"
-    more = [report]
-    if exact is not None:
-        file = f"{exact.program}-float32.json"
-        run = f"$ python scripts/parity.py run {exact.program} parity {file} --dtype float32"
-        more = [run, f"{report} --exact {file}"]
+    wide = {one.program: f"{one.program}-float32.json" for one in exact}
     return [
         f"$ python scripts/parity.py prepare parity --config {prepared['config']} \\",
         f"      --dataset {prepared['dataset']} --tokenizer {prepared['tokenizer']} \\",
@@ -204,7 +223,8 @@ def commands(results: list[Result], exact: Result | None) -> list[str]:
             f"$ python scripts/parity.py run {one.program} parity {file}{f' --seed {one.seed}' * bool(one.seed)}{dtype}"
             for one, file in zip(results, files, strict=True)
         ),
-        *more,
+        *(f"$ python scripts/parity.py run {name} parity {file} --dtype float32" for name, file in wide.items()),
+        f"{report} --exact {' '.join(wide.values())}" if wide else report,
     ]
 
 
@@ -218,9 +238,9 @@ def seeds(results: list[Result]) -> list[Apart]:
     return [Apart(b, a) for a, b in itertools.combinations(results, 2) if a.program == b.program]
 
 
-def draw(path: Path, results: list[Result], exact: Result | None) -> None:
-    """The curves, and below them what they differ from the reference by; runs of another seed are thin, float32's is
-    dashed."""
+def draw(path: Path, results: list[Result], exact: list[Result]) -> None:
+    """The curves, and below them what they differ from the reference by; runs of another seed are thin, those in
+    float32 dashed."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -233,12 +253,12 @@ def draw(path: Path, results: list[Result], exact: Result | None) -> None:
         look = dict(color=colours[one.program], linewidth=0.6 if one.seed else 1.4, alpha=0.7 if one.seed else 1.0)
         above.plot(steps, one.losses, label=one.name, **look)
         below.plot(steps, np.subtract(one.losses, results[0].losses), **look)
-    if exact is not None:
-        below.plot(
-            steps, np.subtract(exact.losses, results[0].losses), color="#16a34a", linestyle="--", label="float32"
-        )
+    for one, colour in zip(exact, ("#16a34a", "#86efac", "#facc15"), strict=False):
+        apart = np.subtract(one.losses, results[0].losses)
+        below.plot(steps, apart, color=colour, linestyle="--", label=f"{one.name}, float32")
+    if exact:
         below.legend(frameon=False)
-    every = np.concatenate([Apart(one, results[0]).distances for one in [*results, *([exact] if exact else [])]])
+    every = np.concatenate([Apart(one, results[0]).distances for one in [*results, *exact]])
     limit = 1.1 * every[np.isfinite(every)].max() or 1e-6
     below.set_ylim(-limit, limit)
     above.set_ylabel("loss")

@@ -281,6 +281,22 @@ def test_the_report_says_how_far_rounding_moved_each_from_float32(parity, tmp_pa
         report(5e-4, prepared={"digest": "1"})
 
 
+@pytest.mark.parametrize("apart, fails", [(1e-5, 0), (5e-4, 1)])
+def test_the_report_holds_programs_in_float32_against_each_other(parity, tmp_path, capsys, apart, fails):
+    pytest.importorskip("matplotlib", reason="the report draws its picture with matplotlib")
+    (tmp_path / "exact").mkdir()
+    curves = {("jaxft", 0): (12.0, apart, 0), ("hf", 0): (12.0, 0, 0)}
+    wide = write_results(parity, tmp_path / "exact", curves, jaxft={"dtype": "float32"}, hf={"dtype": "float32"})
+    rounded = write_results(parity, tmp_path, AGREEING | {("jaxft", 0): (12.0, 0, 5e-4)})
+    argv = ["report", *map(str, rounded), "--exact", *map(str, wide)]
+    assert parity.main([*argv, "--out", str(tmp_path / "parity.md")]) == fails
+    text, said = (tmp_path / "parity.md").read_text(encoding="utf-8"), capsys.readouterr().out
+    verdict = ("holds", "FAILS")[fails]
+    assert f"- **{verdict}**: in float32 jaxft and transformers + PEFT differ by" in text
+    assert "run jaxft parity jaxft-float32.json --dtype float32\n" in text
+    assert "--exact hf-float32.json jaxft-float32.json\n" in text and said.count("FAIL") == fails
+
+
 def test_results_that_cannot_be_compared_are_refused(parity, tmp_path):
     def refused(files, match):
         with pytest.raises(InputError, match=match):
