@@ -1,8 +1,7 @@
 """Runs Triton kernels (linear layers, MLP, norms, cross entropy) by Triton's interpreter; compares with references.
 
 Its own process, because of `tests/interpreted.py`: `python tests/interpret_blocks.py` prints one line a case and fails
-on the first one that is off. float32 shows the formulas exactly; float16 what is rounded before a product (bfloat16 is
-cut off by the interpreter where a card rounds).
+on the first one that is off. float32 shows the formulas exactly; float16 and bfloat16 what is rounded before a product.
 """
 
 from collections.abc import Callable
@@ -31,7 +30,7 @@ from jaxft.kernels.rms_norm import reference as rms_norm_reference
 from jaxft.kernels.rms_norm import triton as rms_norm_triton
 
 CARD = 90
-EXACT, HALF = 5e-6, 5e-3
+EXACT, HALF, BRAIN = 5e-6, 5e-3, 3e-2
 
 
 def with_gradients(op: Callable, arguments: tuple, *, of: tuple[int, ...], seed: int = 1) -> dict[str, Any]:
@@ -236,16 +235,16 @@ def young_adapter(name):
     T, D, F, N, H, R = 512, 64, 128, 4, 32, 8
 
     def draw(*shape, scale):
-        return jnp.asarray(random.normal(0, scale, shape), jnp.float16)
+        return jnp.asarray(random.normal(0, scale, shape), jnp.bfloat16)
 
     def layer(O, I):
         return Weights(
-            draw(O, I, scale=I**-0.5), None, (draw(R, I, scale=I**-0.5), draw(O, R, scale=3e-5), jnp.float16(1))
+            draw(O, I, scale=I**-0.5), None, (draw(R, I, scale=I**-0.5), draw(O, R, scale=3e-4), jnp.bfloat16(1))
         )
 
     def without(layer):
         a, b, _ = layer.lora
-        return layer._replace(lora=(a, 0 * b, jnp.float16(1)))
+        return layer._replace(lora=(a, 0 * b, jnp.bfloat16(1)))
 
     residual, *inner = layer(D, D), *(layer(F, D) for _ in range(2)), layer(D, F)
     rotated = tuple(layer(N * H, D) for _ in range(3))
@@ -359,11 +358,13 @@ if __name__ == "__main__":
         "mlp, weights and LoRA trained, gelu", T=64, F=96, ranks=(8, 8, 8), activation="gelu_pytorch_tanh", trained=True
     )
     mlp("mlp, float16", T=70, F=130, ranks=(16, 8, 40), dtype=jnp.float16, tolerance=HALF)
+    mlp("mlp, bfloat16", T=70, F=130, ranks=(16, 8, 40), dtype=jnp.bfloat16, tolerance=BRAIN)
     mlp_of_b("mlp, B alone, two tiles of tokens", 2)
     norm_rope("norm_rope", B=2, T=7, N=5, H=32)
     norm_rope("norm_rope, weight frozen", B=1, T=9, N=3, H=64, of=(0,))
     norm_rope("norm_rope, several programs, float16", B=2, T=13, N=3, H=128, dtype=jnp.float16, tolerance=HALF)
     qkv("qkv", B=2, T=21, N=4, K=2, H=32, ranks=(5, 16, 8))
+    qkv("qkv, bfloat16", B=2, T=21, N=4, K=2, H=32, ranks=(5, 16, 8), dtype=jnp.bfloat16, tolerance=BRAIN)
     qkv("qkv, norms frozen, one without LoRA", B=1, T=70, N=3, K=1, H=64, ranks=(4, 0, 4), of=(0, 1))
     qkv("qkv, no norms", B=1, T=40, N=4, K=4, H=128, ranks=(16, 16, 16), norms=False, of=(0, 1))
     qkv("qkv, eight and four heads a program", B=1, T=80, N=8, K=4, H=32, ranks=(8, 8, 8), programs=1)
@@ -378,6 +379,7 @@ if __name__ == "__main__":
     thin_products("thin products, chunks of tokens", T=300, columns=(130, 40, 64), ranks=(8, 40, 16), programs=12)
     thin_products("thin products, float16", T=140, columns=(64, 72), ranks=(4, 8), dtype=jnp.float16, tolerance=HALF)
     linears("linear, three layers, one without LoRA", T=150, O=70, I=48, ranks=(5, 0, 16))
+    linears("linear, three layers, bfloat16", T=150, O=70, I=48, ranks=(5, 8, 16), dtype=jnp.bfloat16, tolerance=BRAIN)
     linears("linear, ranks that do not fit together", T=20, O=140, I=130, ranks=(100, 70))
     mlp("mlp, weights and LoRA trained", T=64, F=96, ranks=(8, 8, 8), trained=True)
     mlp_of_b("mlp, B alone", 1)

@@ -42,11 +42,7 @@ def compare(shape: tuple[int, int], dtype: str, block: int = 64, double: bool = 
 
 
 def by_reference(parts, shape: tuple[int, int], block: int, dtype: str) -> np.ndarray:
-    wide = jnp.dtype("float32" if dtype == "bfloat16" else dtype)
-    wanted = np.asarray(reference.dequantize_nf4(*parts, shape, block, wide))
-    if dtype == "bfloat16":  # the interpreter cuts off where the compiled kernel rounds
-        return (wanted.view(np.uint32) >> 16).astype(np.uint16).view(jnp.bfloat16)
-    return wanted
+    return np.asarray(reference.dequantize_nf4(*parts, shape, block, jnp.dtype(dtype)))
 
 
 def compare_together(shapes: list[tuple[int, int]], dtype: str, stacks: str, block: int = 64, double: bool = True):

@@ -11,7 +11,9 @@ os.environ["TRITON_INTERPRET"] = "1"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import triton.language as tl
 from triton.runtime import interpreter
 
 from jaxft.kernels import launch
@@ -36,6 +38,26 @@ def _fma(self, x, y, z):
 
 
 interpreter.InterpreterBuilder.create_fma = _fma
+
+
+def _rounded(data, source, to, mode):
+    """To bfloat16 the nearest, as a card does it; the interpreter cuts off."""
+    if source == tl.float32 and to == tl.bfloat16:
+        return data.astype(jnp.bfloat16).view(np.uint16)
+    return _convert_float(data, source, to, mode)
+
+
+def _dot(self, a, b, total, *_):
+    """Of numbers; the interpreter multiplies bfloat16 as the integers that hold it."""
+    left, right = (
+        x.data.view(jnp.bfloat16).astype(np.float32) if x.dtype.scalar == tl.bfloat16 else x.data for x in (a, b)
+    )
+    return interpreter.TensorHandle(np.matmul(left, right, dtype=total.data.dtype) + total.data, total.dtype.scalar)
+
+
+_convert_float = interpreter._convert_float
+interpreter._convert_float = _rounded
+interpreter.InterpreterBuilder.create_dot = _dot
 
 
 class HostArray:
