@@ -148,9 +148,7 @@ def _dense_int8(weight: Int8, dtype: Any, after: jax.Array | None) -> jax.Array:
     return (rows * jnp.float32(7.874015718698502e-3)).astype(dtype)  # bitsandbytes' own constant for 1/127
 
 
-def multiply(
-    x: jax.Array, weight: Weight, dtype: jnp.dtype | None = None, *, implementation: str | None = None
-) -> jax.Array:
+def multiply(x: jax.Array, weight: Weight, dtype: Any = None, *, implementation: str | None = None) -> jax.Array:
     """x Wᵀ for x (..., I) and a plain or quantised weight (O, I): (..., O) in `dtype`, x's own where None, accumulated
     in float32.
 

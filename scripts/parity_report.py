@@ -39,12 +39,16 @@ class Result:
         return f"{NAMES[self.program]}{f', seed {self.seed}' if self.seed else ''}"
 
 
+def read(paths: Sequence[Path]) -> list[Result]:
+    return [Result(**json.loads(path.read_text(encoding="utf-8"))) for path in paths]
+
+
 def read_exact(paths: Sequence[Path], reference: Result) -> list[Result]:
     """Runs in float32, which the others are rounded runs of: one a program, the reference's first where it is there.
     Raises InputError where one is another run."""
     from jaxft.errors import InputError
 
-    found = [Result(**json.loads(path.read_text(encoding="utf-8"))) for path in paths]
+    found = read(paths)
     for path, one in zip(paths, found, strict=True):
         if one.dtype != "float32":
             raise InputError(f"--exact {path} is a run in {one.dtype}; add --dtype float32 to `run`")
@@ -79,7 +83,7 @@ def read_results(paths: Sequence[Path]) -> list[Result]:
     """The results, the reference first. Raises InputError where they cannot be compared."""
     from jaxft.errors import InputError
 
-    found = [Result(**json.loads(path.read_text(encoding="utf-8"))) for path in paths]
+    found = read(paths)
     for path, one in zip(paths, found, strict=True):
         check_same(path, one, paths[0], found[0], ("prepared", "training", "dtype"))
     found = in_order(found)
@@ -113,9 +117,9 @@ def verdicts(results: list[Result], exact: list[Result]) -> list[tuple[bool, str
 
 def among_exact(reference: Result, exact: list[Result]) -> list[tuple[bool, str]]:
     """Where next to nothing is rounded, programs compute the same."""
+    rounding = Apart(reference, exact[0]).mean if exact else 0.0
     found = []
     for pair in programs(exact):
-        rounding = Apart(reference, exact[0]).mean
         text = f"in float32 {pair.a.name} and {pair.b.name} differ by {pair.mean:.1e} in the mean"
         text = f"{text}, at most {pair.distances.max():.1e} (mean at most {SHARE:g} of {rounding:.1e}, which "
         found.append((pair.mean <= SHARE * rounding, f"{text}{reference.dtype} moves {reference.name} by)"))
@@ -253,9 +257,9 @@ def draw(path: Path, results: list[Result], exact: list[Result]) -> None:
         look = dict(color=colours[one.program], linewidth=0.6 if one.seed else 1.4, alpha=0.7 if one.seed else 1.0)
         above.plot(steps, one.losses, label=one.name, **look)
         below.plot(steps, np.subtract(one.losses, results[0].losses), **look)
-    for one, colour in zip(exact, ("#16a34a", "#86efac", "#facc15"), strict=False):
+    for one in exact:
         apart = np.subtract(one.losses, results[0].losses)
-        below.plot(steps, apart, color=colour, linestyle="--", label=f"{one.name}, float32")
+        below.plot(steps, apart, color=colours[one.program], linestyle="--", label=f"{one.name}, float32")
     if exact:
         below.legend(frameon=False)
     every = np.concatenate([Apart(one, results[0]).distances for one in [*results, *exact]])

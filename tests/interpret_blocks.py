@@ -243,8 +243,8 @@ def young_adapter(name):
         )
 
     def without(layer):
-        a, b, _ = layer.lora
-        return layer._replace(lora=(a, 0 * b, jnp.bfloat16(1)))
+        a, b, scale = layer.lora
+        return layer._replace(lora=(a, 0 * b, scale))
 
     residual, *inner = layer(D, D), *(layer(F, D) for _ in range(2)), layer(D, F)
     rotated = tuple(layer(N * H, D) for _ in range(3))

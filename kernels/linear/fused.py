@@ -146,7 +146,7 @@ def outputs(
     found: list[jax.Array] = []
     for layer, low in zip(layers, split_ranks(u, layers, start), strict=True):
         if low is not None and capability is not None and add is not None and layer.bias is None:
-            product = multiply(x, layer.weight, jnp.float32)  # type: ignore[arg-type]  # a scalar type
+            product = multiply(x, layer.weight, jnp.float32)
             found.append(triton.summed(product, low, scaled_b(layer, x.dtype), add, capability))
             add = None
             continue
