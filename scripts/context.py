@@ -190,8 +190,9 @@ def limit_memory(budget: float, host: int) -> int | None:
 
 
 def ask_card(what: str) -> str:
-    """One of nvidia-smi's figures of the first card, without its unit."""
-    asked = ["nvidia-smi", f"--query-gpu={what}", "--format=csv,noheader,nounits"]
+    """One of nvidia-smi's figures, without its unit, of the first card that CUDA lets this process see."""
+    card = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[0] or "0"
+    asked = ["nvidia-smi", f"--id={card}", f"--query-gpu={what}", "--format=csv,noheader,nounits"]
     return subprocess.check_output(asked, text=True).split()[0]
 
 

@@ -7,6 +7,7 @@ import os
 import re
 import time
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -44,6 +45,23 @@ def test_length_and_batch_take_the_place_of_the_workloads_own(tiny_workload, mon
     with pytest.raises(SystemExit):
         bench.main(["A7", "--length", "0"])
     assert "expected a whole number above 0" in capsys.readouterr().err
+
+
+def test_a_single_timed_step_takes_its_whole_time_where_sending_it_takes_that_long(tiny_workload, monkeypatch):
+    planned = bench.planned
+
+    def slow(*args):
+        found = planned(*args)
+
+        def step(*arguments):
+            time.sleep(0.3)  # as a step of more kernels than a queue holds
+            return found.compiled(*arguments)
+
+        return replace(found, compiled=step)
+
+    monkeypatch.setattr(bench, "planned", slow)
+    line = bench.measure("A7", bench.read_options(["A7", "--steps", "1", "--warmup", "1"]))
+    assert line["step_ms"] >= 300 and len(line["loss"]) == 2
 
 
 # scripts/context.py
@@ -166,6 +184,19 @@ def test_a_measured_step_has_no_more_of_the_card_than_the_budget(scripts, monkey
         context.limit_memory(160, 0)
     # XLA pins more than it is asked for: never all that the host has
     assert context.limit_memory(24, GIB << 20) == 58 * GIB
+
+
+def test_the_card_is_asked_that_the_process_sees(scripts, monkeypatch):
+    import context
+
+    asked = []
+    monkeypatch.setattr(context.subprocess, "check_output", lambda call, **_: asked.append(call[1]) or "1\n")
+    for seen in (None, "", "3,1"):
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+        if seen is not None:
+            monkeypatch.setenv("CUDA_VISIBLE_DEVICES", seen)
+        context.ask_card("memory.total")
+    assert asked == ["--id=0", "--id=0", "--id=3"]
 
 
 def test_a_row_for_which_the_host_is_too_small_is_not_run(scripts, monkeypatch, tmp_path, capsys):
