@@ -169,11 +169,12 @@ def cases(dtype: Any) -> Iterator[Case]:
 
     x, sizes = normal(B, T, D), ((F, D), (D, D))
     weights, loras = [normal(*size, scale=D**-0.5) for size in sizes], [low_rank(*size) for size in sizes]
-    ways = {way: partial(linear, way) for way in ("fused", "reference")}
+    ways = {way: partial(linear, way) for way in ("triton", "fused", "reference")}
     yield Case("linear", (x, loras, weights), (0, 1), ways, partial(linear, "reference"))
 
     def added(way: str, x, loras, weights, residual):
-        return linears(x, layers(loras, weights), add=residual, implementation=way)
+        first, second = layers(loras, weights)
+        return linears(x, (first, second._replace(bias=near_one)), add=residual, implementation=way)
 
     to_end = {way: partial(added, way) for way in ("triton", "fused", "reference")}
     yield Case("linear, added", (x, loras, weights, normal(B, T, F)), (0, 1, 3), to_end, partial(added, "reference"))

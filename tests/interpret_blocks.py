@@ -167,14 +167,22 @@ def qkv(
 
 
 def summed(name, *, T, O, R, dtype=jnp.float32, tolerance=EXACT):
+    """With a bias and a residual, with one of them, and with neither; u stands among other columns."""
     random = np.random.default_rng(T)
-    product, u, b, add = (
-        jnp.asarray(random.standard_normal(shape), dtype) for shape in ((1, T, O), (1, T, R), (O, R), (1, T, O))
+    product, u, b, bias, add = (
+        jnp.asarray(random.standard_normal(shape), dtype)
+        for shape in ((1, T, O), (1, T, R + 5), (O, R), (O,), (1, T, O))
     )
-    product = product.astype(jnp.float32)
-    got = linear_triton.summed(product, u, b, add, CARD)
-    product, u, b, add = raised((product, u, b, add))
-    interpreted.compare(name, {"y": got}, {"y": product + u @ b.T + add}, tolerance)
+    product, bias = product.astype(jnp.float32), bias.astype(jnp.float32)
+    beside = {"both": (bias, add), "bias": (bias, None), "residual": (None, add), "neither": (None, None)}
+    got = {
+        which: linear_triton.summed(product, u, b, CARD, start=3, bias=one, add=two)
+        for which, (one, two) in beside.items()
+    }
+    product, u, b, bias, add = raised((product, u, b, bias, add))
+    y = product + u[..., 3 : 3 + R] @ b.T
+    wanted = {"both": y + bias + add, "bias": y + bias, "residual": y + add, "neither": y}
+    interpreted.compare(name, got, wanted, tolerance)
 
 
 def thin_products(name, *, T, columns, ranks, programs=512, dtype=jnp.float32, tolerance=EXACT):
@@ -201,7 +209,7 @@ def thin_products(name, *, T, columns, ranks, programs=512, dtype=jnp.float32, t
 
 
 def linears(name, *, T, O, I, ranks, dtype=jnp.float16, tolerance=HALF):
-    """Layers that read one x, the first beside a residual, and their gradients."""
+    """Layers that read one x, the first beside a residual, the last with a bias, and their gradients."""
     random = np.random.default_rng(T)
 
     def draw(*shape, scale=0.3):
@@ -209,27 +217,29 @@ def linears(name, *, T, O, I, ranks, dtype=jnp.float16, tolerance=HALF):
 
     loras = tuple((draw(rank, I), draw(O, rank), jnp.asarray(1.7, dtype)) if rank else None for rank in ranks)
     weights = tuple(draw(O, I) for _ in ranks)
-    arguments = draw(1, T, I, scale=1.0), loras, draw(1, T, O, scale=1.0)
+    arguments = draw(1, T, I, scale=1.0), loras, draw(1, T, O, scale=1.0), draw(O)
 
-    def layers(loras, dtype):
-        return tuple(Weights(weight.astype(dtype), None, lora) for weight, lora in zip(weights, loras, strict=True))
+    def layers(loras, bias, dtype):
+        biases = [*[None] * (len(ranks) - 1), bias]
+        together = zip(weights, biases, loras, strict=True)
+        return tuple(Weights(weight.astype(dtype), bias, lora) for weight, bias, lora in together)
 
-    def kernels(x, loras, add):
-        return linear.linears(x, layers(loras, x.dtype), 0.0, (None,) * len(ranks), add, CARD)
+    def kernels(x, loras, add, bias):
+        return linear.linears(x, layers(loras, bias, x.dtype), 0.0, (None,) * len(ranks), add, CARD)
 
-    def definition(x, loras, add):
-        first, *rest = (linear_reference.linear(x, *layer[:3], 0.0, None) for layer in layers(loras, x.dtype))
+    def definition(x, loras, add, bias):
+        first, *rest = (linear_reference.linear(x, *layer[:3], 0.0, None) for layer in layers(loras, bias, x.dtype))
         return first + add, *rest
 
-    got = with_gradients(kernels, arguments, of=(0, 1, 2))
-    interpreted.compare(name, got, with_gradients(definition, raised(arguments), of=(0, 1, 2)), tolerance)
+    of = 0, 1, 2, 3
+    got = with_gradients(kernels, arguments, of=of)
+    interpreted.compare(name, got, with_gradients(definition, raised(arguments), of=of), tolerance)
 
 
 def young_adapter(name):
     """What a B far below the rounding of every sum changes: as much, over all numbers, as its own numbers say.
 
     Rounding a small part away changes nothing; adding it to sums that lie halfway between two numbers changes too much.
-    Not v, which XLA's own product adds up, in one sum on a GPU alone.
     """
     random = np.random.default_rng(0)
     T, D, F, N, H, R = 512, 64, 128, 4, 32, 8
@@ -254,21 +264,21 @@ def young_adapter(name):
     keys = (None,) * 3
 
     def kernels(residual, inner, rotated, x, add):
-        q, k, _ = qkv_triton.qkv(x, rotated, norms, jnp.cos(angle), jnp.sin(angle), H, 1e-6, CARD)
+        q, k, v = qkv_triton.qkv(x, rotated, norms, jnp.cos(angle), jnp.sin(angle), H, 1e-6, CARD)
         return {
             "linear": linear.linears(x, (residual,), 0.0, keys[:1], add, CARD)[0],
             "mlp": fused.mlp(x, inner, "silu", 0.0, keys, add, Kernels(CARD, True)),
-            "q": q, "k": k,
+            "q": q, "k": k, "v": v,
         }  # fmt: skip
 
     def definition(residual, inner, rotated, x, add):
-        q, k, _ = qkv_reference.qkv(
+        q, k, v = qkv_reference.qkv(
             x, rotated, norms, jnp.cos(angle), jnp.sin(angle), head_dim=H, eps=1e-6, dropout=0.0, key=None
         )
         return {
             "linear": linear_reference.linear(x, *residual[:3], 0.0, None) + add,
             "mlp": reference.mlp(x, *inner, "silu", 0.0, keys) + add,
-            "q": q, "k": k,
+            "q": q, "k": k, "v": v,
         }  # fmt: skip
 
     def change(op, arguments):

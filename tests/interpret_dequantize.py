@@ -83,6 +83,12 @@ def compare_product(
     second = Held(*stacked(parts), jnp.int32(1), shape)
     got = triton.multiply_nf4(x, second, block, 90, programs=programs)
     interpreted.compare(f"{name}, the second of a stack", got, wanted, tolerance)
+    got = triton.multiply_nf4(x, second, block, 90, programs=programs, dtype=jnp.float32)
+    assert got.dtype == jnp.float32
+    exact = np.einsum(
+        "rti,oi->rto", np.float32(x), np.float32(reference.dequantize_nf4(*parts, shape, block, "float32"))
+    )
+    interpreted.compare(f"{name}, not rounded", got, exact, 1e-6)
 
 
 if __name__ == "__main__":

@@ -229,9 +229,8 @@ def adapted(rows, columns, dtype, *, rank=8, bias=False, magnitude=False):
 
 def qkv_way(implementation=None, *, patch, H=32, dtype=jnp.bfloat16, dropout=0.0, ranks=(8, 8, 8), **how):
     seen = []
-    patch.setattr(
-        qkv_module.triton, "qkv", lambda x, *_: (seen.append("triton"), (x, x, x))[1]
-    )  # fmt: skip
+    patch.setattr(qkv_module.triton, "qkv", lambda x, *_: (seen.append("triton"), (x, x, x))[1])
+    patch.setattr(linear_module.triton, "summed", lambda product, u, *_, **__: product.astype(u.dtype))
     x, angle = jax.ShapeDtypeStruct((1, 2, 16), dtype), jax.ShapeDtypeStruct((1, 2, H // 2), "float32")
     layers = [adapted(heads * H, 16, dtype, rank=rank, **how) for heads, rank in zip((4, 2, 2), ranks, strict=True)]
     jax.eval_shape(
@@ -245,7 +244,7 @@ def qkv_way(implementation=None, *, patch, H=32, dtype=jnp.bfloat16, dropout=0.0
 
 def linear_way(implementation=None, *, patch, dtype=jnp.bfloat16, added=True, beside=None, **how):
     seen = []
-    patch.setattr(linear_module.triton, "summed", lambda product, *_: (seen.append("triton"), product)[1])
+    patch.setattr(linear_module.triton, "summed", lambda product, *_, **__: (seen.append("triton"), product)[1])
     x, add = jax.ShapeDtypeStruct((1, 2, 16), dtype), jax.ShapeDtypeStruct((1, 2, 8), dtype) if added else None
     layers = (adapted(8, 16, dtype, **how), *([] if beside is None else [adapted(8, 16, dtype, **beside)]))
     jax.eval_shape(
@@ -263,9 +262,7 @@ NORMS_REFUSED = [
     (qkv_way, dict(magnitude=True), "qkv by triton: biases or magnitudes"),
     (qkv_way, dict(ranks=(0, 0, 8)), r"qkv by triton: ranks \[0, 0, 8\]: needs LoRA on q or k"),
     (qkv_way, dict(ranks=(8, 8, 129)), r"qkv by triton: ranks \[8, 8, 129\]: .*of at most 128"),
-    (linear_way, dict(added=False), "linear by triton: nothing to add up"),
     (linear_way, dict(rank=0), "linear by triton: nothing to add up"),
-    (linear_way, dict(bias=True), "linear by triton: nothing to add up"),
     (linear_way, dict(magnitude=True), r"linear by triton: a magnitude \(DoRA\)"),
     (linear_way, dict(beside=dict(magnitude=True)), r"linear by triton: a magnitude \(DoRA\)"),
     (linear_way, dict(dtype=jnp.float32), "linear by triton: dtype float32"),

@@ -148,15 +148,15 @@ def test_what_adds_low_rank_parts_compiles_for_every_card_and_fits_it(capability
     x, u, b = S((2, 8192, 8, H), dtype), S((16384, 2 * rank), dtype), S((8 * H, rank), dtype)
     angle, w, y = S((2, 8192, H // 2), jnp.float32), S((H,), dtype), S((16384, 8 * H), dtype)
 
-    def run(x, u, b, w, cos, dy, product, add):
+    def run(x, u, b, w, cos, dy, product, add, bias):
         low = norm_rope.LowRank(u, b, rank)
         rotated = norm_rope.rotated(x, low, w, cos, cos, 1e-6, capability)
         back = norm_rope.rotated_backward(x, low, w, cos, cos, dy, 1e-6, capability, rank > 16)
-        return rotated, back, linear.summed(product, u, b, add, capability)
+        return rotated, back, linear.summed(product, u, b, capability, start=rank, bias=bias, add=add)
 
     product = S(y.shape, jnp.float32)
     fits(
-        compiled(run, x, u, b, w, angle, x, product, y),
+        compiled(run, x, u, b, w, angle, x, product, y, S((8 * H,), dtype)),
         ["backward", "forward", "summed"],
         capability,
         tmp_path,

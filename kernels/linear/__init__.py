@@ -27,10 +27,10 @@ def linears(
     accumulate in float32; each y_i is (..., O_i) in x's dtype. dropout is LoRA's, drawn anew for each layer from
     key, and off where key is None. add: added to y_0, a residual, of its shape and dtype. A layer with a magnitude is
     DoRA's, see `dora`.
-    implementation: "triton" (an own kernel adds up product, LoRA's part and `add` of the first layer), "fused" (plain
-    XLA; both with reverse-mode derivatives only), "reference", or None: the first that serves. Raises ValueError where
-    a shape does not fit or the implementation is unknown, NotImplementedError where the one that was asked for cannot
-    serve.
+    implementation: "triton" (an own kernel adds up a layer's product, LoRA's part, bias and `add`, and rounds once),
+    "fused" (plain XLA; both with reverse-mode derivatives only), "reference", or None: the first that serves. Raises
+    ValueError where a shape does not fit or the implementation is unknown, NotImplementedError where the one that was
+    asked for cannot serve.
     """
     check_fit(x.shape, layers)
     check_add(x, layers[0], add)
@@ -45,7 +45,7 @@ def linears(
         raise ValueError(f"implementation {implementation!r}: must be 'triton', 'fused' or 'reference'")
     capability = None
     if implementation != "fused":
-        capability = serving("linear", partial(triton.check, x, layers, add), implementation)
+        capability = serving("linear", partial(triton.check, x, layers), implementation)
     if any(layer.magnitude is not None for layer in layers):
         return dora.linears(x, layers, dropout, keys, add)
     return fused.linears(x, layers, dropout, keys, add, capability)

@@ -1,7 +1,7 @@
 """Linear layers that read one x, as one operation: fewer passes over x and dY, and no gradient nobody asked for.
 
     u_i = drop_i(x) A_iᵀ                        all A_i in one product: x is read once for all of them
-    y_i = x W_iᵀ + u_i (s_i B_i)ᵀ + bias_i      the scale is folded into B: the sum can be the large product's own
+    y_i = x W_iᵀ + u_i (s_i B_i)ᵀ + bias_i      the scale is folded into B
     g_i = dY_i (s_i B_i)
     dB_i = s_i dY_iᵀ u_i     dA_i = g_iᵀ drop_i(x)     one product for all A_i
     dx  = Σ_i drop_i(g_i A_i) + Σ_i dY_i W_i    the low-rank parts in one product
@@ -142,25 +142,25 @@ def outputs(
 ) -> tuple[jax.Array, ...]:  # fmt: skip
     """y_i = x W_iᵀ + u_i (s_i B_i)ᵀ + bias_i, (..., O_i) in x's dtype each; the first one + add. u: the
     `low_rank_inputs`, in which these layers' begin with the column `start`; capability: that the kernel which adds the
-    parts up is compiled for, None for plain XLA."""
+    parts up, rounding once, is compiled for, None for plain XLA, which may round the large product first."""
     found: list[jax.Array] = []
-    for layer, low in zip(layers, split_ranks(u, layers, start), strict=True):
-        if low is not None and capability is not None and add is not None and layer.bias is None:
-            product = multiply(x, layer.weight, jnp.float32)
-            found.append(triton.summed(product, low, scaled_b(layer, x.dtype), add, capability))
-            add = None
-            continue
-        y = multiply(x, layer.weight)
-        if low is not None:
-            b = scaled_b(layer, x.dtype)
-            # the large product can take it as its own start (beta = 1). Added to the residual first, whose numbers are
-            # larger, a young adapter's part would be rounded away, every time in the same direction
-            y = y + reference.matmul(low, b)
-        if add is not None:
-            y, add = y + add, None
-        if layer.bias is not None:
-            y = y + jax.lax.expand_dims(layer.bias.astype(x.dtype), range(y.ndim - 1))
-        found.append(y)
+    for layer, rank, low in zip(layers, ranks(layers), split_ranks(u, layers, start), strict=True):
+        if capability is not None and low is not None and u is not None:
+            product, b = multiply(x, layer.weight, jnp.float32), scaled_b(layer, x.dtype)
+            found.append(triton.summed(product, u, b, capability, start=start, bias=layer.bias, add=add))
+        else:
+            y = multiply(x, layer.weight)
+            if low is not None:
+                # the large product can take it as its own start (beta = 1). Added to the residual first, whose numbers
+                # are larger, a young adapter's part would be rounded away, every time in the same direction
+                y = y + reference.matmul(low, scaled_b(layer, x.dtype))
+            if add is not None:
+                y = y + add
+            if layer.bias is not None:
+                y = y + jax.lax.expand_dims(layer.bias.astype(x.dtype), range(y.ndim - 1))
+            found.append(y)
+        add = None
+        start += rank
     return tuple(found)
 
 

@@ -1,4 +1,4 @@
-"""A linear layer's thin products and its sum beside a residual by our own Triton kernels: serving, tiles, launches.
+"""A linear layer's thin products and the sum of its parts by our own Triton kernels: serving, tiles, launches.
 
 The kernels and their formulas are in `triton_kernels.py`. Triton and jax-triton are imported when a kernel is launched
 and not before.
@@ -38,17 +38,16 @@ class Tile(NamedTuple):
 FEW, MORE = Tile(16, 128, warps=2, stages=5), Tile(64, 128)
 
 
-def check(x: jax.Array, layers: tuple[Weights, ...], add: jax.Array | None, capability: int) -> None:
-    """Raises NotImplementedError with the reason where the kernel cannot end the first layer, which `add` is added
-    to."""
-    first = layers[0]
-    if add is None or first.lora is None or first.bias is not None:
-        raise NotImplementedError("nothing to add up: needs a residual and LoRA, without a bias")
+def check(x: jax.Array, layers: tuple[Weights, ...], capability: int) -> None:
+    """Raises NotImplementedError with the reason where the kernel cannot add up the parts of layers with LoRA."""
+    ranks = [layer.lora[0].shape[0] for layer in layers if layer.lora is not None]
+    if not ranks:
+        raise NotImplementedError("nothing to add up: needs LoRA")
     if any(layer.magnitude is not None for layer in layers):
         raise NotImplementedError("a magnitude (DoRA): serves LoRA alone")
     check_16_bits(x.dtype, capability)
-    if first.lora[0].shape[0] > LARGEST_RANK:
-        raise NotImplementedError(f"rank {first.lora[0].shape[0]}: needs at most {LARGEST_RANK}")
+    if max(ranks) > LARGEST_RANK:
+        raise NotImplementedError(f"rank {max(ranks)}: needs at most {LARGEST_RANK}")
     check_installed()
 
 
@@ -58,19 +57,23 @@ def thin(capability: int | None, ranks: Sequence[int]) -> int | None:
     return capability if len(ranks) <= SIDES and max(ranks, default=0) <= LARGEST_RANK else None
 
 
-def summed(product: jax.Array, u: jax.Array, b: jax.Array, add: jax.Array, capability: int) -> jax.Array:
-    """product + u bᵀ + add in float32, rounded once, to add's dtype: product (..., O) float32, add (..., O), u (..., R)
-    and b (O, R) of one dtype."""
+def summed(
+    product: jax.Array, u: jax.Array, b: jax.Array, capability: int, *, start: int = 0,
+    bias: jax.Array | None = None, add: jax.Array | None = None,
+) -> jax.Array:  # fmt: skip
+    """product + u bᵀ + bias + add in float32, rounded once, to u's dtype: product (..., O) float32, b (O, R), bias (O,)
+    of any dtype, add (..., O); of u (..., WIDTH) the R columns from `start` on."""
     from jaxft.kernels.linear import triton_kernels
 
     O, R = b.shape
     T = product.size // O
     tokens = fitting(T, TOKENS)
     return launch.triton_call(
-        product, u, b, add, kernel=triton_kernels.summed,
-        out_shape=jax.ShapeDtypeStruct(add.shape, add.dtype), grid=(-(-O // FEATURES), -(-T // tokens)),
+        product, u, b, b if bias is None else bias, b if add is None else add, kernel=triton_kernels.summed,
+        out_shape=jax.ShapeDtypeStruct(product.shape, u.dtype), grid=(-(-O // FEATURES), -(-T // tokens)),
         num_warps=WARPS, num_stages=1, compute_capability=capability, name="linear_summed", T=T, O=O, R=R,
-        RP=padded(R), BT=tokens, BO=FEATURES,
+        START=start, WIDTH=u.shape[-1], RP=padded(R), BT=tokens, BO=FEATURES, BIASED=bias is not None,
+        ADDED=add is not None,
     )  # fmt: skip
 
 

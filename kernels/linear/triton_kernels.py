@@ -1,16 +1,17 @@
-"""The Triton kernels of a linear layer with LoRA: what is thin, and the sum beside a residual.
+"""The Triton kernels of a linear layer with LoRA: what is thin, and the sum of a layer's parts.
 
     G = [X₀ B₀ | X₁ B₁ | …]        `side_by_side`: X_i (T, K_i), B_i (K_i, R_i) with a few columns
     D_i = X_iᵀ U_i                 `over_tokens`: sums over all tokens, float32
-    y = P + u bᵀ + add             `summed`
+    y = P + u bᵀ + bias + add      `summed`
 
 A product with R columns is read and not computed: what decides is how much of X is on its way, and several short
 products are one launch. `over_tokens`: a program holds BK columns of one X and walks over a chunk of the tokens; the
 chunks are added up outside. `side_by_side`: BT tokens, and walks over the columns. `summed`: P (T, O) is the large
 product, u (T, R) the low-rank input, b (O, R) the scaled B. A product of its own for u bᵀ would write an array as wide
 as y for the large product to read. P is float32, as the product summed it up, and the sum is rounded once. Were P
-rounded too, P + add would often lie halfway between two numbers of y's dtype, and the smallest u bᵀ would carry it to
-the next: a young adapter would do twice what its numbers say. A program holds BT tokens by BO outputs.
+rounded too, a small u bᵀ alone would be rounded away again; and P + add would often lie halfway between two numbers of
+y's dtype, where the smallest u bᵀ carries it to the next, and a young adapter would do twice what its numbers say. A
+program holds BT tokens by BO outputs.
 Measured: docs/log.md. x Aᵀ, few columns of one X, is cuBLAS's: `side_by_side` was no faster.
 
 Sizes of several products are tuples, one entry a product; arrays that are not there are stood for by another one.
@@ -103,14 +104,19 @@ def over_tokens(
 
 @triton.jit
 def summed(
-    p_ptr, u_ptr, b_ptr, add_ptr, y_ptr,
-    T: tl.constexpr, O: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, BT: tl.constexpr, BO: tl.constexpr,
+    p_ptr, u_ptr, b_ptr, bias_ptr, add_ptr, y_ptr,
+    T: tl.constexpr, O: tl.constexpr, R: tl.constexpr, START: tl.constexpr, WIDTH: tl.constexpr, RP: tl.constexpr,
+    BT: tl.constexpr, BO: tl.constexpr, BIASED: tl.constexpr, ADDED: tl.constexpr,
 ):  # fmt: skip
-    """y (T, O). Grid (⌈O / BO⌉, ⌈T / BT⌉)."""
+    """y (T, O), with a bias (O,) and add (T, O) where there are such. Grid (⌈O / BO⌉, ⌈T / BT⌉)."""
     t = tl.program_id(1) * BT + tl.arange(0, BT)
     o = tl.program_id(0) * BO + tl.arange(0, BO)
     rank = tl.arange(0, RP)
-    total = _rows(p_ptr, t, o, T, O, O).to(tl.float32) + _rows(add_ptr, t, o, T, O, O).to(tl.float32)
-    total = tl.dot(_rows(u_ptr, t, rank, T, R, R), tl.trans(_rows(b_ptr, o, rank, O, R, R)), total)
+    total = _rows(p_ptr, t, o, T, O, O)
+    if ADDED:
+        total += _rows(add_ptr, t, o, T, O, O).to(tl.float32)
+    if BIASED:
+        total += tl.load(bias_ptr + o, mask=o < O, other=0.0).to(tl.float32)[None, :]
+    total = tl.dot(_rows(u_ptr + START, t, rank, T, R, WIDTH), tl.trans(_rows(b_ptr, o, rank, O, R, R)), total)
     at = y_ptr + t.to(tl.int64)[:, None] * O + o[None, :]
     tl.store(at, total.to(y_ptr.dtype.element_ty), mask=(t < T)[:, None] & (o < O)[None, :])
