@@ -9,7 +9,8 @@ inputs) and then timed, forward and forward + backward: wall clock over --repeat
 of arrays, ended by `jax.block_until_ready`; what takes less than some 20 µs measures the call instead. A way that
 refuses the case says so, one that fails is printed with its error, and the next one runs. Attention's TFLOP/s count the
 pairs of query and key that exist. The bounds are a card's best known: causal attention, large products, and copies.
-"overhead" compares linears and the MLP with the large products of their frozen weights alone.
+"overhead" compares layers with LoRA with the large products of their frozen weights alone, and with the same layers
+without LoRA, activations, norms and rotations included.
 """
 
 import argparse
@@ -24,7 +25,7 @@ from importlib.util import find_spec
 
 import jax
 import jax.numpy as jnp
-from kernel_cases import BASELINE, OPS, SHAPES, Case
+from kernel_cases import BASELINES, OPS, SHAPES, Case
 from kernel_sweeps import SWEEPS
 
 BOUNDS = {"H200": {"TFLOP/s": 745.0, "TB/s": 4.0}}  # large bfloat16 products; a copy, bytes read and written
@@ -124,7 +125,7 @@ def bench(name: str, case: Case, options: argparse.Namespace, known: dict[str, d
     dys = list(map(draw, sets, keys))
     want = wanted(case, sets[0], dys[0])
     for way, function in case.ways.items():
-        if options.ways and not way.endswith(BASELINE) and not any(map(way.startswith, options.ways)):
+        if options.ways and not way.endswith(BASELINES) and not any(map(way.startswith, options.ways)):
             continue
         record = {"op": case.name, "way": way, "shape": name, **asdict(SHAPES[name]), "dtype": options.dtype}
         forward = jax.jit(function)
@@ -146,9 +147,9 @@ def bench(name: str, case: Case, options: argparse.Namespace, known: dict[str, d
                 bound = bound_of(case, label)
                 if bound is not None:
                     record[label]["share of bound"] = work / spent / bound
-                base = known.get(case.baseline or "", {}).get(label)
-                if base is not None:
-                    record[label]["overhead"] = 1e3 * spent / base["ms"] - 1
+                bases = {base: known[base][label]["ms"] for base in case.baselines if label in known.get(base, {})}
+                if bases:
+                    record[label]["overhead"] = {base: 1e3 * spent / ms - 1 for base, ms in bases.items()}
         except NotImplementedError as refusal:
             record["refused"] = str(refusal)
         except failures() as error:
@@ -189,8 +190,8 @@ def line(record: dict) -> str:
         if x:
             unit = next(key for key in x if key.endswith("/s"))
             share = f" {x['share of bound']:4.0%}" if "share of bound" in x else ""
-            over = f" overhead {x['overhead']:+.1%}" if "overhead" in x else ""
-            parts.append(f"{label} {x['ms']:8.3f} ms {x[unit]:6.2f} {unit}{share}{over}")
+            over = ", ".join(f"{y:+.1%} over {base.split(': ')[-1]}" for base, y in x.get("overhead", {}).items())
+            parts.append(f"{label} {x['ms']:8.3f} ms {x[unit]:6.2f} {unit}{share} {over}".rstrip())
     return "   ".join(parts)
 
 

@@ -23,6 +23,7 @@ from jaxft.kernels.linear_cross_entropy import linear_cross_entropy
 from jaxft.kernels.linear_cross_entropy import reference as cross_entropy
 from jaxft.kernels.mlp import mlp
 from jaxft.kernels.norm_rope import norm_rope
+from jaxft.kernels.qkv import qkv
 from jaxft.kernels.rms_norm import residual_rms_norm
 from jaxft.optim_8bit import dequantize, scale_by_adam_8bit
 from jaxft.quant import NF4, dense, multiply, quantize_nf4
@@ -73,7 +74,7 @@ class Case:
     jnp, run on float32 arguments; with own_gradients it takes (arguments, upstream) as they are and returns outputs and
     gradients. work: TFLOP or TB of forward, and of forward + backward. of: which arguments are differentiated, none
     where there is no backward. tolerance: another one than the dtype's for labels that contain its key. view: of a
-    way's output, what is compared. baseline: the way of an earlier case that the times are compared with.
+    way's output, what is compared. baselines: the ways of earlier cases that the times are compared with.
     """
 
     name: str
@@ -85,7 +86,7 @@ class Case:
     of: tuple[int, ...] = ()
     tolerance: dict[str, float] = field(default_factory=dict)
     view: Callable = lambda out: out
-    baseline: str | None = None
+    baselines: tuple[str, ...] = ()
     own_gradients: bool = False
 
 
@@ -116,7 +117,7 @@ def folded(shape: Shape, first_key: jax.Array) -> jax.Array:
     return first_key if shape.window is None else jnp.maximum(first_key, t - shape.window + 1)
 
 
-def qkv(shape: Shape, key: jax.Array, dtype: jnp.dtype) -> list[jax.Array]:
+def heads(shape: Shape, key: jax.Array, dtype: jnp.dtype) -> list[jax.Array]:
     q, kv = (shape.B, shape.T, shape.N, shape.H), (shape.B, shape.T, shape.K, shape.H)
     return normal(key, (q, kv, kv), dtype)
 
@@ -170,12 +171,12 @@ def attention_cases(shape: Shape, dtype: jnp.dtype, rank: int) -> Iterator[Case]
     pairs = float(np.sum(np.arange(shape.T) - np.asarray(folded(shape, jnp.asarray(first_key))) + 1, dtype=np.float64))
     work = 4 * pairs * shape.N * shape.H / 1e12  # 2 products forward, 5 backward
     yield Case(
-        "attention", lambda key: (*qkv(shape, key, dtype), jnp.asarray(first_key)), ways, definition,
+        "attention", lambda key: (*heads(shape, key, dtype), jnp.asarray(first_key)), ways, definition,
         (work, 3.5 * work), of=(0, 1, 2), own_gradients=True,
     )  # fmt: skip
 
 
-BASELINE = "frozen products alone"
+BASELINES = "frozen products alone", "without LoRA"  # how the names of those ways end
 Sizes = tuple[tuple[int, int], ...]  # (O, I) of each layer
 
 
@@ -196,9 +197,10 @@ def layers(loras: list | None, weights: list) -> tuple[Weights, ...]:
 
 
 def block_cases(op: str, shape: Shape, dtype: jnp.dtype, rank: int) -> Iterator[Case]:
-    """q, k and v ("linears"), the MLP, or both ("qkv_mlp"), each beside its large products alone."""
-    D, F, tokens = shape.D, shape.F, shape.B * shape.T
-    outer: Sizes = tuple((heads * shape.H, D) for heads in (shape.N, shape.K, shape.K))
+    """Linear layers that read one x ("linears"), the MLP, or both blocks ("qkv_mlp": q and k normalised and rotated),
+    each beside its large products alone, and beside itself without LoRA."""
+    D, F, H, tokens = shape.D, shape.F, shape.H, shape.B * shape.T
+    outer: Sizes = tuple((heads * H, D) for heads in (shape.N, shape.K, shape.K))
     inner, activation = ((F, D), (F, D), (D, F)), "silu" if shape.window is None else "gelu_pytorch_tanh"
     sizes: Sizes = {"linears": outer, "mlp": inner, "qkv_mlp": outer + inner}[op]
     down = op != "linears"
@@ -212,13 +214,24 @@ def block_cases(op: str, shape: Shape, dtype: jnp.dtype, rank: int) -> Iterator[
     def way(implementation: str | None) -> Callable:
         def run(x, loras, weights):
             found = layers(loras, weights)
-            plain = "reference" if implementation == "reference" else None  # `linears` has one fast way
-            out = [] if op == "mlp" else list(linears(x, found[:3], implementation=plain))
+            out: list[jax.Array] = []
+            if op == "linears":
+                out += linears(x, found, implementation=implementation)
+            if op == "qkv_mlp":
+                angle = 0.1 * jax.lax.broadcasted_iota(jnp.float32, (shape.B, shape.T, H // 2), 1)
+                composed = "composed" if implementation == "fused" else implementation
+                out += qkv(
+                    x, *found[:3], head_dim=H, cos=jnp.cos(angle), sin=jnp.sin(angle),
+                    norms=(jnp.ones(H, dtype), jnp.ones(H, dtype)), eps=1e-6, implementation=composed,
+                )  # fmt: skip
             if down:
                 out.append(mlp(x, *found[-3:], activation=activation, implementation=implementation))
             return out
 
         return run
+
+    def without_lora(implementation: str | None) -> Callable:
+        return lambda x, weights: way(implementation)(x, None, weights)
 
     def frozen_arguments(key):
         x, _, weights = arguments(key)
@@ -231,13 +244,17 @@ def block_cases(op: str, shape: Shape, dtype: jnp.dtype, rank: int) -> Iterator[
 
     large = 2 * tokens * sum(rows * columns for rows, columns in sizes) / 1e12
     small = 2 * tokens * rank * sum(rows + columns for rows, columns in sizes) / 1e12
-    frozen = f"{op}: {BASELINE}"
+    frozen, bare = (f"{op}: {baseline}" for baseline in BASELINES)
     yield Case(
         op, frozen_arguments, {frozen: products}, products, (large, 2 * large), of=(0, 1) if down else (0,)
     )  # fmt: skip
-    ways = {"triton": way("triton"), "fused": way("fused")} if down else {"fused": way(None)}
     yield Case(
-        op, arguments, ways, way("reference"), (large + small, 2 * large + 3 * small), of=(0, 1), baseline=frozen
+        op, lambda key: arguments(key)[::2], {bare: without_lora(None)}, without_lora("reference"), (large, 2 * large),
+        of=(0,), baselines=(frozen,),
+    )  # fmt: skip
+    yield Case(
+        op, arguments, {name: way(name) for name in ("triton", "fused")}, way("reference"),
+        (large + small, 2 * large + 3 * small), of=(0, 1), baselines=(frozen, bare),
     )  # fmt: skip
 
 

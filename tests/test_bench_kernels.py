@@ -26,12 +26,11 @@ def records(bench, tmp_path, *arguments) -> tuple[int, list[dict]]:
 def test_every_op_runs_at_a_tiny_shape_and_is_right(bench, tmp_path, capsys):
     code, found = records(bench, tmp_path, "all")
     assert code == 0, capsys.readouterr().out
-    products = ("q", "gate", "down")
+    products, blocks = ("q", "gate", "down"), ("linears", "mlp", "qkv_mlp")
     measured = {(r["op"], r["way"]) for r in found if "refused" not in r}
     assert measured == {
-        ("attention", "chunked"), ("linears", "linears: frozen products alone"), ("linears", "fused"),
-        ("mlp", "mlp: frozen products alone"), ("mlp", "fused"),
-        ("qkv_mlp", "qkv_mlp: frozen products alone"), ("qkv_mlp", "fused"),
+        ("attention", "chunked"), *((op, "fused") for op in blocks),
+        *((op, f"{op}: {base}") for op in blocks for base in ("frozen products alone", "without LoRA")),
         ("norm_rope", "reference"), ("rms_norm", "reference"), ("linear_cross_entropy", "tiled"),
         ("dequantize q", "reference"), ("dequantize k", "reference"), ("dequantize gate", "reference"),
         ("adamw_8bit", "xla"), ("adamw_8bit, 16 steps", "pieces"),
@@ -42,9 +41,10 @@ def test_every_op_runs_at_a_tiny_shape_and_is_right(bench, tmp_path, capsys):
     by_way = {(r["op"], r["way"]): r for r in found}
     assert set(by_way["adamw_8bit, 16 steps", "pieces"]["distance"]) == {"['mu']", "['nu']", "['param']"}
     fused = by_way["qkv_mlp", "fused"]
-    base = by_way["qkv_mlp", "qkv_mlp: frozen products alone"]
-    for label in ("forward", "forward+backward"):
-        assert fused[label]["overhead"] == pytest.approx(fused[label]["ms"] / base[label]["ms"] - 1)
+    for base in ("qkv_mlp: frozen products alone", "qkv_mlp: without LoRA"):
+        for label in ("forward", "forward+backward"):
+            over = fused[label]["ms"] / by_way["qkv_mlp", base][label]["ms"] - 1
+            assert fused[label]["overhead"][base] == pytest.approx(over)
     # x; q, k, v and y; A and B of six layers
     assert fused["right"] and len(fused["distance"]) == 4 + 1 + 12
     assert len(by_way["mlp", "fused"]["distance"]) == 1 + 1 + 6
