@@ -8,10 +8,10 @@
 `plan` compiles a few candidates at two lengths, takes for each budget the one whose straight line reaches farthest,
 and searches between lengths that fit and lengths that do not until they are neighbours: each length that it names was
 itself compiled and fits, and the next one was compiled and does not. What is compiled is kept in docs/context.json.
-`measure` lets XLA have no more of the card than the budget, so that what does not fit fails. cuDNN says what scratch
-memory its attention takes only where the card is, so the longest row is searched for there once more. XLA allocates all
-that a step needs before its first kernel: `--stop_after` takes the peak of a step that runs and does not wait for its
-end, which is minutes away; the page says so.
+`measure` lets XLA have no more of the card than the budget, so that what does not fit fails. Which kernels win, and
+what scratch memory they take, is known only where the card is: the row is planned there once more, and is shortened
+where it does not fit. XLA allocates all that a step needs before its first kernel: `--stop_after` takes the peak of a
+step that runs and does not wait for its end, which is minutes away; the page says so.
 """
 
 import argparse
@@ -317,10 +317,10 @@ def measure(options: argparse.Namespace) -> int:
 
 
 def shorter(data: Record) -> str:
-    """By how much the rows that were run are shorter than without a card's plan, "" where none was run."""
+    """By how much the rows that were run are shorter than without a card's plan, "" where none is."""
     runs = [(run, data["budgets"][budget]) for budget, run in data["measured"].items()]
     missing = [1 - run["length"] / found["length"] for run, found in runs]
-    return f" The rows run are {min(missing):.0%} to {max(missing):.0%} shorter for it." if missing else ""
+    return f" The rows run are {min(missing):.0%} to {max(missing):.0%} shorter for it." if any(missing) else ""
 
 
 def document(data: Record, unsloth: bool) -> str:
@@ -339,8 +339,8 @@ def document(data: Record, unsloth: bool) -> str:
             f"{data['model']}, QLoRA in NF4, one row a step, r = 16 on all linear layers, 8-bit AdamW. The longest "
             f"row, a multiple of {STEP}, whose step takes at most {data['margin']:.0%} of the budget by XLA's own plan "
             f"for it (jax {data['jax']}; the next longer row was compiled too and takes more): on the card for rows "
-            f"that were run, for {data['device']} without one for the others, where cuDNN's scratch memory is not "
-            f"known and not counted.{shorter(data)}",
+            f"that were run, for {data['device']} without one for the others, where the scratch memory of kernels that "
+            f"are chosen on a card is not known.{shorter(data)}",
             120,
         ),
         "",

@@ -175,7 +175,8 @@ def page(results: list[Result], exact: list[Result], verdict: list[tuple[bool, s
         f"Differences are those to {reference.name} with seed 0. Another seed takes the rows of each batch in another "
         "order and lets every row begin at another position, of which RoPE knows differences alone: exact arithmetic "
         f"would not notice, rounding does. How far such runs of {reference.name} lie apart is the noise that the "
-        "others are held against."
+        f"others are held against. What lies apart in {reference.dtype} and not in float32 is rounded in other places: "
+        "the distance to float32 says who loses less by it."
     )
     measured = "The peak is the allocator's in the whole process, loading included. Written by"
     lines = [
