@@ -1,10 +1,9 @@
 """`python -m jaxft.generate`: continues a prompt, a conversation, or a file of them, greedily or by sampling."""
 
-import bisect
 import json
 import os
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +21,8 @@ from jaxft.prompts import ANSWER_FIELDS, Asked, prompt_tokens, read_asked
 from jaxft.sampling import prompt_keys
 from jaxft.settings import GenerateSettings
 from jaxft.sharding import data_parallel_size
-from jaxft.stops import stop_token_ids
+from jaxft.stops import cut_at_stop, stop_token_ids
+from jaxft.talk import talk
 
 WINDOW = 16  # batches whose prompts are sorted by length together and whose answers are then written
 
@@ -41,32 +41,11 @@ class Completion:
         return dict(zip(ANSWER_FIELDS, values, strict=True))
 
 
-def cut_at_stop(
-    tokens: Sequence[int], stops: Sequence[str], decode: Callable[[Sequence[int]], str]
-) -> tuple[str, int | None]:
-    """The text before the first stop string, and after how many tokens that string was whole; None without one.
-
-    What was generated behind it does not matter: of several strings the one that was whole first is the first.
-    """
-
-    def found(count: int) -> bool:
-        text = decode(tokens[:count])
-        return any(stop in text for stop in stops)
-
-    if not found(len(tokens)):
-        return decode(tokens), None
-    count = bisect.bisect_left(range(len(tokens)), True, key=found)
-    text = decode(tokens[:count])
-    return text[: min(text.find(stop) for stop in stops if stop in text)], count
-
-
 def complete(
     prepared: Prepared, settings: GenerateSettings, prompts: Sequence[Sequence[int]], keys: jax.Array
 ) -> list[Completion]:
     """The answers to tokenised prompts, each with its key (n,). Must be called under `jax.set_mesh`."""
     tokenizer = prepared.tokenizer
-    added = tokenizer.get_added_vocab()  # of these the decoded text may show nothing, so they end by their id
-    stop_ids = {*stop_token_ids(tokenizer, prepared.directory), *(added[s] for s in settings.stop if s in added)}
 
     def decode(tokens: Sequence[int]) -> str:
         return str(tokenizer.decode(list(tokens), skip_special_tokens=True))
@@ -79,7 +58,7 @@ def complete(
         (prepared.trainable, prepared.frozen),
         prompts,
         max_new_tokens=settings.max_new_tokens,
-        stop_ids=sorted(stop_ids),
+        stop_ids=stop_token_ids(tokenizer, prepared.directory, settings.stop),
         temperature=settings.temperature,
         top_k=settings.top_k,
         top_p=settings.top_p,
@@ -113,8 +92,6 @@ def main(argv: list[str] | None = None) -> int:
         raise InputError(f"--output {output}: there is no directory {output.parent}; make it first")
     talks = settings.chat and settings.prompt is None and settings.messages is None and settings.prompts is None
     if talks and sys.stdin.isatty():
-        from jaxft.talk import talk  # it needs what is in this file
-
         return talk(settings)
     if settings.compare_base:
         raise InputError("--compare_base is for a --chat in a terminal, and stdin is none")

@@ -15,12 +15,12 @@ from rich.text import Text
 
 from jaxft.decode import stream
 from jaxft.errors import InputError
-from jaxft.generate import cut_at_stop, stop_token_ids
 from jaxft.load import EMBEDDED
 from jaxft.models.rope import DynamicRope
 from jaxft.prepare import Prepared, prepare
 from jaxft.prompts import Asked, prompt_tokens
 from jaxft.settings import GenerateSettings
+from jaxft.stops import cut_at_stop, stop_token_ids
 from jaxft.trees import flatten, unflatten
 
 HELP = "/reset begins anew, /exit or Ctrl-D ends, Ctrl-C ends an answer"
@@ -48,15 +48,14 @@ class Voice:
 
     def answer(self, settings: GenerateSettings, key: jax.Array) -> Iterator[str]:
         """The answer's text so far, again and again."""
-        prepared, added = self.prepared, self.prepared.tokenizer.get_added_vocab()
-        stop_ids = {*stop_token_ids(prepared.tokenizer, prepared.directory)}
-        stop_ids |= {added[stop] for stop in settings.stop if stop in added}
+        prepared = self.prepared
 
         def decode(tokens: Sequence[int]) -> str:
             return str(prepared.tokenizer.decode(list(tokens), skip_special_tokens=True))
 
         for tokens in stream(
-            prepared.model, (prepared.trainable, prepared.frozen), self.prompt(settings), stop_ids=sorted(stop_ids),
+            prepared.model, (prepared.trainable, prepared.frozen), self.prompt(settings),
+            stop_ids=stop_token_ids(prepared.tokenizer, prepared.directory, settings.stop),
             max_new_tokens=settings.max_new_tokens, temperature=settings.temperature, top_k=settings.top_k,
             top_p=settings.top_p, repetition_penalty=settings.repetition_penalty, key=key, dtype=prepared.compute_dtype,
         ):  # fmt: skip

@@ -10,12 +10,12 @@ import numpy as np
 
 from jaxft.decode import generate
 from jaxft.errors import InputError, RunError
-from jaxft.generate import stop_token_ids
 from jaxft.models.rope import DynamicRope
 from jaxft.prepare import Prepared
 from jaxft.samples import Sample
 from jaxft.settings import EvaluateSettings, TrainSettings
 from jaxft.sharding import data_parallel_size
+from jaxft.stops import stop_token_ids
 from jaxft.trees import Tree
 
 Metric = Callable[[list[str], list[str]], Any]  # (answers, references) -> a number, or a dict of numbers

@@ -12,8 +12,9 @@ import jaxft
 from jaxft import generate as command
 from jaxft import train
 from jaxft.errors import InputError
-from jaxft.generate import generate, stop_token_ids
+from jaxft.generate import generate
 from jaxft.sampling import prompt_keys
+from jaxft.stops import stop_token_ids
 from tests.tiny_models import V as V_TINY
 from tests.tiny_models import tiny_model
 from tests.tiny_runs import END_OF_TURN, EOS, flags, make_tokenizer, write_base, write_rows

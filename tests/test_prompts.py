@@ -14,10 +14,11 @@ from jaxft import decode, prompts
 from jaxft import generate as command
 from jaxft.decode import generate
 from jaxft.errors import InputError, RunError
-from jaxft.generate import Completion, cut_at_stop, write_answers
+from jaxft.generate import Completion, write_answers
 from jaxft.lora import LoraConfig, add_lora
 from jaxft.prompts import Asked
 from jaxft.sampling import prompt_keys
+from jaxft.stops import cut_at_stop, stop_token_ids
 from tests.tiny_models import V as V_TINY
 from tests.tiny_models import nonzero_adapter, tiny_model
 from tests.tiny_runs import flags, make_tokenizer, write_base, write_rows
@@ -117,7 +118,7 @@ def command_answer(capsys, *argv, **settings) -> str:
 
 
 def test_the_command_stops_at_a_string_or_special_token_and_generates_no_further(base, capsys, monkeypatch):
-    monkeypatch.setattr(command, "stop_token_ids", lambda *_: [])
+    monkeypatch.setattr(command, "stop_token_ids", lambda *a: sorted({*stop_token_ids(*a)} - {*stop_token_ids(*a[:2])}))
     settings = {"model_name_or_path": base, "prompt": "Tell", "max_new_tokens": 200, "temperature": 2.5}
     whole = command_answer(capsys, **settings)
     pairs = (whole[at : at + 2] for at in range(10, 60))

@@ -12,11 +12,11 @@ from jaxft.chat import encode, render_conversation
 from jaxft.config import parse
 from jaxft.convert.merge import merge
 from jaxft.errors import InputError
-from jaxft.generate import stop_token_ids
 from jaxft.load import adapter_tokenizer
 from jaxft.models import read_hf_config
 from jaxft.output import write_result
 from jaxft.prepare import prepare
+from jaxft.stops import stop_token_ids
 from jaxft.templates import FORMS, read_template, set_template, write_template
 from tests.conftest import need_shared
 from tests.tiny_runs import CHATML, flags, make_tokenizer, write_base
