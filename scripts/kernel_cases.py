@@ -24,6 +24,7 @@ from jaxft.kernels.linear_cross_entropy import reference as cross_entropy
 from jaxft.kernels.mlp import mlp
 from jaxft.kernels.norm_rope import norm_rope
 from jaxft.kernels.qkv import qkv
+from jaxft.kernels.qkv.reference import rotated
 from jaxft.kernels.rms_norm import residual_rms_norm
 from jaxft.optim_8bit import dequantize, scale_by_adam_8bit
 from jaxft.quant import NF4, dense, multiply, quantize_nf4
@@ -32,7 +33,7 @@ from jaxft.quant import NF4, dense, multiply, quantize_nf4
 @dataclass(frozen=True)
 class Shape:
     """B rows of T tokens, widths D and F, N query heads on K kv heads of size H, V words; mean_document None: one a
-    row; nf4: frozen weights are held so; full: every weight is trained."""
+    row; qk_norm: q and k are normalised; nf4: frozen weights are held so; full: every weight is trained."""
 
     B: int
     T: int
@@ -45,6 +46,7 @@ class Shape:
     mean_document: int | None = None
     window: int | None = None
     softcap: float | None = None
+    qk_norm: bool = False
     nf4: bool = False
     full: bool = False
 
@@ -54,7 +56,8 @@ def of_workload(name: str) -> Shape:
     c = CONFIGS[w.model]
     return Shape(
         w.batch, w.length, c["num_attention_heads"], c["num_key_value_heads"], c["head_dim"], c["hidden_size"],
-        c["intermediate_size"], c["vocab_size"], w.mean_document or None, nf4=w.load_in_4bit, full=w.full_finetuning,
+        c["intermediate_size"], c["vocab_size"], w.mean_document or None,
+        qk_norm=c["model_type"] == "qwen3", nf4=w.load_in_4bit, full=w.full_finetuning,
     )  # fmt: skip
 
 
@@ -197,8 +200,8 @@ def layers(loras: list | None, weights: list) -> tuple[Weights, ...]:
 
 
 def block_cases(op: str, shape: Shape, dtype: jnp.dtype, rank: int) -> Iterator[Case]:
-    """Linear layers that read one x ("linears"), the MLP, or both blocks ("qkv_mlp": q and k normalised and rotated),
-    each beside its large products alone, and beside itself without LoRA."""
+    """Linear layers that read one x ("linears"), the MLP, or both blocks ("qkv_mlp": q and k rotated, and normalised
+    where the model does), each beside its large products alone, and beside itself without LoRA."""
     D, F, H, tokens = shape.D, shape.F, shape.H, shape.B * shape.T
     outer: Sizes = tuple((heads * H, D) for heads in (shape.N, shape.K, shape.K))
     inner, activation = ((F, D), (F, D), (D, F)), "silu" if shape.window is None else "gelu_pytorch_tanh"
@@ -218,12 +221,15 @@ def block_cases(op: str, shape: Shape, dtype: jnp.dtype, rank: int) -> Iterator[
             if op == "linears":
                 out += linears(x, found, implementation=implementation)
             if op == "qkv_mlp":
+                norms = (jnp.ones(H, dtype), jnp.ones(H, dtype)) if shape.qk_norm else None
                 angle = 0.1 * jax.lax.broadcasted_iota(jnp.float32, (shape.B, shape.T, H // 2), 1)
-                composed = "composed" if implementation == "fused" else implementation
-                out += qkv(
-                    x, *found[:3], head_dim=H, cos=jnp.cos(angle), sin=jnp.sin(angle),
-                    norms=(jnp.ones(H, dtype), jnp.ones(H, dtype)), eps=1e-6, implementation=composed,
-                )  # fmt: skip
+                cos, sin = jnp.cos(angle), jnp.sin(angle)
+                if implementation == "fused":  # all by plain XLA, which `qkv` has no name for
+                    products = linears(x, found[:3], implementation="fused")
+                    out += rotated(products, norms, cos, sin, head_dim=H, eps=1e-6, implementation="reference")
+                else:
+                    how: dict = dict(norms=norms, eps=1e-6, implementation=implementation)
+                    out += qkv(x, *found[:3], head_dim=H, cos=cos, sin=sin, **how)
             if down:
                 out.append(mlp(x, *found[-3:], activation=activation, implementation=implementation))
             return out

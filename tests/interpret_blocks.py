@@ -208,7 +208,7 @@ def thin_products(name, *, T, columns, ranks, programs=512, dtype=jnp.float32, t
     interpreted.compare(name, got, {"sums": sums, "beside": beside}, tolerance)
 
 
-def linears(name, *, T, O, I, ranks, dtype=jnp.float16, tolerance=HALF):
+def linears(name, *, T, O, I, ranks, rate=0.0, dtype=jnp.float16, tolerance=HALF):
     """Layers that read one x, the first beside a residual, the last with a bias, and their gradients."""
     random = np.random.default_rng(T)
 
@@ -217,6 +217,7 @@ def linears(name, *, T, O, I, ranks, dtype=jnp.float16, tolerance=HALF):
 
     loras = tuple((draw(rank, I), draw(O, rank), jnp.asarray(1.7, dtype)) if rank else None for rank in ranks)
     weights = tuple(draw(O, I) for _ in ranks)
+    keys = tuple(jax.random.split(jax.random.key(0), len(ranks))) if rate else (None,) * len(ranks)
     arguments = draw(1, T, I, scale=1.0), loras, draw(1, T, O, scale=1.0), draw(O)
 
     def layers(loras, bias, dtype):
@@ -225,10 +226,11 @@ def linears(name, *, T, O, I, ranks, dtype=jnp.float16, tolerance=HALF):
         return tuple(Weights(weight.astype(dtype), bias, lora) for weight, bias, lora in together)
 
     def kernels(x, loras, add, bias):
-        return linear.linears(x, layers(loras, bias, x.dtype), 0.0, (None,) * len(ranks), add, CARD)
+        return linear.linears(x, layers(loras, bias, x.dtype), rate, keys, add, CARD)
 
     def definition(x, loras, add, bias):
-        first, *rest = (linear_reference.linear(x, *layer[:3], 0.0, None) for layer in layers(loras, bias, x.dtype))
+        together = zip(layers(loras, bias, x.dtype), keys, strict=True)
+        first, *rest = (linear_reference.linear(x, *layer[:3], rate, key) for layer, key in together)
         return first + add, *rest
 
     of = 0, 1, 2, 3
@@ -391,6 +393,8 @@ if __name__ == "__main__":
     linears("linear, three layers, one without LoRA", T=150, O=70, I=48, ranks=(5, 0, 16))
     linears("linear, three layers, bfloat16", T=150, O=70, I=48, ranks=(5, 8, 16), dtype=jnp.bfloat16, tolerance=BRAIN)
     linears("linear, ranks that do not fit together", T=20, O=140, I=130, ranks=(100, 70))
+    linears("linear, a rank that the kernel does not take", T=20, O=140, I=150, ranks=(8, 130))
+    linears("linear, two layers under dropout", T=40, O=70, I=48, ranks=(5, 8), rate=0.3)
     mlp("mlp, weights and LoRA trained", T=64, F=96, ranks=(8, 8, 8), trained=True)
     mlp_of_b("mlp, B alone", 1)
     qkv("qkv, v without LoRA", B=1, T=30, N=3, K=1, H=64, ranks=(4, 4, 0), of=(0, 1))

@@ -293,6 +293,8 @@ def dequantize_way(implementation=None, patch=None):
 
 
 WAYS = [(way, dict()) for way in (mlp_way, norm_rope_way, rms_norm_way, dequantize_way, qkv_way, linear_way)]
+WAYS += [(linear_way, case) for case in (dict(added=False), dict(bias=True), dict(rank=0, beside=dict(rank=8)))]
+WAYS.append((linear_way, dict(rank=129, beside=dict(rank=8))))
 
 
 @pytest.mark.parametrize("way, case", WAYS)

@@ -24,9 +24,9 @@ def linears(
     """y_i = x W_iᵀ + bias_i + s_i · dropout(x) A_iᵀ B_iᵀ for layers that read the same x (q, k, v; or gate, up).
 
     x: (..., I), its dtype is the compute dtype: weights, A and B are read in theirs and cast to it; products
-    accumulate in float32; each y_i is (..., O_i) in x's dtype. dropout is LoRA's, drawn anew for each layer from
-    key, and off where key is None. add: added to y_0, a residual, of its shape and dtype. A layer with a magnitude is
-    DoRA's, see `dora`.
+    accumulate in float32; each y_i is (..., O_i) in x's dtype. bias: of any dtype, which "triton" adds as it is and the
+    others round to x's first. dropout is LoRA's, drawn anew for each layer from key, and off where key is None. add:
+    added to y_0, a residual, of its shape and dtype. A layer with a magnitude is DoRA's, see `dora`.
     implementation: "triton" (an own kernel adds up a layer's product, LoRA's part, bias and `add`, and rounds once),
     "fused" (plain XLA; both with reverse-mode derivatives only), "reference", or None: the first that serves. Raises
     ValueError where a shape does not fit or the implementation is unknown, NotImplementedError where the one that was

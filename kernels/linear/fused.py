@@ -144,13 +144,16 @@ def outputs(
     `low_rank_inputs`, in which these layers' begin with the column `start`; capability: that the kernel which adds the
     parts up, rounding once, is compiled for, None for plain XLA, which may round the large product first."""
     found: list[jax.Array] = []
-    for layer, rank, low in zip(layers, ranks(layers), split_ranks(u, layers, start), strict=True):
-        if capability is not None and low is not None and u is not None:
+    ends = itertools.accumulate(ranks(layers), initial=start)
+    for layer, (first, end) in zip(layers, itertools.pairwise(ends), strict=True):
+        adapted = u if end > first else None
+        if adapted is not None and capability is not None and end - first <= triton.LARGEST_RANK:
             product, b = multiply(x, layer.weight, jnp.float32), scaled_b(layer, x.dtype)
-            found.append(triton.summed(product, u, b, capability, start=start, bias=layer.bias, add=add))
+            found.append(triton.summed(product, adapted, b, capability, start=first, bias=layer.bias, add=add))
         else:
             y = multiply(x, layer.weight)
-            if low is not None:
+            if adapted is not None:
+                low = jax.lax.slice_in_dim(adapted, first, end, axis=adapted.ndim - 1)
                 # the large product can take it as its own start (beta = 1). Added to the residual first, whose numbers
                 # are larger, a young adapter's part would be rounded away, every time in the same direction
                 y = y + reference.matmul(low, scaled_b(layer, x.dtype))
@@ -160,7 +163,6 @@ def outputs(
                 y = y + jax.lax.expand_dims(layer.bias.astype(x.dtype), range(y.ndim - 1))
             found.append(y)
         add = None
-        start += rank
     return tuple(found)
 
 
@@ -259,7 +261,11 @@ def _low_rank_products(x, u, g, dys, layers, wanted, rate, keys, known, capabili
     else:
         inputs = [_dropout(x, rate, keys[i]) if dropped else x for i in of_a]
         asked += [triton.Thin(own, g, starts[i], sizes[i], True) for i, own in zip(of_a, inputs, strict=True)]
-    products = [_thin(one) for one in asked] if capability is None else triton.over_tokens(asked, capability)
+    if capability is None:
+        products = [_thin(one) for one in asked]
+    else:  # several in one launch; not where each reads an x of its own, which would be there together
+        launches = [[one] for one in asked] if dropped else [asked]
+        products = [one for launch in launches for one in triton.over_tokens(launch, capability)]
     rest = products[len(of_b) :]
     if together:
         rest = [rest[0][starts[i] : starts[i + 1]] for i in of_a]

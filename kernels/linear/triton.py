@@ -39,15 +39,15 @@ FEW, MORE = Tile(16, 128, warps=2, stages=5), Tile(64, 128)
 
 
 def check(x: jax.Array, layers: tuple[Weights, ...], capability: int) -> None:
-    """Raises NotImplementedError with the reason where the kernel cannot add up the parts of layers with LoRA."""
+    """Raises NotImplementedError with the reason where the kernel cannot add up any layer's parts."""
     ranks = [layer.lora[0].shape[0] for layer in layers if layer.lora is not None]
     if not ranks:
         raise NotImplementedError("nothing to add up: needs LoRA")
     if any(layer.magnitude is not None for layer in layers):
         raise NotImplementedError("a magnitude (DoRA): serves LoRA alone")
     check_16_bits(x.dtype, capability)
-    if max(ranks) > LARGEST_RANK:
-        raise NotImplementedError(f"rank {max(ranks)}: needs at most {LARGEST_RANK}")
+    if min(ranks) > LARGEST_RANK:
+        raise NotImplementedError(f"rank {min(ranks)}: needs at most {LARGEST_RANK}")
     check_installed()
 
 

@@ -7,11 +7,11 @@
 A product with R columns is read and not computed: what decides is how much of X is on its way, and several short
 products are one launch. `over_tokens`: a program holds BK columns of one X and walks over a chunk of the tokens; the
 chunks are added up outside. `side_by_side`: BT tokens, and walks over the columns. `summed`: P (T, O) is the large
-product, u (T, R) the low-rank input, b (O, R) the scaled B. A product of its own for u bᵀ would write an array as wide
-as y for the large product to read. P is float32, as the product summed it up, and the sum is rounded once. Were P
-rounded too, a small u bᵀ alone would be rounded away again; and P + add would often lie halfway between two numbers of
-y's dtype, where the smallest u bᵀ carries it to the next, and a young adapter would do twice what its numbers say. A
-program holds BT tokens by BO outputs.
+product, u the low-rank input, R columns from START of (T, WIDTH), b (O, R) the scaled B. A product of its own for u bᵀ
+would write an array as wide as y for the large product to read. P is float32, as the product summed it up, and the sum
+is rounded once. Were P rounded too, a small u bᵀ alone would be rounded away again; and P + add would often lie halfway
+between two numbers of y's dtype, where the smallest u bᵀ carries it to the next, and a young adapter would do twice
+what its numbers say. A program holds BT tokens by BO outputs.
 Measured: docs/log.md. x Aᵀ, few columns of one X, is cuBLAS's: `side_by_side` was no faster.
 
 Sizes of several products are tuples, one entry a product; arrays that are not there are stood for by another one.

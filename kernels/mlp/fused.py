@@ -4,7 +4,7 @@
     dh = ∂down/∂h (dY),  de = dh · v · act′(e),  dv = dh · act(e),  dx = ∂gate/∂x (de) + ∂up/∂x (dv)
 
 What stands between the large products is one Triton kernel each way where `triton.check` lets it, and one more sums
-down's parts beside a residual; else plain XLA.
+down's parts (`linear/triton.py`); else plain XLA. Under dropout gate's and up's parts are XLA's to add.
 Kept for backward by `mlp`: x, e, v (without their low-rank parts where the kernels add them) and the R columns of the
 low-rank inputs; h is computed again, in the same pass over e, v and dh that gives de and dv. Names for a
 rematerialisation policy: "mlp_gate", "mlp_up" and "mlp_low_rank", the input of down's B, which costs R columns and
@@ -71,7 +71,7 @@ def _outer(
     else:
         h = triton.product(e, v, activation, kernels.capability, in_place) if kernels else _product(e, v, activation)
         of_down = linear.low_rank_inputs(h, layers[2:], rate, keys[2:])
-    return linear.outputs(h, of_down, layers[2:], add, capability)[0], of_down
+    return linear.outputs(h, of_down, layers[2:], add, kernels and kernels.capability)[0], of_down
 
 
 def _named(u: jax.Array | None) -> jax.Array | None:

@@ -32,6 +32,20 @@ def qkv(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """As `qkv` of this folder; implementation: of the operations that it is made of."""
     products = linears(x, layers, dropout=dropout, key=key, implementation=implementation)
+    return rotated(products, norms, cos, sin, head_dim=head_dim, eps=eps, implementation=implementation)
+
+
+def rotated(
+    products: tuple[jax.Array, ...],
+    norms: tuple[jax.Array, jax.Array] | None,
+    cos: jax.Array,
+    sin: jax.Array,
+    *,
+    head_dim: int,
+    eps: float,
+    implementation: str | None,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """q, k and v of the products that give them."""
     q, k, v = heads(products, head_dim)
     if norms is None:
         return apply_rope(q, cos, sin), apply_rope(k, cos, sin), v

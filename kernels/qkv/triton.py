@@ -3,9 +3,9 @@
     q = rotate(norm(x W_qᵀ + u_q (s B_q)ᵀ)), k likewise, v = x W_vᵀ + u_v (s B_v)ᵀ
 
 The low-rank parts of q and k are added by the kernel that normalises and rotates them, in float32: a product of their
-own would write them, and the large product read them, as wide as q and k. v is a sum of `linear`'s. The products of q
-and k without those parts are named for a rematerialisation policy. Kept for backward: x, those products where there are
-norms, the columns of the low-rank inputs, and where they cost nothing the dense copies of quantised weights.
+own would write them, and the large product read them, as wide as q and k. v is a sum of `linear`'s. v, and the products
+of q and k without those parts, are named for a rematerialisation policy. Kept for backward: x, those products where
+there are norms, the columns of the low-rank inputs, and where they cost nothing the dense copies of quantised weights.
 """
 
 import functools
