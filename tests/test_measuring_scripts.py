@@ -47,23 +47,6 @@ def test_length_and_batch_take_the_place_of_the_workloads_own(tiny_workload, mon
     assert "expected a whole number above 0" in capsys.readouterr().err
 
 
-def test_a_single_timed_step_takes_its_whole_time_where_sending_it_takes_that_long(tiny_workload, monkeypatch):
-    planned = bench.planned
-
-    def slow(*args):
-        found = planned(*args)
-
-        def step(*arguments):
-            time.sleep(0.3)  # as a step of more kernels than a queue holds
-            return found.compiled(*arguments)
-
-        return replace(found, compiled=step)
-
-    monkeypatch.setattr(bench, "planned", slow)
-    line = bench.measure("A7", bench.read_options(["A7", "--steps", "1", "--warmup", "1"]))
-    assert line["step_ms"] >= 300 and len(line["loss"]) == 2
-
-
 # scripts/context.py
 
 
@@ -148,6 +131,18 @@ def test_a_row_is_shortened_to_what_fits_on_the_card_itself(scripts):
 def test_a_measured_row_is_run_and_the_page_says_which_was(tiny_workload, foretold, monkeypatch, tmp_path, capsys):
     context, _ = foretold
     monkeypatch.setattr(context, "STEP", 32)
+    planned = bench.planned
+
+    def slow(*args):
+        found = planned(*args)
+
+        def step(*arguments):
+            time.sleep(0.3)  # sending a step of more kernels than a queue holds takes as long as the step
+            return found.compiled(*arguments)
+
+        return replace(found, compiled=step)
+
+    monkeypatch.setattr(bench, "planned", slow)
     found = {"policy": "offload", "tiles": 2, "length": 64, "total": 7 * GIB, "temporary": 1, "arguments": 1}
     found |= {"host": 6 * GIB, "next_total": 9 * GIB, "estimated_seconds": 0.1}
     about = {"model": "tiny", "device": "h200", "jax": "0", "margin": 0.95, "compiled": {}, "measured": {}}
@@ -159,6 +154,7 @@ def test_a_measured_row_is_run_and_the_page_says_which_was(tiny_workload, foreto
     assert context.main(["measure", "--budget", "8", "--results", str(results)]) == 0
     record = json.loads(results.read_text())["measured"]["8"]
     assert record["length"] == 64 and len(record["loss"]) == 2  # one before the timed one
+    assert record["step_seconds"] >= 0.3  # the whole of it, and nothing of it beside the one before
     assert all(loss == pytest.approx(math.log(CONFIGS["qwen3"]["vocab_size"]), rel=0.2) for loss in record["loss"])
     assert context.main(["table", "--results", str(results), "--output", str(page)]) == 0
     rows = [line for line in page.read_text().splitlines() if line.startswith("| ")]
