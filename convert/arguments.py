@@ -149,7 +149,8 @@ def _settled(source: Source) -> Converted:
             settings.setdefault(name, Taken(value, remark or ("" if name == one.name else f"{one.name} there")))
         if not made and remark:
             (lost if is_lost else needless).append(f"{one.name} = {shown}: {remark}")
-    if "train_on" not in settings and source.origins & {"SFTConfig", "SFTTrainer", "trl"}:
+    silent = not any(one.name == "assistant_only_loss" for one in source.given)
+    if silent and "train_on" not in settings and source.origins & {"SFTConfig", "SFTTrainer", "trl"}:
         lost.append(f"assistant_only_loss is not given: {ALL_TURNS}")
     return _accepted(_with_defaults(settings, source.origins, lost), needless, lost)
 

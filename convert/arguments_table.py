@@ -196,7 +196,7 @@ def _sampling(value: Any) -> Outcome:
 
 
 def _assistant_only(value: Any) -> Outcome:
-    return Outcome({"train_on": "responses"} if is_on(value) else {}, "" if is_on(value) else ALL_TURNS)
+    return Outcome({"train_on": "responses"}) if is_on(value) else Outcome({}, ALL_TURNS, lost=True)
 
 
 def _completion_only(value: Any) -> Outcome:
@@ -247,7 +247,7 @@ TRAINING = [
     ),
     changed("logging_strategy", "`logging_steps`", "counted in steps", _by_steps),
     changed("train_sampling_strategy", "`shuffle_dataset`", "`sequential` is false", _sampling),
-    changed("assistant_only_loss", "`train_on`", "true is `responses`, false `all`", _assistant_only),
+    changed("assistant_only_loss", "`train_on`", "true is `responses`; false `all`, for `messages`", _assistant_only),
     changed("completion_only_loss", "`train_on`", "true is `responses`, false `all`", _completion_only),
     needless("rows are shuffled by `seed` anyway", "shuffle_dataset"),
     needless("XLA compiles the step", "torch_compile torch_compile_backend torch_compile_mode torch_empty_cache_steps"),
@@ -384,6 +384,9 @@ UNSLOTH = [
     missing("`max_length` beyond the model's positions scales its rope", "rope_scaling"),
     missing("`add_tokens` extends the vocabulary", "resize_model_vocab"),
     missing("8 bits of floats are not here", "load_in_fp8"),
+    missing("images are not read: the text part alone is trained", "finetune_vision_layers", is_off),
+    missing("`lora_target_modules` names the linear layers",
+            "finetune_language_layers finetune_attention_modules finetune_mlp_modules", is_on),
 ]  # fmt: skip
 
 # arguments that trainers took themselves before there was SFTConfig, and those that are no settings

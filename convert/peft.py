@@ -200,16 +200,25 @@ def target_names(model: Model, config: LoraConfig) -> list[str]:
     return list(endings if {name for name in linear_places(model) if reaches(short, name)} == reached else reached)
 
 
-def read_adapter_config(directory: Path) -> LoraConfig:
-    """The LoRA settings of a PEFT adapter. Raises InputError where it is missing or of a method not supported."""
+def read_base_model(directory: Path) -> str | None:
+    """What a PEFT adapter names as its base: a directory or a hub name. Raises InputError as `read_adapter_config`."""
+    return _read_config(directory).get("base_model_name_or_path")
+
+
+def _read_config(directory: Path) -> dict[str, Any]:
     path = directory / CONFIG
     if not path.is_file():
         raise InputError(f"{directory} has no {CONFIG}; a PEFT adapter directory is needed")
     try:
-        written = json.loads(path.read_text(encoding="utf-8"))
-        kind = written.get("peft_type")
+        return dict(json.loads(path.read_text(encoding="utf-8")).items())
     except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
         raise InputError(f"{path} is not a JSON object: {error}") from error
+
+
+def read_adapter_config(directory: Path) -> LoraConfig:
+    """The LoRA settings of a PEFT adapter. Raises InputError where it is missing or of a method not supported."""
+    path, written = directory / CONFIG, _read_config(directory)
+    kind = written.get("peft_type")
     if kind not in ("LORA", "ADALORA"):
         raise InputError(f"{path}: peft_type {kind!r} is not supported; only LORA and ADALORA adapters are")
     for field, neutral in NEUTRAL.items():

@@ -17,7 +17,7 @@ from jaxft.files import find_files, has_split, open_rows
 from jaxft.load import EMBEDDED
 from jaxft.mixture import Source
 from jaxft.packing import Batch, eval_batches
-from jaxft.prepare import prepare
+from jaxft.prepare import model_of, prepare
 from jaxft.settings import EvaluateSettings, TrainSettings
 from jaxft.sharding import data_parallel_size, put_batch
 from jaxft.step import EvalStep, make_eval_step
@@ -77,13 +77,16 @@ def read_from(name: str, split: str | None) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     settings, provenance = parse("evaluate", argv)
-    if (settings.model_name_or_path is None) != (settings.dataset is None):
+    based = settings.model_name_or_path is None and settings.adapter is not None  # on the base of the adapter
+    if (settings.model_name_or_path is None) != (settings.dataset is None) and not based:
         raise InputError("--model_name_or_path and --dataset go together; name both, or neither for the embedded ones")
     for line in describe(settings, provenance):
         print(line, file=sys.stderr)
     if settings.eval_metric is not None:
         find_metric(settings.eval_metric)  # raises now what it would raise after the model is loaded
-    model_name = settings.model_name_or_path or str(EMBEDDED / "base")
+    model_name = model_of(settings)
+    if settings.dataset is None and model_name != str(EMBEDDED / "base"):
+        raise InputError(f"--dataset is missing: the base of {settings.adapter} is not the embedded one")
     sources = settings.sources or (Source(str(EMBEDDED / "problems_heldout.jsonl")),)
     if len(sources) > 1:
         raise InputError(f"--dataset names {len(sources)} data sets; evaluate them one by one")

@@ -14,9 +14,8 @@ import jax
 from jaxft.config import describe, parse
 from jaxft.decode import generate
 from jaxft.errors import InputError, RunError, run_command
-from jaxft.load import EMBEDDED
 from jaxft.models.rope import DynamicRope
-from jaxft.prepare import Prepared, prepare
+from jaxft.prepare import Prepared, model_of, prepare
 from jaxft.prompts import ANSWER_FIELDS, Asked, prompt_tokens, read_asked
 from jaxft.sampling import prompt_keys
 from jaxft.settings import GenerateSettings
@@ -96,7 +95,7 @@ def main(argv: list[str] | None = None) -> int:
     if settings.compare_base:
         raise InputError("--compare_base is for a --chat in a terminal, and stdin is none")
     asked = read_asked(settings)
-    prepared = prepare(settings, settings.model_name_or_path or str(EMBEDDED / "base"))
+    prepared = prepare(settings, model_of(settings))
     prompts = [_tokens(one, prepared, settings) for one in asked]
     with jax.set_mesh(prepared.mesh):
         keys = prompt_keys(jax.random.key(settings.seed), prompts)

@@ -15,12 +15,15 @@ from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerBase
 
 from jaxft.cards import absent_card
-from jaxft.convert.peft import read_adapter_config, read_factors
+from jaxft.convert.peft import read_adapter_config, read_base_model, read_factors
 from jaxft.devices import beside, starting_devices, use_compile_cache
 from jaxft.errors import InputError
+from jaxft.files import is_hub_name
 from jaxft.initial import Factors, Parting
 from jaxft.load import (
     BASE_CONFIG,
+    EMBEDDED,
+    QUANTIZED_BASE,
     adapter_shapes,
     adapter_tokenizer,
     base_changes,
@@ -42,7 +45,7 @@ from jaxft.models.extension import Changes, describe_changes, extend_positions, 
 from jaxft.models.layers import OFFLOADED, can_keep_layers
 from jaxft.processes import is_first
 from jaxft.quant import is_quantized
-from jaxft.settings import ADALORA, GenerateSettings, Settings, TrainSettings
+from jaxft.settings import ADALORA, EvaluateSettings, GenerateSettings, Settings, TrainSettings
 from jaxft.sharding import make_mesh, mesh_sizes
 from jaxft.templates import set_template
 from jaxft.trees import Tree, flatten
@@ -86,6 +89,30 @@ class Prepared:
     def quantized(self) -> bool:
         """Whether any weight is held in fewer than 16 bits."""
         return any(is_quantized(leaf) for leaf in jax.tree.leaves(self.frozen, is_leaf=is_quantized))
+
+
+def model_of(settings: EvaluateSettings | GenerateSettings) -> str:
+    """The model that is named; else the base of the adapter, as its configuration names it; else the embedded one.
+
+    Raises InputError where that base is not here.
+    """
+    embedded = EMBEDDED / "base"
+    if settings.model_name_or_path is not None or settings.adapter is None:
+        return settings.model_name_or_path or str(embedded)
+    directory = find_directory(settings.adapter)
+    own, named = directory / QUANTIZED_BASE, read_base_model(directory)
+    if own.is_dir():
+        return str(own)
+    if not named:
+        raise InputError(f"{settings.adapter} names no base; give it as --model_name_or_path")
+    if Path(named).parts[-2:] == embedded.parts[-2:]:  # wherever jaxft was installed when the adapter was trained
+        return str(embedded)
+    if not Path(named).expanduser().exists() and not is_hub_name(named):
+        raise InputError(
+            f"{settings.adapter} was trained over {named}, which is not here; give its base as --model_name_or_path"
+        )
+    print(f"base: {named}, as {settings.adapter} says", file=sys.stderr)
+    return named
 
 
 def prepare(settings: Settings, model_name: str) -> Prepared:

@@ -1,6 +1,7 @@
 """What is to be continued: one text, one conversation, or a JSONL file of them, read and rendered into tokens."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -106,7 +107,7 @@ def prompt_tokens(asked: Asked, tokenizer: PreTrainedTokenizerBase, settings: Ge
     """
     raw = isinstance(asked.row.get("prompt"), str) and not settings.chat
     try:
-        text = str(asked.row["prompt"]) if raw else _render(asked, tokenizer)
+        text = str(asked.row["prompt"]) if raw else _render(asked, tokenizer, settings.chat_template_kwargs)
         text.encode("utf-8")  # JSON and a terminal can hold half a surrogate pair, which is no character
     except UnicodeEncodeError as failure:
         raise InputError(f"{asked.where}: character {failure.start} is half a character; write it whole") from failure
@@ -116,8 +117,8 @@ def prompt_tokens(asked: Asked, tokenizer: PreTrainedTokenizerBase, settings: Ge
     return tokens
 
 
-def _render(asked: Asked, tokenizer: PreTrainedTokenizerBase) -> str:
-    """The conversation up to the opening of the assistant's turn."""
+def _render(asked: Asked, tokenizer: PreTrainedTokenizerBase, template_kwargs: Mapping[str, Any]) -> str:
+    """The conversation up to the opening of the assistant's turn; of the template's settings the row's own win."""
     if not tokenizer.chat_template:
         raise InputError(
             f"{asked.where}: this tokenizer has no chat template; choose one with --chat_template, or use --prompt "
@@ -126,12 +127,16 @@ def _render(asked: Asked, tokenizer: PreTrainedTokenizerBase) -> str:
     messages: Any = asked.row.get("messages", asked.row.get("prompt"))
     if isinstance(messages, str):
         messages = [{"role": "user", "content": messages}]
+    own = asked.row.get("chat_template_kwargs") or {}
+    if not isinstance(own, Mapping):
+        raise InputError(f"{asked.where}: chat_template_kwargs is {shown(own)}; must be an object")
     try:
         return str(
             tokenizer.apply_chat_template(
-                messages, tools=asked.row.get("tools"), tokenize=False, add_generation_prompt=True
+                messages, tools=asked.row.get("tools"), tokenize=False, add_generation_prompt=True,
+                **{**template_kwargs, **own},
             )
-        )
+        )  # fmt: skip
     except (TemplateError, TypeError, ValueError, KeyError, AttributeError) as failure:
         raise InputError(
             f"{asked.where}: the chat template refuses the conversation: {failure}; change the messages"

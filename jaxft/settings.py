@@ -28,6 +28,9 @@ class JsonObject(dict[str, Any]):
         super().__init__(value)
 
 
+TEMPLATE_KWARGS = {"help": 'settings of the chat template, such as {"enable_thinking": false}'}
+
+
 def _flag(default: Any, help: str, **options: Any) -> Any:
     """A field that becomes a flag; `options` go to argparse's add_argument."""
     return dataclasses.field(default=default, metadata={"help": help, **options})
@@ -201,9 +204,7 @@ class DataArguments:
     train_on: Literal["responses", "last", "all"] = _flag(
         "responses", "tokens that count in the loss: all assistant turns and answers, the last of a row, or everything"
     )
-    chat_template_kwargs: JsonObject = dataclasses.field(
-        default_factory=JsonObject, metadata={"help": 'settings of the template, such as {"enable_thinking": false}'}
-    )
+    chat_template_kwargs: JsonObject = dataclasses.field(default_factory=JsonObject, metadata=TEMPLATE_KWARGS)
     packing: bool = _flag(True, "put several documents into one row")
     per_device_eval_batch_size: int = _flag(8, "rows a device in evaluation")
     shuffle_dataset: bool = _flag(True, "false keeps the order of the data")
@@ -372,6 +373,7 @@ class GenerateArguments:
     chat: bool = _flag(
         False, "a prompt is a user's turn, rendered with the chat template; without a prompt: talk in the terminal"
     )
+    chat_template_kwargs: JsonObject = dataclasses.field(default_factory=JsonObject, metadata=TEMPLATE_KWARGS)
     compare_base: bool = _flag(False, "in a --chat with --adapter, the base answers beside it")
     max_new_tokens: int = _flag(128, "most tokens to generate")
     stop: list[str] = dataclasses.field(

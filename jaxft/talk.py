@@ -15,9 +15,8 @@ from rich.text import Text
 
 from jaxft.decode import stream
 from jaxft.errors import InputError
-from jaxft.load import EMBEDDED
 from jaxft.models.rope import DynamicRope
-from jaxft.prepare import Prepared, prepare
+from jaxft.prepare import Prepared, model_of, prepare
 from jaxft.prompts import Asked, prompt_tokens
 from jaxft.settings import GenerateSettings
 from jaxft.stops import cut_at_stop, stop_token_ids
@@ -76,7 +75,7 @@ def base_of(prepared: Prepared, settings: GenerateSettings, model_name: str) -> 
 
 def talk(settings: GenerateSettings) -> int:
     """Reads turns from the terminal and shows the answers while they come, until /exit or the end of the input."""
-    model_name = settings.model_name_or_path or str(EMBEDDED / "base")
+    model_name = model_of(settings)
     prepared = prepare(settings, model_name)
     voices = [Voice("adapter" if settings.adapter else "model", prepared)]
     if settings.compare_base:

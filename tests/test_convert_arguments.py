@@ -10,7 +10,17 @@ import yaml
 from jaxft.config import parse
 from jaxft.convert import __main__ as command
 from jaxft.convert.arguments import convert
-from jaxft.convert.arguments_table import COMMAND, DEFAULTS, ORIGINS, PEFT, SETTINGS, TABLE, TRAINING, rule_for
+from jaxft.convert.arguments_table import (
+    ALL_TURNS,
+    COMMAND,
+    DEFAULTS,
+    ORIGINS,
+    PEFT,
+    SETTINGS,
+    TABLE,
+    TRAINING,
+    rule_for,
+)
 from jaxft.errors import InputError, run_command
 
 UNSLOTH = '''
@@ -142,6 +152,25 @@ SFTTrainer(model, train_dataset=ds["train_sft"], eval_dataset=ds["held"], peft_c
     assert found.items() >= expected.items()
     assert any(line.startswith("bnb_4bit_quant_type = fp4") for line in made.lost)
     assert any(line.startswith("bias = all") for line in made.lost)
+    write(script, script.read_text(encoding="utf-8").replace("loss=True", "loss=False"))
+    made = convert(str(script))
+    assert "train_on" not in made.settings
+    said = [line for line in (*made.lost, *made.needless) if "assistant_only_loss" in line]
+    assert said == [f"assistant_only_loss = False: {ALL_TURNS}"]
+
+
+def test_parts_of_a_model_that_unsloth_chooses_are_the_text_part_and_its_linear_layers(tmp_path):
+    script = write(
+        tmp_path / "u.py",
+        """
+model, tokenizer = FastModel.from_pretrained("a/b", max_seq_length=1024)
+model = FastModel.get_peft_model(model, finetune_vision_layers=False, finetune_language_layers=True,
+                                 finetune_attention_modules=True, finetune_mlp_modules=False, r=8)
+""",
+    )
+    made = convert(str(script))
+    assert {line.partition(":")[0] for line in made.lost if "finetune" in line} == {"finetune_mlp_modules = False"}
+    assert made.settings["lora_r"].value == 8
 
 
 def test_what_a_trl_script_says_of_evaluation_uploads_and_loftq_is_taken_over(tmp_path):

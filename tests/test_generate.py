@@ -9,8 +9,8 @@ import pytest
 from transformers import AutoTokenizer
 
 import jaxft
+from jaxft import evaluate, train
 from jaxft import generate as command
-from jaxft import train
 from jaxft.errors import InputError
 from jaxft.generate import generate
 from jaxft.sampling import prompt_keys
@@ -187,6 +187,21 @@ def test_an_adapter_answers_what_it_was_trained_to(base, capsys, tmp_path):
     asked = {"model_name_or_path": base, "prompt": row["question"], "max_new_tokens": 30}
     assert said(capsys, "--chat", adapter=out, **asked) == row["answer"]
     assert said(capsys, "--chat", **asked) != row["answer"]
+    # without a model's name it is the adapter's base
+    del asked["model_name_or_path"]
+    assert said(capsys, "--chat", adapter=out, **asked) == row["answer"]
+    assert evaluate.main(flags(adapter=out, dataset=data, max_length=64)) == 0
+    assert json.loads(capsys.readouterr().out)["loss"] < 2  # the base alone has above 5
+    with pytest.raises(InputError, match=r"--dataset is missing: the base of .*tuned is not the embedded one"):
+        evaluate.main(flags(adapter=out))
+    config = out / "adapter_config.json"
+    named = json.loads(config.read_text())
+    config.write_text(json.dumps(named | {"base_model_name_or_path": str(tmp_path / "gone")}))
+    with pytest.raises(InputError, match=r"was trained over .*gone, which is not here; give its base as"):
+        command.main(flags(adapter=out, prompt="a"))
+    config.write_text(json.dumps(named | {"base_model_name_or_path": None}))
+    with pytest.raises(InputError, match="names no base; give it as --model_name_or_path"):
+        command.main(flags(adapter=out, prompt="a"))
 
 
 def test_the_seed_decides_what_is_sampled(base, capsys):

@@ -18,6 +18,7 @@ from jaxft.generate import Completion, write_answers
 from jaxft.lora import LoraConfig, add_lora
 from jaxft.prompts import Asked
 from jaxft.sampling import prompt_keys
+from jaxft.settings import GenerateSettings, JsonObject
 from jaxft.stops import cut_at_stop, stop_token_ids
 from tests.tiny_models import V as V_TINY
 from tests.tiny_models import nonzero_adapter, tiny_model
@@ -171,6 +172,21 @@ def test_chat_makes_each_prompt_a_users_turn_and_without_output_the_rows_go_to_s
     one, two = map(json.loads, command_answer(capsys, "--chat", prompts=rows, **settings).splitlines())
     assert one["completion"] == command_answer(capsys, "--chat", prompt="Hi", **settings) != two["completion"]
     assert one["prompt_tokens"] == two["prompt_tokens"] == 21
+
+
+def test_the_chat_template_is_given_the_flags_settings_and_a_rows_own_win():
+    tokenizer = make_tokenizer(template="{{ messages[0]['content'] }}{{ style | default('none') }}")
+
+    def asked(row: dict, **given) -> str:
+        settings = GenerateSettings(prompt="a", chat=True, **given)
+        return tokenizer.decode(prompts.prompt_tokens(Asked("here", row), tokenizer, settings))
+
+    assert asked({"prompt": "Hi "}) == "Hi none"
+    plain = {"chat_template_kwargs": JsonObject({"style": "plain"})}
+    assert asked({"prompt": "Hi "}, **plain) == "Hi plain"
+    assert asked({"prompt": "Hi ", "chat_template_kwargs": {"style": "rich"}}, **plain) == "Hi rich"
+    with pytest.raises(InputError, match="here: chat_template_kwargs is 7; must be an object"):
+        asked({"prompt": "Hi ", "chat_template_kwargs": 7})
 
 
 @pytest.mark.long
