@@ -323,6 +323,15 @@ def shorter(data: Record) -> str:
     return f" The rows run are {min(missing):.0%} to {max(missing):.0%} shorter for it." if any(missing) else ""
 
 
+def estimates(data: Record) -> str:
+    """How far the seconds that are estimated are from those that were measured, "" where none were."""
+    pairs = [(run, data["budgets"][budget]) for budget, run in data["measured"].items() if "step_seconds" in run]
+    times = [run["step_seconds"] / found["estimated_seconds"] for run, found in pairs]
+    more = f" A step that was timed took {min(times):.1f} to {max(times):.1f} times its estimate" if times else ""
+    first = any(not run["warmup"] for run, _ in pairs)
+    return more + ("; long ones are first steps, which pin the host's memory too." if first else "." * bool(more))
+
+
 def document(data: Record, unsloth: bool) -> str:
     """docs/context.md; unsloth: with its line, which is of one model."""
     measured = [(budget, data["measured"][budget]) for budget in data["budgets"] if budget in data["measured"]]
@@ -338,9 +347,9 @@ def document(data: Record, unsloth: bool) -> str:
         *textwrap.wrap(
             f"{data['model']}, QLoRA in NF4, one row a step, r = 16 on all linear layers, 8-bit AdamW. The longest "
             f"row, a multiple of {STEP}, whose step takes at most {data['margin']:.0%} of the budget by XLA's own plan "
-            f"for it (jax {data['jax']}; the next longer row was compiled too and takes more): on the card for rows "
-            f"that were run, for {data['device']} without one for the others, where the scratch memory of kernels that "
-            f"are chosen on a card is not known.{shorter(data)}",
+            f"for {data['device']}, made without one (jax {data['jax']}; the next longer row was compiled too and "
+            "takes more). Rows that were run have the card's own plan, which may need less, so that some tokens more "
+            f"might fit.{shorter(data)}{estimates(data)}",
             120,
         ),
         "",
@@ -355,13 +364,13 @@ def document(data: Record, unsloth: bool) -> str:
         "",
     ]
     if unsloth:
-        lines += [
-            "Unsloth's column is the line of its published table for Llama 3.1 8B, r = 32, at the same budget: 7.37 GB",
-            "and 222 KiB a token, with the units read in its favour.",
-            "",
-        ]
+        words = (
+            "Unsloth's column is an upper bound of its published table for Llama 3.1 8B, r = 32, at the same budget: "
+            "the line 7.37 GB and 222 KiB a token, with the units read in its favour, up to 2,750 tokens above the table."
+        )
+        lines += [*textwrap.wrap(words, 120), ""]
     lines += [
-        "`python scripts/context.py plan --device h200`, `measure --budget N` and `table` repeat it.",
+        "`python scripts/context.py plan --device h200`, `measure --budget N [--stop_after 5]` and `table` repeat it.",
         "",
         "| budget, GiB | policy, MLP tiles | longest row | planned, GiB | measured peak, GiB | on the host, GiB "
         "| seconds a step |" + (" Unsloth's line |" if unsloth else ""),

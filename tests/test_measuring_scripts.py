@@ -161,6 +161,8 @@ def test_a_measured_row_is_run_and_the_page_says_which_was(tiny_workload, foreto
     assert rows[1].startswith("| 8 | `offload`, 2 | 64 | 5.01 | not known | 0.0 | ") and "~" not in rows[1]
     assert rows[2].startswith("| 12 | `offload`, 2 | 128 | 7.00 |  | 6.0 | ~") and "nothing fits" in rows[3]
     assert "Run on a card: 8 GiB (cpu)" in page.read_text()
+    times = f"{record['step_seconds'] / 0.1:.1f}"
+    assert f"A step that was timed took {times} to {times} times its estimate." in " ".join(page.read_text().split())
     assert run_command(context.main, ["measure", "--budget", "40", "--results", str(results)]) == 2
     assert "no length for 40 GiB" in capsys.readouterr().err
 
