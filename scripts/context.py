@@ -366,7 +366,7 @@ def document(data: Record, unsloth: bool) -> str:
     if unsloth:
         words = (
             "Unsloth's column is an upper bound of its published table for Llama 3.1 8B, r = 32, at the same budget: "
-            "the line 7.37 GB and 222 KiB a token, with the units read in its favour, up to 2,750 tokens above the table."
+            "the line 7.37 GB and 222 KiB a token, with the units read in its favour, up to 2,750 tokens above it."
         )
         lines += [*textwrap.wrap(words, 120), ""]
     lines += [
