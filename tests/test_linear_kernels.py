@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxft.kernels.linear import Weights, linears, times_scale
+from jaxft.kernels.linear import Weights, dora, linears, times_scale
 from jaxft.kernels.linear_cross_entropy import linear_cross_entropy, reference, tile_rows, tiled
 from jaxft.kernels.mlp import mlp
 from jaxft.quant import dense, quantize
@@ -454,3 +454,18 @@ def test_tile_rows_follow_the_vocabulary_and_leave_no_crumb():
         tile = tile_rows(M, 151936)
         assert tile % 128 == 0 and -M % tile <= max(128, M // 8)
     assert tile_rows(16384, 10**9) == 1
+
+
+def test_a_doras_parts_are_summed_in_float32_and_rounded_once():
+    random = np.random.default_rng(0)
+    x, w, a, b, bias, add = (
+        jnp.asarray(random.standard_normal(shape), jnp.bfloat16)
+        for shape in ((1, 64, 32), (48, 32), (4, 32), (48, 4), (48,), (1, 64, 48))
+    )
+    layer = Weights(w, bias, (a, b, jnp.float32(0.1)), jnp.asarray(random.uniform(5, 7, 48), jnp.float32))
+    (y,) = linears(x, (layer,), add=add)
+    (product,) = linears(x, (layer._replace(bias=None, magnitude=None),))
+    c = dora.factor(layer.magnitude, dora.norm(layer))
+    parts = (np.float32(part) for part in (product, c, bias, add))
+    product, c, bias, add = parts
+    np.testing.assert_array_equal(y, jnp.asarray(product * c + bias + add).astype(jnp.bfloat16))

@@ -77,13 +77,12 @@ def _dropped(x: jax.Array, layer: Weights, rate: float, key: jax.Array | None) -
 def _scaled(
     product: jax.Array, rest: jax.Array | None, layer: Weights, norm: jax.Array | None, add: jax.Array | None
 ) -> jax.Array:
-    """c ∘ product + rest + bias + add, in the product's dtype."""
+    """c ∘ product + rest + bias + add in float32, rounded once, to the product's dtype."""
     assert layer.magnitude is not None and norm is not None
     product = kept_product(product, "dora_product")
     c = jax.lax.expand_dims(factor(layer.magnitude, norm), range(product.ndim - 1))
-    y = (product.astype(jnp.float32) * c).astype(product.dtype)
-    if layer.bias is not None:
-        y = y + jax.lax.expand_dims(layer.bias.astype(y.dtype), range(y.ndim - 1))
-    for other in (rest, add):
-        y = y if other is None else y + other
-    return y
+    y = product.astype(jnp.float32) * c
+    bias = None if layer.bias is None else jax.lax.expand_dims(layer.bias, range(y.ndim - 1))
+    for other in (rest, bias, add):
+        y = y if other is None else y + other.astype(jnp.float32)
+    return y.astype(product.dtype)
