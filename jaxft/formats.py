@@ -10,7 +10,7 @@ import numpy as np
 from jaxft.chat import Rendered, left_out, render_conversation, trained_tokens
 from jaxft.columns import Columns
 from jaxft.errors import InputError
-from jaxft.messages import function_of, parse_json, shown, without_none
+from jaxft.messages import as_object, function_of, parse_json, shown, without_none
 from jaxft.samples import Document
 
 if TYPE_CHECKING:
@@ -200,9 +200,8 @@ class Reader:
             given = without_none(tools)
         if given is not None and (not isinstance(given, list) or not all(isinstance(t, Mapping) for t in given)):
             raise InputError(f"tools is {shown(tools)}; must be a list of objects")
-        own = parse_json(row.get("chat_template_kwargs") or {}, "chat_template_kwargs")
-        if not isinstance(own, Mapping):
-            raise InputError(f"chat_template_kwargs is {shown(own)}; must be an object")
+        name = "chat_template_kwargs"
+        own = as_object(parse_json(row.get(name) or {}, name), name)
         texts = render_conversation(
             self._tokenizer, messages, self._train_on, given or None, self._template_kwargs | without_none(own),
             first_trained=trained,

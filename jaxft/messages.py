@@ -96,6 +96,13 @@ def parse_json(value: Any, name: str) -> Any:
         raise InputError(f"{name} is no JSON: {failure.msg}: {shown(value)}") from failure
 
 
+def as_object(value: Any, name: str) -> Mapping[str, Any]:
+    """The value, where it is a JSON object. Raises InputError for anything else."""
+    if not isinstance(value, Mapping):
+        raise InputError(f"{name} is {shown(value)}; must be an object")
+    return value
+
+
 def without_none(value: Any) -> Any:
     """The value without the keys that hold None, at any depth."""
     if isinstance(value, Mapping):

@@ -10,7 +10,7 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from jaxft.errors import InputError
-from jaxft.messages import shown
+from jaxft.messages import as_object, shown
 from jaxft.settings import GenerateSettings
 
 ANSWER_FIELDS = ("completion", "prompt_tokens", "completion_tokens", "finish_reason")  # what an answered row gains
@@ -127,9 +127,7 @@ def _render(asked: Asked, tokenizer: PreTrainedTokenizerBase, template_kwargs: M
     messages: Any = asked.row.get("messages", asked.row.get("prompt"))
     if isinstance(messages, str):
         messages = [{"role": "user", "content": messages}]
-    own = asked.row.get("chat_template_kwargs") or {}
-    if not isinstance(own, Mapping):
-        raise InputError(f"{asked.where}: chat_template_kwargs is {shown(own)}; must be an object")
+    own = as_object(asked.row.get("chat_template_kwargs") or {}, f"{asked.where}: chat_template_kwargs")
     try:
         return str(
             tokenizer.apply_chat_template(

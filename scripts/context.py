@@ -326,10 +326,12 @@ def shorter(data: Record) -> str:
 def estimates(data: Record) -> str:
     """How far the seconds that are estimated are from those that were measured, "" where none were."""
     pairs = [(run, data["budgets"][budget]) for budget, run in data["measured"].items() if "step_seconds" in run]
+    if not pairs:
+        return ""
     times = [run["step_seconds"] / found["estimated_seconds"] for run, found in pairs]
-    more = f" A step that was timed took {min(times):.1f} to {max(times):.1f} times its estimate" if times else ""
-    first = any(not run["warmup"] for run, _ in pairs)
-    return more + ("; long ones are first steps, which pin the host's memory too." if first else "." * bool(more))
+    first = "; long ones are first steps, which pin the host's memory too"
+    first *= any(not run["warmup"] for run, _ in pairs)
+    return f" A step that was timed took {min(times):.1f} to {max(times):.1f} times its estimate{first}."
 
 
 def document(data: Record, unsloth: bool) -> str:

@@ -120,7 +120,7 @@ def folded(shape: Shape, first_key: jax.Array) -> jax.Array:
     return first_key if shape.window is None else jnp.maximum(first_key, t - shape.window + 1)
 
 
-def heads(shape: Shape, key: jax.Array, dtype: jnp.dtype) -> list[jax.Array]:
+def attention_inputs(shape: Shape, key: jax.Array, dtype: jnp.dtype) -> list[jax.Array]:
     q, kv = (shape.B, shape.T, shape.N, shape.H), (shape.B, shape.T, shape.K, shape.H)
     return normal(key, (q, kv, kv), dtype)
 
@@ -174,7 +174,7 @@ def attention_cases(shape: Shape, dtype: jnp.dtype, rank: int) -> Iterator[Case]
     pairs = float(np.sum(np.arange(shape.T) - np.asarray(folded(shape, jnp.asarray(first_key))) + 1, dtype=np.float64))
     work = 4 * pairs * shape.N * shape.H / 1e12  # 2 products forward, 5 backward
     yield Case(
-        "attention", lambda key: (*heads(shape, key, dtype), jnp.asarray(first_key)), ways, definition,
+        "attention", lambda key: (*attention_inputs(shape, key, dtype), jnp.asarray(first_key)), ways, definition,
         (work, 3.5 * work), of=(0, 1, 2), own_gradients=True,
     )  # fmt: skip
 
