@@ -54,8 +54,10 @@ HELD = 0.99  # of a plan: what the allocator holds while the step runs
 POLL = 1.0  # seconds between two looks at a step that may be stopped
 STOPPED = (
     " XLA allocates all that a step needs before its first kernel, so a step that ran and was stopped (`--stop_after`) "
-    "has the peak of a whole one. It proves that the row fits: nobody saw its loss, and its seconds are an estimate."
+    "has the peak of a whole one. It proves that the row fits: nobody saw its loss, and its seconds are an estimate, "
+    "marked by ~."
 )
+UNMEASURED = " Rows without a peak are planned by the compiler alone, and their seconds are an estimate, marked by ~."
 UNSLOTH_FIXED, UNSLOTH_TOKEN = 7.37e9, 222 * 1024  # bytes; its published lengths lie on this line or a little below
 
 Record = dict[str, Any]
@@ -287,6 +289,7 @@ def measure(options: argparse.Namespace) -> int:
         device = jax.devices()[0]
         stats = device.memory_stats() or {}
         record = {"length": length, "policy": policy, "tiles": tiles, "warmup": warmup}
+        record |= {"named": True} if options.length else {}
         record |= {"total": planned["total"], "host": planned["host"], "device": device.device_kind}
         record |= {"bytes_limit": stats.get("bytes_limit"), "peak_bytes": stats.get("peak_bytes_in_use")}
         record |= more | {"jax": jax.__version__}
@@ -317,10 +320,17 @@ def measure(options: argparse.Namespace) -> int:
 
 
 def shorter(data: Record) -> str:
-    """By how much the rows that were run are shorter than without a card's plan, "" where none is."""
-    runs = [(run, data["budgets"][budget]) for budget, run in data["measured"].items()]
-    missing = [1 - run["length"] / found["length"] for run, found in runs]
-    return f" The rows run are {min(missing):.0%} to {max(missing):.0%} shorter for it." if any(missing) else ""
+    """By how much the rows that were run are shorter than planned without a card: for the card's own plan, and where a
+    length was named."""
+    runs = [(budget, run, data["budgets"][budget]) for budget, run in data["measured"].items()]
+    cut = [1 - run["length"] / found["length"] for _, run, found in runs if not run.get("named")]
+    words = f" The rows run are {min(cut):.0%} to {max(cut):.0%} shorter for it." if any(cut) else ""
+    for budget, run, found in runs:
+        if run.get("named"):
+            missing = f"{1 - run['length'] / found['length']:.0%} shorter than the longest of {found['length']:,}"
+            words += f" The row of {budget} GiB was named with `--length`, {missing},"
+            words += f" of which {_gib(found['host'])} wait on the host."
+    return words
 
 
 def estimates(data: Record) -> str:
@@ -343,6 +353,7 @@ def document(data: Record, unsloth: bool) -> str:
         budgets = ", ".join(budget for budget, run in measured if ("step_seconds" in run) == ended)
         ran += [f"{how}: {budgets} GiB ({cards})."] * bool(budgets)
     stopped = STOPPED * any("stopped_after" in run for _, run in measured)
+    unmeasured = UNMEASURED * any(found and budget not in data["measured"] for budget, found in data["budgets"].items())
     lines = [
         "# How long a row fits",
         "",
@@ -358,9 +369,8 @@ def document(data: Record, unsloth: bool) -> str:
         f"**{' '.join(ran) or 'No row was run on a card yet.'}**",
         *textwrap.wrap(
             "In a run XLA has no more of the card than the budget, weights and tokens are random, the loss is finite, "
-            f"and the peak is the allocator's.{stopped} Rows without a peak are planned by the "
-            "compiler alone, and their seconds are an estimate, marked by ~. What waits on the host is beside the "
-            "budget. Positions are not scaled: beyond the model's own a real run scales its rope, at the same cost.",
+            f"and the peak is the allocator's.{stopped}{unmeasured} What waits on the host is beside the budget. "
+            "Positions are not scaled: beyond the model's own a real run scales its rope, at the same cost.",
             120,
         ),
         "",

@@ -16,6 +16,7 @@ SIZES = {"rows": 2, "length": 1024, "steps": 200, "seed": 0}
 FIRST = 1e-2  # how far the losses of the first step may lie apart
 SHARE = 0.1  # of what rounding moves the reference by: how far programs in float32 may lie apart in the mean
 TIMES = 2.0  # how many times the run-to-run noise the curves of two programs may lie apart in the mean
+YOUNG = 10  # steps in which the adapter is small beside the weights' rounding
 GIB = 1 << 30
 
 
@@ -189,16 +190,17 @@ def page(results: list[Result], exact: list[Result], verdict: list[tuple[bool, s
         f"![Losses, and differences to transformers + PEFT]({picture})",
         "",
         f"| who | {' | '.join(f'loss at {step}' for step in shown)} | mean \\|difference\\| | largest | "
-        + "to float32, mean | " * bool(exact)
+        + f"to float32, mean | of the first {YOUNG} | " * bool(exact)
         + "peak GiB |",
-        "|---" * (len(shown) + 4 + bool(exact)) + "|",
+        "|---" * (len(shown) + 4 + 2 * bool(exact)) + "|",
     ]
     for one in results:
         apart = Apart(one, reference)
         losses = " | ".join(f"{one.losses[step - 1]:.4f}" for step in shown)
         far = " | " if one is reference else f"{apart.mean:.1e} | {apart.distances.max():.1e}"
         peak = "" if one.peak_bytes is None else f"{one.peak_bytes / GIB:.2f}"
-        rounded = f"{Apart(one, exact[0]).mean:.1e} | " if exact else ""
+        moved = Apart(one, exact[0]).distances if exact else None
+        rounded = "" if moved is None else f"{moved.mean():.1e} | {moved[:YOUNG].mean():.1e} | "
         lines.append(f"| {one.name} | {losses} | {far} | {rounded}{peak} |")
     lines += [
         "",
