@@ -6,7 +6,6 @@ A 4-bit `X.weight` (uint8) stands beside `X.weight.absmax`, `.quant_map`, with d
 """
 
 import json
-import math
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +20,9 @@ from jaxft.quant import NF4, Int8, Quantized, describe_leaf
 STATE = ".quant_state.bitsandbytes__"
 PARTS_4BIT = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map", f"{STATE}nf4")
 BOOKS = 4 * (16 + 256)  # bytes of the two code books beside every weight in 4 bits
+BOOK_ERROR = 1e-6  # of an entry; torch builds round the linspace of the map by an ulp or so each in a way of its own
 DTYPES = ("float32", "bfloat16", "float16")
-FILE_DTYPES = {"U8": "uint8", "I8": "int8", "F32": "float32"}
+FILE_DTYPES = {"U8": "uint8", "I8": "int8", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
 def stored_leaves(where: dict[str, Any], source: Path | str) -> dict[str, Quantized]:
@@ -54,18 +54,27 @@ def companions(name: str, leaf: Quantized) -> list[str]:
 
 
 def read_leaf(where: dict[str, Any], name: str, leaf: Quantized) -> Quantized:
-    """The arrays of one quantised weight as `stored_leaves` described it, on the host."""
+    """The arrays of one quantised weight as `stored_leaves` described it, on the host.
+
+    Raises InputError where a scale is not finite.
+    """
 
     def read(tensor: str) -> np.ndarray:
         return where[tensor].get_tensor(tensor)
 
+    def read_scales(tensor: str) -> np.ndarray:
+        scales = read(tensor)
+        if scales.dtype == np.float32 and not np.isfinite(scales).all():
+            raise InputError(f"{tensor} holds NaN or an infinity; a scale is finite: download the file again")
+        return scales
+
     if isinstance(leaf, Int8):
-        return Int8(read(name), read(companions(name, leaf)[0]).reshape(-1), leaf.weight_shape, leaf.dtype)
-    codes, scales = read(name).reshape(-1), read(f"{name}.absmax")
+        return Int8(read(name), read_scales(companions(name, leaf)[0]).reshape(-1), leaf.weight_shape, leaf.dtype)
+    codes, scales = read(name).reshape(-1), read_scales(f"{name}.absmax")
     if leaf.nested is None:
         return NF4(codes, scales, None, None, leaf.weight_shape, leaf.block, leaf.dtype)
     offset = np.float32(json.loads(read(f"{name}{STATE}nf4").tobytes())["nested_offset"])
-    return NF4(codes, scales, read(f"{name}.nested_absmax"), offset, leaf.weight_shape, leaf.block, leaf.dtype)
+    return NF4(codes, scales, read_scales(f"{name}.nested_absmax"), offset, leaf.weight_shape, leaf.block, leaf.dtype)
 
 
 def leaf_tensors(name: str, leaf: Quantized) -> dict[str, np.ndarray]:
@@ -115,15 +124,16 @@ def quantization_config(leaves: dict[str, Any], linears: list[str]) -> dict[str,
 def _state(where: dict[str, Any], name: str, source: Path | str) -> dict[str, Any]:
     try:
         state = json.loads(where[name].get_tensor(name).tobytes())
-        shape = tuple(int(size) for size in state["shape"])
-        state |= {"shape": shape, "blocksize": int(state["blocksize"]), "quant_type": str(state["quant_type"])}
+        shape = tuple(map(_whole, state["shape"]))
+        state |= {"shape": shape, "blocksize": _whole(state["blocksize"]), "quant_type": str(state["quant_type"])}
         if "nested_blocksize" in state:
             state |= {
-                "nested_blocksize": int(state["nested_blocksize"]),
+                "nested_blocksize": _whole(state["nested_blocksize"]),
                 "nested_offset": float(state["nested_offset"]),
+                "nested_dtype": str(state["nested_dtype"]),
             }
         state["dtype"] = str(state["dtype"])
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise InputError(f"{source}: {name} is damaged: {error!r}; download the file again") from error
     if state["quant_type"] != "nf4":
         raise InputError(f"{source}: {name} says quant_type {state['quant_type']!r}; only nf4 is read")
@@ -131,11 +141,20 @@ def _state(where: dict[str, Any], name: str, source: Path | str) -> dict[str, An
         raise InputError(f"{source}: {name} says blocks of {state['blocksize']}; there are {BLOCK_SIZES}")
     if state.get("nested_blocksize", NESTED_BLOCK) != NESTED_BLOCK:
         raise InputError(f"{source}: {name} says nested blocks of {state['nested_blocksize']}; only {NESTED_BLOCK} are")
+    if state.get("nested_dtype", "float32") != "float32":
+        raise InputError(f"{source}: {name} says nested_dtype {state['nested_dtype']!r}; only float32 is read")
     if len(shape) != 2 or min(shape) < 1 or state["dtype"] not in DTYPES:
         raise InputError(f"{source}: {name} says shape {shape}, dtype {state['dtype']}; a float matrix is needed")
-    if not math.isfinite(state.get("nested_offset", 0.0)):
-        raise InputError(f"{source}: {name} says nested_offset {state['nested_offset']}, which is not finite")
+    if not abs(state.get("nested_offset", 0.0)) <= np.finfo(np.float32).max:  # so that NaN fails too
+        raise InputError(f"{source}: {name} says nested_offset {state['nested_offset']}, which is not finite in float32")
     return state
+
+
+def _whole(number: Any) -> int:
+    """A number of a JSON text. Raises ValueError where it is not written as a whole one."""
+    if type(number) is not int:  # true is an int as well
+        raise ValueError(f"{number!r} is no whole number")
+    return number
 
 
 def _described(where: dict[str, Any], weight: str, state: dict[str, Any], source: Path | str) -> NF4:
@@ -150,6 +169,12 @@ def _described(where: dict[str, Any], weight: str, state: dict[str, Any], source
         jax.ShapeDtypeStruct((), jnp.float32) if double else None,
         (rows, columns), state["blocksize"], jnp.dtype(state["dtype"]),
     )  # fmt: skip
+    if weight in where and (held := where[weight].get_slice(weight).get_dtype()) != "U8":
+        held = FILE_DTYPES.get(held, held)
+        raise InputError(
+            f"{source}: {weight} holds its 4 bits in {held} (bnb_4bit_quant_storage={held}), which is not read; quantise "
+            "the model that it was made from with bnb_4bit_quant_storage=uint8, the default"
+        )
     expected = {weight: leaf.codes, f"{weight}.absmax": leaf.scales, f"{weight}.nested_absmax": leaf.nested}
     for name, shape in expected.items():
         if shape is not None:
@@ -159,7 +184,8 @@ def _described(where: dict[str, Any], weight: str, state: dict[str, Any], source
         books[f"{weight}.nested_quant_map"] = dynamic_map()
     for name, book in books.items():
         _check(where, name, book.shape, book.dtype, source)
-        if not np.array_equal(where[name].get_tensor(name), book):
+        # one that is rounded otherwise is read as ours, which moves a value by BOOK_ERROR of its scale at most
+        if not np.abs(where[name].get_tensor(name) - book).max() <= BOOK_ERROR:  # so that NaN fails too
             raise InputError(f"{source}: {name} is not bitsandbytes' own code book; another one is not read")
     return leaf
 

@@ -242,6 +242,7 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
         "kept_layers": found.kept_layers,
         "compiler_options": dict(options.compiler_option),
         "optim": options.optim,
+        "backends": found.backends,
         "device": device.device_kind,
         "tokens_per_second": tokens / median,
         "step_ms": median * 1e3,

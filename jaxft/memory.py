@@ -15,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxft.cards import COMPILER_OPTIONS, MEMORY, PREALLOCATED, is_absent, step_options
 from jaxft.errors import InputError, RunError
 from jaxft.estimate import estimate
-from jaxft.kernels.gpu import compiling_for
+from jaxft.kernels.gpu import compiling_for, ways_taken
 from jaxft.kernels.launch import begin_compiling
 from jaxft.kernels.linear_cross_entropy import tile_rows
 from jaxft.loop import Run
@@ -60,7 +60,8 @@ class Plan:
     weights, trained, optimizer: of the frozen and trained leaves and of the optimizer's states. arguments: those and
     the batch. temporary: the most that exists inside the step; gradients and logits (one tile of them, float32) are
     part of it. output, aliased: what the step returns, and how much of that takes the place of arguments. host: what
-    waits outside of the device. compiled: the step itself, called as the function was.
+    waits outside of the device. backends: the ways that each op of the step takes, see `ways_taken`. compiled: the step
+    itself, called as the function was.
     """
 
     gradient_checkpointing: str
@@ -76,6 +77,7 @@ class Plan:
     output: int
     aliased: int
     host: int
+    backends: dict[str, list[str]]
     compiled: jax.stages.Compiled
 
     @property
@@ -137,7 +139,8 @@ def plan(
         donate_argnums=(0, 1), out_shardings=(*places, None), compiler_options=compiler_options,
     )  # fmt: skip
     with compiling_for(device) if absent else nullcontext(), jax.set_mesh(mesh):
-        traced = step.trace(trainable, opt_state, frozen, batch, key)
+        with ways_taken() as backends:
+            traced = step.trace(trainable, opt_state, frozen, batch, key)
         between([])
         kernels = begin_compiling(traced.jaxpr.jaxpr)
         between(kernels)
@@ -165,6 +168,7 @@ def plan(
         output=found.output_size_in_bytes,
         aliased=found.alias_size_in_bytes,
         host=found.host_argument_size_in_bytes + found.host_temp_size_in_bytes,
+        backends=backends,
         compiled=compiled,
     )
 

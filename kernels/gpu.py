@@ -1,5 +1,7 @@
 """What an own kernel asks of the device before it serves: one NVIDIA GPU, which one, and the packages that compile."""
 
+import functools
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -13,6 +15,7 @@ CARDS = {80: "a100", 87: "a100", 90: "hopper", 100: "blackwell", 103: "blackwell
 
 _target: ContextVar[jax.Device | None] = ContextVar("target", default=None)
 _held_back: ContextVar[list[Callable[[], None]] | None] = ContextVar("held_back", default=None)
+_taken: ContextVar[dict[str, list[str]] | None] = ContextVar("taken", default=None)
 
 
 @contextmanager
@@ -36,13 +39,36 @@ def holding_back() -> Iterator[list[Callable[[], None]]]:
         _held_back.reset(before)
 
 
-def say(line: Callable[[], None]) -> None:
-    """Calls what says something of a way that is traced; inside of `holding_back` it is kept."""
+@contextmanager
+def ways_taken() -> Iterator[dict[str, list[str]]]:
+    """Which ways each op takes in what is traced inside, as {"attention": ["mosaic"], "mlp": ["triton"], …}; "xla" with
+    the reason where no kernel serves."""
+    ways: dict[str, list[str]] = {}
+    before = _taken.set(ways)
+    try:
+        yield ways
+    finally:
+        _taken.reset(before)
+
+
+def took(op: str, way: str, refusals: tuple[str, ...] = (), level: int = logging.INFO) -> None:
+    """Notes the way that an op takes, and why not one before it: for `ways_taken`, and once in the log; inside of
+    `holding_back` the latter is kept."""
+    reasons = f" ({'; '.join(refusals)})" if refusals else ""
+    ways = _taken.get()
+    if ways is not None and way + reasons not in ways.setdefault(op, []):
+        ways[op].append(way + reasons)
+    line = functools.partial(_log_once, level, f"{op}: {way}{reasons}")
     held = _held_back.get()
     if held is None:
         line()
     else:
         held.append(line)
+
+
+@functools.cache
+def _log_once(level: int, line: str) -> None:
+    logging.getLogger("jaxft").log(level, "%s", line)
 
 
 def device_capability() -> int:
@@ -104,5 +130,7 @@ def serving(op: str, check: Callable[[int], None], implementation: str | None) -
     except NotImplementedError as refusal:
         if implementation == "triton":
             raise NotImplementedError(f"{op} by triton: {refusal}") from None
+        took(op, "xla", (str(refusal),))
         return None
+    took(op, "triton")
     return capability

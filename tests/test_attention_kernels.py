@@ -136,7 +136,7 @@ def test_documents_describe_packed_rows_and_refuse_windows_and_too_many():
 
 
 def test_default_takes_the_reference_when_small_and_chunked_when_long(monkeypatch, caplog):
-    op._log_once.cache_clear()
+    gpu._log_once.cache_clear()
     q, k, v, _ = draw(jnp.float32)
     first = jnp.zeros((2, 37), jnp.int32)
     with caplog.at_level(logging.INFO, "jaxft"):

@@ -369,6 +369,11 @@ def test_the_benchmark_plans_and_chooses_too(tiny_bench, capsys, monkeypatch):
     line = json.loads(capsys.readouterr().out)
     assert line["id"] == "A1" and (line["gradient_checkpointing"], line["mlp_tiles"]) == ("full", 8)
     assert line["total"] == line["arguments"] + line["temporary"] + line["output"] - line["aliased"]
+    ways = line["backends"]
+    assert ways["attention"][0].startswith("reference (mosaic: cpu device: needs an NVIDIA GPU; cudnn: cpu device")
+    others = {"qkv", "norm_rope", "linear", "mlp", "residual_rms_norm", "linear_cross_entropy", "adamw_8bit"}
+    assert set(ways) == {"attention"} | others
+    assert all(ways[op] == ["xla (cpu device: needs an NVIDIA GPU)"] for op in others)
     monkeypatch.setattr(memory, "CPU_LADDER", CPU_LADDER[-1:])
     for size, code in ((line["total"] + 2**20, 0), (2**20, 1)):
         assert run_command(bench.main, ["A1", "--dry_run", "--memory_budget", f"{size // 2**10}KiB"]) == code
@@ -377,7 +382,14 @@ def test_the_benchmark_plans_and_chooses_too(tiny_bench, capsys, monkeypatch):
     chosen = bench.planned("A1", bench.read_options(["A1", "--mlp_tiles", "8"]))
     monkeypatch.setattr(bench, "planned", lambda *_: chosen)
     assert run_command(bench.main, ["A1", "--memory_budget", "1GiB", "--steps", "1", "--warmup", "0"]) == 0
-    assert json.loads(capsys.readouterr().out)["mlp_tiles"] == 8
+    measured = json.loads(capsys.readouterr().out)
+    assert measured["mlp_tiles"] == 8 and measured["backends"] == line["backends"]
+    assert measured["step_ms"] > 0 and measured["tokens_per_second"] == pytest.approx(
+        measured["shape"][0] * measured["shape"][1] / measured["step_ms"] * 1e3
+    )
+    assert measured["temp_bytes"] == line["temporary"] and measured["compile_seconds"] > 0
+    assert (measured["peak_bytes"], measured["mfu"]) == (None, None)  # a CPU says neither
+    assert measured["model_tflops"] > 0 and len(measured["loss"]) == 1
 
 
 def test_the_benchmark_refuses_contradictions(tiny_bench, capsys):

@@ -8,7 +8,6 @@ and later), `cudnn` (Hopper and later, documents only), `mosaic` (own kernels fo
 of one document is cuDNN's). One that cannot serve a case says so by NotImplementedError.
 """
 
-import functools
 import logging
 
 import jax
@@ -16,7 +15,7 @@ import jax.numpy as jnp
 
 from jaxft.kernels.attention import chunked, cudnn, mosaic, reference, triton
 from jaxft.kernels.attention.cudnn import Documents, documents
-from jaxft.kernels.gpu import device_capability, say
+from jaxft.kernels.gpu import device_capability, took
 
 __all__ = ["Documents", "attention", "documents", "documents_read", "key_range"]
 
@@ -153,14 +152,8 @@ def _choose(implementation, serves) -> str:
                 raise NotImplementedError(f"attention by {name}: {refusal}") from None
             refusals.append(f"{name}: {refusal}")
         else:
-            say(functools.partial(_log_once, name, tuple(refusals)))
+            # a GPU without a kernel is worth a warning
+            served = name in ("mosaic", "cudnn", "triton") or jax.default_backend() == "cpu"
+            took("attention", name, tuple(refusals), logging.INFO if served else logging.WARNING)
             return name
     raise AssertionError("chunked serves every case")
-
-
-@functools.cache
-def _log_once(name: str, refusals: tuple[str, ...]) -> None:
-    """One line for each distinct choice; a GPU without a kernel is worth a warning."""
-    level = logging.INFO if name in ("mosaic", "cudnn", "triton") or jax.default_backend() == "cpu" else logging.WARNING
-    reasons = f" ({'; '.join(refusals)})" if refusals else ""
-    logging.getLogger("jaxft").log(level, "attention: %s%s", name, reasons)
