@@ -20,7 +20,7 @@ from jaxft.quant import NF4, Int8, Quantized, describe_leaf
 STATE = ".quant_state.bitsandbytes__"
 PARTS_4BIT = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map", f"{STATE}nf4")
 BOOKS = 4 * (16 + 256)  # bytes of the two code books beside every weight in 4 bits
-BOOK_ERROR = 1e-6  # of an entry; torch builds round the linspace of the map by an ulp or so each in a way of its own
+BOOK_ERROR = 1e-6  # of an entry: the map is made by torch's linspace, which not every build rounds alike
 DTYPES = ("float32", "bfloat16", "float16")
 FILE_DTYPES = {"U8": "uint8", "I8": "int8", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
@@ -145,8 +145,10 @@ def _state(where: dict[str, Any], name: str, source: Path | str) -> dict[str, An
         raise InputError(f"{source}: {name} says nested_dtype {state['nested_dtype']!r}; only float32 is read")
     if len(shape) != 2 or min(shape) < 1 or state["dtype"] not in DTYPES:
         raise InputError(f"{source}: {name} says shape {shape}, dtype {state['dtype']}; a float matrix is needed")
-    if not abs(state.get("nested_offset", 0.0)) <= np.finfo(np.float32).max:  # so that NaN fails too
-        raise InputError(f"{source}: {name} says nested_offset {state['nested_offset']}, which is not finite in float32")
+    if not abs(state.get("nested_offset", 0.0)) <= float(np.finfo(np.float32).max):  # so that NaN fails too
+        raise InputError(
+            f"{source}: {name} says nested_offset {state['nested_offset']}, which is not finite in float32"
+        )
     return state
 
 
@@ -172,8 +174,8 @@ def _described(where: dict[str, Any], weight: str, state: dict[str, Any], source
     if weight in where and (held := where[weight].get_slice(weight).get_dtype()) != "U8":
         held = FILE_DTYPES.get(held, held)
         raise InputError(
-            f"{source}: {weight} holds its 4 bits in {held} (bnb_4bit_quant_storage={held}), which is not read; quantise "
-            "the model that it was made from with bnb_4bit_quant_storage=uint8, the default"
+            f"{source}: {weight} holds its 4 bits in {held} (bnb_4bit_quant_storage={held}), which is not read; "
+            "quantise the model that it was made from with bnb_4bit_quant_storage=uint8, the default"
         )
     expected = {weight: leaf.codes, f"{weight}.absmax": leaf.scales, f"{weight}.nested_absmax": leaf.nested}
     for name, shape in expected.items():
@@ -184,7 +186,7 @@ def _described(where: dict[str, Any], weight: str, state: dict[str, Any], source
         books[f"{weight}.nested_quant_map"] = dynamic_map()
     for name, book in books.items():
         _check(where, name, book.shape, book.dtype, source)
-        # one that is rounded otherwise is read as ours, which moves a value by BOOK_ERROR of its scale at most
+        # one that is rounded otherwise is read as ours: kernels hold one book for all weights
         if not np.abs(where[name].get_tensor(name) - book).max() <= BOOK_ERROR:  # so that NaN fails too
             raise InputError(f"{source}: {name} is not bitsandbytes' own code book; another one is not read")
     return leaf

@@ -5,7 +5,8 @@ cut into blocks of 256 numbers; a block holds its largest magnitude in float32 a
 nearest of 256 levels in −1 … 1 (first moment) or 0 … 1 (second moment). The levels are spaced like a floating-point
 format whose exponent takes more of the 8 bits the smaller a number is: seven decades; the one below 10^(i−6) has 2^i
 levels (unsigned: 2^(i+1)) in the middles of equal parts of [0.1, 1) · 10^(i−6); and 0 and 1. A linear second moment
-would round small entries to 0 and divide by it.
+would round small entries to 0 and divide by it. The update is bitsandbytes' but for one rule of its CUDA kernel, which
+gives a negative first moment next to 0 the first level below 0 (no such rule for positive ones); here it is 0.
 """
 
 import functools

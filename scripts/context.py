@@ -326,10 +326,12 @@ def shorter(data: Record) -> str:
     cut = [1 - run["length"] / found["length"] for _, run, found in runs if not run.get("named")]
     words = f" The rows run are {min(cut):.0%} to {max(cut):.0%} shorter for it." if any(cut) else ""
     for budget, run, found in runs:
-        if run.get("named"):
-            missing = f"{1 - run['length'] / found['length']:.0%} shorter than the longest of {found['length']:,}"
-            words += f" The row of {budget} GiB was named with `--length`, {missing},"
-            words += f" of which {_gib(found['host'])} wait on the host."
+        if run.get("named") and run["length"] < found["length"]:
+            words += f" The row of {budget} GiB is not the longest: `--length` made it "
+            words += (
+                f"{1 - run['length'] / found['length']:.0%} shorter than the {found['length']:,} tokens planned, which "
+            )
+            words += f"would need {_gib(found['host'])} of the host."
     return words
 
 

@@ -190,7 +190,7 @@ def page(results: list[Result], exact: list[Result], verdict: list[tuple[bool, s
         f"![Losses, and differences to transformers + PEFT]({picture})",
         "",
         f"| who | {' | '.join(f'loss at {step}' for step in shown)} | mean \\|difference\\| | largest | "
-        + f"to float32, mean | of the first {YOUNG} | " * bool(exact)
+        + f"to float32, mean | to float32, first {YOUNG} steps | " * bool(exact)
         + "peak GiB |",
         "|---" * (len(shown) + 4 + 2 * bool(exact)) + "|",
     ]

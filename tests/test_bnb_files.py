@@ -5,6 +5,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
@@ -13,10 +14,11 @@ from jaxft import load_model, save_model
 from jaxft.convert import bnb
 from jaxft.convert.hf import quantize_matrix
 from jaxft.errors import InputError
+from jaxft.kernels.dequantize.tables import dynamic_map, nf4_levels
 from jaxft.models.quantized import all_linears, with_quantized
 from jaxft.quant import NF4, Int8, is_quantized, kind_of
 from jaxft.trees import flatten
-from tests.tiny_models import tiny_model
+from tests.tiny_models import micro_logits, tiny_model
 
 # rows of whole blocks, as real models have them
 SIZES = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16, "num_key_value_heads": 4}
@@ -33,6 +35,24 @@ def directories(tmp_path_factory):
     for kind in ("nf4", "int8"):
         save_model(place / kind, *load_model(place / "plain", quantization=kind))
     return place
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_the_stored_values_are_quantised_before_any_cast(kind, directories):
+    leaves = [
+        dict(flatten(load_model(directories / "plain", dtype=dtype, quantization=kind)[1]))
+        for dtype in (jnp.float32, jnp.bfloat16)
+    ]
+    plain = dict(flatten(load_model(directories / "plain")[1]))
+    moved = 0
+    for path, leaf in leaves[0].items():
+        if is_quantized(leaf):
+            jax.tree.map(np.testing.assert_array_equal, jax.tree.leaves(leaf), jax.tree.leaves(leaves[1][path]))
+            cast = quantize_matrix(plain[path][0].astype(jnp.bfloat16), kind)
+            moved += int(np.sum(np.asarray(cast.codes) != leaf.codes[0]))
+        else:
+            assert leaves[1][path].dtype == jnp.bfloat16
+    assert moved > 0  # of values that were cast first other codes are made
 
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
@@ -126,6 +146,23 @@ def replaced(name, array):
     return lambda tensors: tensors.update({name: array})
 
 
+def singly_quantised(scale):
+    """A change to scales in float32, all of one value."""
+
+    def change(tensors):
+        with_state(nested_blocksize=None, nested_dtype=None, nested_offset=None)(tensors)
+        for name in ("nested_absmax", "nested_quant_map"):
+            tensors.pop(f"{WEIGHT}.{name}")
+        tensors[f"{WEIGHT}.absmax"] = np.full(128, scale, np.float32)
+
+    return change
+
+
+def in_bfloat16(tensors):
+    """The bytes of the codes, two in a number, as bnb_4bit_quant_storage=bfloat16 stores them."""
+    tensors[WEIGHT] = tensors[WEIGHT].reshape(-1).view(ml_dtypes.bfloat16)[:, None]
+
+
 BAD = {
     "cut off": (lambda t: t.update({STATE: t[STATE][:-9]}), "is damaged"),
     "not JSON": (replaced(STATE, np.full(30, 200, np.uint8)), "is damaged"),
@@ -135,13 +172,34 @@ BAD = {
     "another nested block": (with_state(nested_blocksize=128), "nested blocks of 128"),
     "another type inside": (with_state(quant_type="fp4"), "quant_type 'fp4'; only nf4"),
     "fp4": (renamed(STATE, STATE.replace("nf4", "fp4")), "type fp4; only nf4"),
-    "not finite": (with_state(nested_offset=float("nan")), "not finite"),
+    "half a block": (with_state(blocksize=64.5), r"64\.5 is no whole number"),
+    "blocks without end": (with_state(blocksize=float("inf")), "inf is no whole number"),
+    "a true block": (with_state(blocksize=True), "True is no whole number"),
+    "half a nested block": (with_state(nested_blocksize=256.5), r"256\.5 is no whole number"),
+    "half a row": (with_state(shape=[127.5, 64]), r"127\.5 is no whole number"),
+    "rows without end": (with_state(shape=[float("inf"), 64]), "inf is no whole number"),
+    "more rows than there are": (with_state(shape=[10**40, 64]), "its quant_state says uint8"),
+    "offset NaN": (with_state(nested_offset=float("nan")), "nested_offset nan, which is not finite"),
+    "offset without end": (with_state(nested_offset=float("-inf")), "nested_offset -inf, which is not finite"),
+    "offset beyond float32": (with_state(nested_offset=1e300), r"nested_offset 1e\+300, which is not finite"),
+    "offset beyond float64": (with_state(nested_offset=10**400), "is damaged: OverflowError"),
+    "no offset": (with_state(nested_offset=None), "'nested_offset'"),
+    "another nested dtype": (with_state(nested_dtype="float16"), "nested_dtype 'float16'; only float32"),
+    "no nested dtype": (with_state(nested_dtype=None), "'nested_dtype'"),
+    "second scale NaN": (replaced(f"{WEIGHT}.nested_absmax", np.float32([np.nan])), "nested_absmax holds NaN"),
+    "second scale infinite": (replaced(f"{WEIGHT}.nested_absmax", np.float32([np.inf])), "nested_absmax holds NaN"),
+    "scale NaN": (singly_quantised(np.nan), r"weight\.absmax holds NaN"),
+    "scale infinite": (singly_quantised(-np.inf), r"weight\.absmax holds NaN"),
     "another shape": (with_state(shape=[64, 64]), r"uint8 \(4096, 1\); its quant_state says uint8 \(2048, 1\)"),
     "transposed": (with_state(shape=[64, 128]), r"quantised as \(64, 128\), this model needs \(128, 64\)"),
     "no scales": (lambda t: t.pop(f"{WEIGHT}.absmax"), "absmax is missing"),
     "no state": (lambda t: t.pop(STATE), "quant_state or SCB is missing"),
     "short scales": (lambda t: t.update({f"{WEIGHT}.absmax": t[f"{WEIGHT}.absmax"][1:]}), r"uint8 \(127,\)"),
     "another code book": (replaced(f"{WEIGHT}.quant_map", np.linspace(-1, 1, 16, dtype=np.float32)), "own code book"),
+    "a level moved": (replaced(f"{WEIGHT}.quant_map", nf4_levels() + np.float32(1e-5)), "own code book"),
+    "a level NaN": (replaced(f"{WEIGHT}.quant_map", nf4_levels() * np.float32(np.nan)), "own code book"),
+    "an entry moved": (replaced(f"{WEIGHT}.nested_quant_map", dynamic_map() - np.float32(1e-5)), "own code book"),
+    "codes in bfloat16": (in_bfloat16, r"\(bnb_4bit_quant_storage=bfloat16\), which is not read; quantise .*=uint8"),
 }
 
 
@@ -153,12 +211,27 @@ def test_a_damaged_or_unknown_four_bit_weight_is_refused_by_name(name, directori
     assert WEIGHT in str(refusal.value)
 
 
+def test_code_books_that_are_rounded_otherwise_are_read_as_bitsandbytes_own(directories, tmp_path):
+    def nudge(tensors):
+        for name in [name for name in tensors if name.endswith("quant_map")]:
+            book = tensors[name]
+            inner = np.nextafter(book, np.float32(0)).astype(np.float32)
+            tensors[name] = np.where(np.abs(book) == 1, book, inner)
+            assert not np.array_equal(tensors[name], book)
+
+    _, params = load_model(directories / "nf4")
+    _, found = load_model(changed(directories / "nf4", tmp_path / "nudged", nudge))
+    jax.tree.map(np.testing.assert_array_equal, found, params)
+
+
 def test_a_damaged_eight_bit_weight_is_refused_by_name(directories, tmp_path):
     scales = WEIGHT.removesuffix("weight") + "SCB"
     with pytest.raises(InputError, match="SCB is missing"):
         load_model(changed(directories / "int8", tmp_path / "none", lambda t: t.pop(scales)))
     with pytest.raises(InputError, match=r"float32 \(127,\)"):
         load_model(changed(directories / "int8", tmp_path / "short", lambda t: t.update({scales: t[scales][1:]})))
+    with pytest.raises(InputError, match=r"up_proj\.SCB holds NaN or an infinity"):
+        load_model(changed(directories / "int8", tmp_path / "nan", lambda t: t.update({scales: t[scales] * np.nan})))
 
 
 def test_a_quantised_directory_is_not_quantised_again_in_another_way(directories):
@@ -171,3 +244,52 @@ def test_a_quantised_head_is_refused():
     model, _ = tiny_model("llama2", **SIZES)
     with pytest.raises(InputError, match="only linear layers other than the head"):
         with_quantized(model, {"lm_head.weight": Int8(None, None, (96, 64))})
+
+
+# against bitsandbytes itself
+
+FOUR = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": "float32"}
+DOUBLE = FOUR | {"bnb_4bit_use_double_quant": True}
+KINDS = {
+    "nf4": DOUBLE,
+    "nf4, scales in float32": FOUR,
+    "nf4, one layer kept": DOUBLE | {"llm_int8_skip_modules": ["lm_head", WEIGHT.removesuffix(".weight")]},
+    "int8": {"load_in_8bit": True},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_files_of_transformers_with_bitsandbytes_load_here_and_ours_there(kind, directories, tmp_path):
+    torch = pytest.importorskip("torch", reason="the reference needs torch")
+    pytest.importorskip("bitsandbytes", reason="the reference quantises with it")
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    from scripts.compare_with_hf import reference_logits, reference_model
+
+    def within(found, expected):
+        assert np.abs(found - expected).max() <= 1e-5 * np.abs(expected).max()
+
+    theirs = AutoModelForCausalLM.from_pretrained(
+        directories / "plain", dtype=torch.float32, attn_implementation="eager",
+        quantization_config=BitsAndBytesConfig(**KINDS[kind]),
+    )  # fmt: skip
+    theirs.save_pretrained(tmp_path / "theirs")
+    model, params = load_model(tmp_path / "theirs")
+    quantised = [leaf for leaf in jax.tree.leaves(params, is_leaf=is_quantized) if is_quantized(leaf)]
+    assert {kind_of(leaf) for leaf in quantised} == {kind.split(",")[0]}
+    ours, micro = micro_logits(model, params)
+    expected = reference_logits(theirs.train(), micro)  # in evaluation bitsandbytes computes in bfloat16
+    within(ours, expected)
+    exact = reference_logits(reference_model(directories / "plain"), micro)
+    assert np.abs(expected - exact).max() > 1e-3 * np.abs(exact).max()  # it is quantised
+    # what was read is written with the same bits, and read there
+    save_model(tmp_path / "ours", model, params)
+    within(reference_logits(reference_model(tmp_path / "ours").train(), micro), ours)
+    written, read = (load_file(tmp_path / name / "model.safetensors") for name in ("ours", "theirs"))
+    assert written.keys() == read.keys()
+    for name in (name for name in read if STATE.removeprefix(WEIGHT) not in name):
+        assert written[name].dtype == read[name].dtype, name
+        np.testing.assert_array_equal(written[name], read[name], err_msg=name)
+    if kind in ("nf4", "int8"):  # and what is quantised here
+        found = reference_logits(reference_model(directories / kind).train(), micro)
+        within(found, micro_logits(*load_model(directories / kind))[0])

@@ -167,7 +167,7 @@ def test_a_measured_row_is_run_and_the_page_says_which_was(tiny_workload, foreto
     assert context.main(["measure", "--budget", "12", "--length", "96", "--results", str(results)]) == 0
     assert context.main(["table", "--results", str(results), "--output", str(page)]) == 0
     said = " ".join(page.read_text().split())
-    assert "12 GiB was named with `--length`, 25% shorter than the longest of 128, of which 6.00 GiB wait" in said
+    assert "`--length` made it 25% shorter than the 128 tokens planned, which would need 6.00 GiB of the host." in said
     assert "Rows without a peak" not in said and "shorter for it" not in said
     assert run_command(context.main, ["measure", "--budget", "40", "--results", str(results)]) == 2
     assert "no length for 40 GiB" in capsys.readouterr().err

@@ -23,6 +23,7 @@ from jaxft.convert import __main__ as convert
 from jaxft.convert import hf
 from jaxft.errors import run_command
 from jaxft.lora import branches, lora_shapes, with_lora
+from jaxft.quant import dense
 from tests.tiny_models import hf_config, nonzero_adapter, packed_batch
 from tests.tiny_runs import make_tokenizer, write_base
 
@@ -122,7 +123,7 @@ def test_wrong_merge_is_seen_in_the_logits_that_are_printed(broken, place, tmp_p
 
 
 def test_adapter_of_a_quantised_base_merges_onto_what_it_is_given(place, tmp_path, capsys):
-    """Onto the quantised model: its dequantised weights, said on stderr; onto the 16-bit one: those."""
+    """Onto the quantised model: its dequantised weights, said on stderr."""
     model, params = load_model(place / "base", quantization="int8")
     save_model(tmp_path / "eight", model, params, dtype="bfloat16")
     make_tokenizer().save_pretrained(tmp_path / "eight")
@@ -140,6 +141,37 @@ def test_adapter_of_a_quantised_base_merges_onto_what_it_is_given(place, tmp_pat
         * stored["model.layers.1.mlp.up_proj.SCB"][:, None]
     )
     np.testing.assert_allclose(merged["model.layers.1.mlp.up_proj.weight"], rows / 127, rtol=1e-6)
+
+
+def test_adapter_trained_over_four_bits_merges_onto_them_or_onto_the_16_bits_that_they_were_made_from(
+    place, tmp_path, capsys
+):
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16, "num_key_value_heads": 4}
+    base, four, adapter = write_base(tmp_path / "base", **sizes), tmp_path / "four", tmp_path / "adapter"
+    save_model(base, *load_model(base), dtype="bfloat16")
+    model, params = load_model(base, quantization="nf4")
+    save_model(four, model, params)
+    make_tokenizer().save_pretrained(four)
+    write_adapter(adapter, model, params)
+    merged, said = {}, {}
+    for directory in (base, four):
+        out = tmp_path / f"merged-{directory.name}"
+        assert convert.main(["merge", str(directory), str(adapter), str(out), "--dtype=float32"]) == 0
+        stdout, said[directory] = capsys.readouterr()
+        found = json.loads(stdout)
+        assert found["merged"] == MERGED and found["largest_logit_difference"] < 1e-5 * found["largest_logit"]
+        merged[directory] = load_file(out / "model.safetensors")
+    assert "is quantised (nf4): merging onto its dequantised weights" in said[four]
+    assert "quantised" not in said[base]
+    parts = load_file(adapter / "adapter_model.safetensors")
+    for name, scale in ((Q, 6 / 3), (DOWN, 6 / 5)):
+        a, b = (parts[f"base_model.model.{name}.lora_{part}.weight"] for part in "AB")
+        held = load_file(base / "model.safetensors")[f"{name}.weight"].astype(np.float32)
+        made = np.asarray(dense(hf.quantize_matrix(jnp.asarray(held, jnp.bfloat16), "nf4"), jnp.float32))
+        assert np.abs(made - held).max() > 0.01
+        for directory, weight in ((base, held), (four, made)):
+            expected = weight + np.float32(scale) * (b @ a)
+            np.testing.assert_allclose(merged[directory][f"{name}.weight"], expected, rtol=1e-5, atol=1e-5)
 
 
 def test_nothing_half_made_is_left_where_a_merge_fails(place, tmp_path, capsys, monkeypatch):

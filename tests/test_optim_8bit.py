@@ -94,6 +94,50 @@ def test_the_update_is_that_of_a_slow_definition():
         assert (gap > 0).mean() < 2e-3 and gap.max() <= 1
 
 
+def test_six_steps_are_those_of_bitsandbytes_with_codes_rounded_to_the_nearest(monkeypatch):
+    """Its own optimizer on the same gradients. Its CPU build gives a third of all numbers another code than the nearest
+    level's, so the rounding of codes is put right in it first."""
+    torch = pytest.importorskip("torch", reason="the reference needs torch")
+    bnb = pytest.importorskip("bitsandbytes", reason="the reference is bitsandbytes")
+    from bitsandbytes.backends.cpu import ops
+
+    def nearest(values, code, absmax, out, blocksize):
+        size = values.numel()
+        rows = torch.nn.functional.pad(values.reshape(-1), (0, -size % blocksize)).reshape(-1, blocksize)
+        absmax.copy_(rows.abs().amax(1))
+        middles = ((code[:-1].double() + code[1:].double()) / 2).float()
+        share = rows / torch.where(absmax > 0, absmax, 1.0)[:, None]
+        out.reshape(-1).copy_(torch.searchsorted(middles, share).reshape(-1)[:size].to(torch.uint8))
+
+    monkeypatch.setattr(ops, "_quant_blockwise_fp32_direct", nearest)
+    random = np.random.default_rng(3)
+    shape = (67, 71)
+    start = random.normal(0, 1, shape).astype(np.float32)
+    scales = 10 ** random.uniform(-6, 0, shape)
+    grads = [(random.normal(0, 1, shape) * scales).astype(np.float32) for _ in range(6)]
+    held = torch.nn.Parameter(torch.tensor(start))
+    theirs = bnb.optim.AdamW8bit([held], lr=0.01, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.1)
+    ours = make_optimizer(0.01, optim="adamw_8bit", weight_decay=0.1, max_grad_norm=0)
+    params = {"w": jnp.asarray(start)}
+    state = ours.init(params)
+    update = jax.jit(ours.update)
+    for grad in grads:
+        held.grad = torch.tensor(grad)
+        theirs.step()
+        updates, state = update({"w": jnp.asarray(grad)}, state, params)
+        params = jax.tree.map(jnp.add, params, updates)
+        np.testing.assert_allclose(params["w"], held.detach(), rtol=0, atol=2e-5)
+    kept = theirs.state[held]
+    moments = [
+        leaf for leaf in jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, Moment8)) if isinstance(leaf, Moment8)
+    ]
+    for moment, name, number in zip(moments, ("state1", "state2"), (1, 2), strict=True):
+        codes = np.asarray(moment.codes).reshape(-1)[: start.size].reshape(shape)
+        differing = np.abs(codes.astype(int) - kept[name].numpy())
+        assert differing.max() <= 1 and (differing > 0).mean() < 2e-3
+        np.testing.assert_allclose(np.asarray(moment.largest)[0], kept[f"absmax{number}"], rtol=1e-5)
+
+
 def test_twenty_steps_stay_near_adam_with_float32_moments():
     random = np.random.default_rng(2)
     target = jnp.asarray(random.normal(0, 1, (64, 80)), jnp.float32)

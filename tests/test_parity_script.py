@@ -271,7 +271,12 @@ def test_the_report_says_how_far_rounding_moved_each_from_float32(parity, tmp_pa
         return parity.main(argv), (tmp_path / "parity.md").read_text(encoding="utf-8")
 
     code, text = report(5e-4)
-    assert code == 0 and "| to float32, mean | of the first 10 |" in text and "--exact hf-float32.json" in text
+    moved = 5e-4 * np.abs(np.random.default_rng([0, len("jaxft")]).standard_normal(200))
+    moved[0] = 0
+    assert f" | {moved.mean():.1e} | {moved[:10].mean():.1e} | 3.00 |" in text
+    assert (
+        code == 0 and "| to float32, mean | to float32, first 10 steps |" in text and "--exact hf-float32.json" in text
+    )
     assert re.search(r"holds\*\*: from a run in float32 .*: transformers \+ PEFT 8\.\de-04, jaxft 4\.\de-04", text)
     code, text = report(1.5e-3)
     assert code == 1 and "**FAILS**: from a run in float32" in text  # jaxft is the farthest

@@ -203,7 +203,14 @@ def test_a_mesh_gives_the_losses_of_one_device(place):
     assert one["losses"][-1] != one["losses"][0]
 
 
-@pytest.mark.parametrize("argv", [["--load_in_4bit", "--full_finetuning"], ["--load_in_4bit", "--load_in_8bit"]])
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["--load_in_4bit", "--full_finetuning"],
+        ["--load_in_8bit", "--full_finetuning"],
+        ["--load_in_4bit", "--load_in_8bit"],
+    ],
+)
 def test_flags_that_contradict_a_quantised_base_are_refused(argv):
     with pytest.raises(InputError, match=f"{argv[0]} and {argv[1]} contradict"):
         parse("train", argv)

@@ -209,7 +209,8 @@ def test_flags_win_over_the_config_and_both_are_named_at_the_start(first, place,
     out = place / "flags"
     given = flags(output_dir=out, max_steps=1, lora_alpha=2, lr_scheduler_type="constant", eval_steps=0)
     assert train.main(["--config", str(first / "config.yaml"), *given]) == 0
-    said = capsys.readouterr().err
+    printed, said = capsys.readouterr()
+    assert printed == ""
     assert "lora_alpha = 2 (flag)" in said and f"lora_r = 4 ({first / 'config.yaml'})" in said
     config = json.loads((out / "adapter_config.json").read_text())
     assert (config["r"], config["lora_alpha"]) == (4, 2)
