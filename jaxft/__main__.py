@@ -19,6 +19,10 @@ CUDA_PACKAGES = ("triton", "jax_triton")
 def main(argv: list[str] | None = None) -> int:
     """0 where everything that can serve here is right; 1 where anything failed. Asks no network."""
     parser = argparse.ArgumentParser(prog="python -m jaxft", description=__doc__)
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"),
+        help="what the kernels are tested in; default: float32 on a CPU, else bfloat16",
+    )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout instead of lines")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     options = parser.parse_args(argv)
@@ -58,9 +62,9 @@ def main(argv: list[str] | None = None) -> int:
     found(*doctor.disk_findings(os.environ))
 
     results: list[Result] = []
-    dtype = jnp.float32 if platforms[:1] == ["cpu"] else jnp.bfloat16
+    dtype = jnp.dtype(options.dtype or ("float32" if platforms[:1] == ["cpu"] else "bfloat16"))
     if devices:
-        show(f"\nkernels: {jnp.dtype(dtype).name} on {devices[0].device_kind}, forward and backward, "
+        show(f"\nkernels: {dtype.name} on {devices[0].device_kind}, forward and backward, "
              "relative distance from the definition in float32")  # fmt: skip
         for result in self_test(dtype):
             results.append(result)
@@ -74,7 +78,7 @@ def main(argv: list[str] | None = None) -> int:
     show("FAIL" if failures else "PASS")
     if options.json:
         whole = {"system": doctor.system_line(), "versions": installed, "findings": doctor.as_json(findings)}
-        whole |= {"dtype": jnp.dtype(dtype).name, "kernels": [asdict(result) for result in results]}
+        whole |= {"dtype": dtype.name, "kernels": [asdict(result) for result in results]}
         print(json.dumps(whole | {"status": FAIL if failures else OK, "failures": failures}))
     return 1 if failures else 0
 

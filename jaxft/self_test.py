@@ -25,11 +25,20 @@ from jaxft.quant import dense, dense_together, multiply, quantize_nf4
 # B, T, N, K, H, D, F, V and R of the legend; the largest sum is over 144 numbers. Widths below 128 the norm's kernel
 # refuses, and T is no multiple of any tile
 B, T, N, K, H, D, F, V, R = 2, 72, 4, 2, 32, 128, 144, 250, 8
-DOCUMENTS = ((30, 42), (7, 61, 4))  # lengths in each row
+
+
+def mixed_rows(T: int) -> tuple[tuple[int, ...], ...]:
+    """Lengths in each row: one document, one a token, ones of single tokens among others with padding behind, and none,
+    which is padding alone. Of 384 tokens a single one ends a tile and the next begins one."""
+    return (T,), (1,) * T, (T // 3 - 1, 1, 1, T // 2, 1), ()
+
+
 # rows of whole tiles and the size of heads: what our kernels for Hopper need, forward and backward. 64 rows have so
-# many programs that one of them goes through all query heads of a group
+# many programs that one of them goes through all query heads of a group; short documents have another forward pass with
+# heads of 128 than with heads of 64
 WHOLE_TILES = {
-    "whole tiles": (((100, 412), (57, 451, 4)), 64),
+    "whole tiles": (mixed_rows(384), 64),
+    "short documents": (mixed_rows(384), 128),
     "long documents": (((300, 724), (1000, 24)), 128),
     "one document": (((512,), (512,)), 64),
     "few rows": (((512,), (512,)), 128),
@@ -145,21 +154,29 @@ def cases(dtype: Any) -> Iterator[Case]:
     cos, sin = jnp.cos(angle), jnp.sin(angle)
     near_one = jnp.asarray(1 + 0.1 * random.standard_normal(D), dtype)
 
-    def attention_case(op: str, rows: tuple[tuple[int, ...], ...], H: int, ways: tuple[str, ...]) -> Case:
-        segments = np.stack([np.repeat(np.arange(1, len(row) + 1), row) for row in rows]).astype(np.int32)
+    def attention_case(op: str, rows: tuple[tuple[int, ...], ...], H: int, ways: tuple[str, ...], **more: Any) -> Case:
+        segments = np.zeros((len(rows), max(map(sum, rows))), np.int32)  # 0 is padding
+        for segment, row in zip(segments, rows, strict=True):
+            segment[: sum(row)] = np.repeat(np.arange(1, len(row) + 1), row)
         first_key = key_range(jnp.asarray(segments))
+        most = max(len(np.unique(row)) for row in segments)  # padding is a document like any other
 
         def attend(way: str, q, k, v, first_key):
-            known = documents(first_key, max(map(len, rows))) if way in ("cudnn", "mosaic") else None
-            return attention(q, k, v, first_key=first_key, scale=H**-0.5, documents=known, implementation=way)
+            known = documents(first_key, most) if way in ("cudnn", "mosaic") else None
+            return attention(q, k, v, first_key=first_key, scale=H**-0.5, documents=known, implementation=way, **more)
 
         heads = [normal(*segments.shape, count, H) for count in (N, K, K)]
         named = {way: partial(attend, way) for way in ways}
         return Case(op, (*heads, first_key), (0, 1, 2), named, partial(attend, "reference"))
 
-    yield attention_case("attention", DOCUMENTS, H, ("mosaic", "cudnn", "triton", "chunked", "reference"))
+    yield attention_case("attention", mixed_rows(T), H, ("mosaic", "cudnn", "triton", "chunked", "reference"))
+    capped = {"window": T // 4, "softcap": 2.0}  # a cap that scores come near
+    yield attention_case("attention, capped", mixed_rows(T), H, ("triton", "chunked", "reference"), **capped)
     for of, (packed, head) in WHOLE_TILES.items():
         yield attention_case(f"attention, {of}", packed, head, ("mosaic", "cudnn", "triton"))
+    for head in (64, 128):  # before Mosaic's backward pass its own forward pass, and Triton's
+        yield attention_case(f"attention, window, {head}", mixed_rows(384), head, ("mosaic", "triton"), window=100)
+    yield attention_case("attention, capped, 256", mixed_rows(384), 256, ("triton",), window=100, softcap=2.0)
 
     def layers(loras, weights) -> tuple[Weights, ...]:
         return tuple(Weights(w, None, (a, b, jnp.float32(2))) for (a, b), w in zip(loras, weights, strict=True))
@@ -280,16 +297,20 @@ def cases(dtype: Any) -> Iterator[Case]:
         read = x, loras, weights, (near_one[:H], near_one[-H:])
         yield Case(op, read, (0, 1, 3) if normed else (0, 1), ways, ways["reference"])
 
-    def entropy(way: str, hidden, head, targets, weights):
-        return linear_cross_entropy(hidden, head, targets, weights, tile=40, implementation=way)
+    def entropy(way: str, hidden, head, targets, weights, softcap=None):
+        return linear_cross_entropy(hidden, head, targets, weights, softcap=softcap, tile=40, implementation=way)
+
+    def entropies(way: str, hidden, head, targets, *weights):  # of each of the weights
+        return jnp.stack([entropy(way, hidden, head, targets, one, 2.0) for one in weights])
 
     targets, share = random.integers(0, V, B * T).astype(np.int32), np.full(B * T, 1 / (B * T), np.float32)
     share[::5] = 0
-    yield Case(
-        "linear_cross_entropy",
-        (normal(B * T, D), normal(V, D, scale=D**-0.5), jnp.asarray(targets), jnp.asarray(share)), (0, 1),
-        {way: partial(entropy, way) for way in ("triton", "tiled", "reference")}, partial(entropy, "reference"),
-    )  # fmt: skip
+    scored = normal(B * T, D), normal(V, D, scale=D**-0.5), jnp.asarray(targets), jnp.asarray(share)
+    ways = {way: partial(entropy, way) for way in ("triton", "tiled", "reference")}
+    yield Case("linear_cross_entropy", scored, (0, 1), ways, partial(entropy, "reference"))
+    ways = {way: partial(entropies, way) for way in ("triton", "tiled", "reference")}
+    twice = *scored, jnp.zeros(B * T)  # where no row counts, the loss is 0 and the gradients are
+    yield Case("linear_cross_entropy, capped", twice, (0, 1), ways, partial(entropies, "reference"))
 
     def stepped(way: str, param, grad, mu, nu, scalars):
         return adamw_8bit(

@@ -60,5 +60,8 @@ if __name__ == "__main__":
     compare("padding only", [[]], T=33, N=1, K=1, **exact)
     compare("window", [[44, 20]], T=64, N=1, K=1, window=11, **exact)
     compare("softcap, head size 24", [[30, 10]], T=40, N=1, K=1, H=24, softcap=2.0, tiles=small, tolerance=5e-6)
-    # weights and dscores are rounded to the inputs' 11 bits before their products
+    # weights and dscores are rounded to the inputs' 11 or 8 bits before their products
     compare("float16", [[30, 18]], T=48, N=2, K=1, H=16, dtype=np.float16, tiles=small, tolerance=2e-3)
+    rows, brain = [[22, 1, 9, 1], [1] * 41, []], dict(dtype=jnp.bfloat16, tiles=small, tolerance=1e-2)
+    compare("bfloat16, ragged, one token a document, padding only", rows, T=41, N=2, K=1, H=16, **brain)
+    compare("bfloat16, window and softcap", [[30, 1, 10]], T=41, N=1, K=1, H=16, window=11, softcap=2.0, **brain)

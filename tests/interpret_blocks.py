@@ -31,6 +31,7 @@ from jaxft.kernels.rms_norm import triton as rms_norm_triton
 
 CARD = 90
 EXACT, HALF, BRAIN = 5e-6, 5e-3, 3e-2
+ROUNDED = float(jnp.finfo(jnp.bfloat16).eps)  # where nothing in between is rounded to bfloat16
 
 
 def with_gradients(op: Callable, arguments: tuple, *, of: tuple[int, ...], seed: int = 1) -> dict[str, Any]:
@@ -341,21 +342,21 @@ def cross_entropy(name, *, M, V, softcap=None, block=512, dtype=jnp.float32, tol
     assert jnp.isfinite(bad).tolist()[::2] == [False, False], bad
 
 
-def tiled_cross_entropy(name, *, M=75, of=(0, 1)):
+def tiled_cross_entropy(name, *, M=75, of=(0, 1), dtype=jnp.float32, tolerance=EXACT):
     """The op as a GPU runs it: tiles of 8 rows, four a block, rows of weight 0 and gradients around the kernel. The
     used rows end at a block's edge, at a tile's, in a tile, before the first, with the last."""
     random = np.random.default_rng(0)
-    arrays = [jnp.asarray(random.standard_normal(shape), jnp.float32) for shape in ((M, 8), (301, 8))]
+    arrays = [jnp.asarray(random.standard_normal(shape), dtype) for shape in ((M, 8), (301, 8))]
     targets = jnp.asarray(random.integers(0, 301, M), jnp.int32)
     spread = random.uniform(0.5, 2, M)
 
-    def by(op):
+    def by(op, arrays):
         return jax.jit(lambda w: jax.value_and_grad(lambda *two: op(*two, targets, w, 9.0), of)(*arrays))
 
-    run = by(lambda *inputs: tiled.linear_cross_entropy(*inputs, 8, 1, CARD))
-    wanted = by(cross_entropy_reference.linear_cross_entropy)
+    run = by(lambda *inputs: tiled.linear_cross_entropy(*inputs, 8, 1, CARD), arrays)
+    wanted = by(cross_entropy_reference.linear_cross_entropy, raised(arrays))
     some = [jnp.asarray(spread * (random.permutation(M) < used), jnp.float32) for used in (32, 48, 51, 0, M)]
-    interpreted.compare(name, [run(w) for w in some], [wanted(w) for w in some], EXACT)
+    interpreted.compare(name, [run(w) for w in some], [wanted(w) for w in some], tolerance)
 
 
 if __name__ == "__main__":
@@ -375,6 +376,7 @@ if __name__ == "__main__":
     norm_rope("norm_rope", B=2, T=7, N=5, H=32)
     norm_rope("norm_rope, weight frozen", B=1, T=9, N=3, H=64, of=(0,))
     norm_rope("norm_rope, several programs, float16", B=2, T=13, N=3, H=128, dtype=jnp.float16, tolerance=HALF)
+    norm_rope("norm_rope, bfloat16", B=2, T=7, N=3, H=32, dtype=jnp.bfloat16, tolerance=ROUNDED)
     qkv("qkv", B=2, T=21, N=4, K=2, H=32, ranks=(5, 16, 8))
     qkv("qkv, bfloat16", B=2, T=21, N=4, K=2, H=32, ranks=(5, 16, 8), dtype=jnp.bfloat16, tolerance=BRAIN)
     qkv("qkv, norms frozen, one without LoRA", B=1, T=70, N=3, K=1, H=64, ranks=(4, 0, 4), of=(0, 1))
@@ -384,12 +386,16 @@ if __name__ == "__main__":
     norm_rope("norm_rope, four heads a program", B=2, T=7, N=4, H=32)  # as the last one left it
     summed("linear, summed", T=37, O=130, R=5)
     summed("linear, summed, float16", T=64, O=256, R=16, dtype=jnp.float16, tolerance=HALF)
+    summed("linear, summed, bfloat16", T=37, O=130, R=5, dtype=jnp.bfloat16, tolerance=ROUNDED)
     young_adapter("a young adapter")
     linears("linear, one beside a residual", T=37, O=70, I=48, ranks=(5,))
     thin_products("thin products", T=75, columns=(96, 64, 33), ranks=(5, 16, 3))
     thin_products("thin products, one token, one array", T=1, columns=(130,), ranks=(16,))
     thin_products("thin products, chunks of tokens", T=300, columns=(130, 40, 64), ranks=(8, 40, 16), programs=12)
     thin_products("thin products, float16", T=140, columns=(64, 72), ranks=(4, 8), dtype=jnp.float16, tolerance=HALF)
+    thin_products(
+        "thin products, bfloat16", T=75, columns=(64, 33), ranks=(5, 3), dtype=jnp.bfloat16, tolerance=ROUNDED
+    )
     linears("linear, three layers, one without LoRA", T=150, O=70, I=48, ranks=(5, 0, 16))
     linears("linear, three layers, bfloat16", T=150, O=70, I=48, ranks=(5, 8, 16), dtype=jnp.bfloat16, tolerance=BRAIN)
     linears("linear, ranks that do not fit together", T=20, O=140, I=130, ranks=(100, 70))
@@ -401,10 +407,13 @@ if __name__ == "__main__":
     rms_norm("rms_norm", shape=(3, 7, 200))
     rms_norm("rms_norm, weight frozen", shape=(1, 5, 129), of=(0,))
     rms_norm("rms_norm, one program, float16", shape=(1, 8, 256), dtype=jnp.float16, tolerance=HALF)
+    rms_norm("rms_norm, bfloat16", shape=(2, 5, 200), dtype=jnp.bfloat16, tolerance=ROUNDED)
     cross_entropy("cross entropy, one part", M=6, V=300)
     cross_entropy("cross entropy, three parts, capped", M=7, V=1100, softcap=15.0)
     cross_entropy("cross entropy, float16", M=5, V=1024, dtype=jnp.float16, tolerance=HALF)
+    cross_entropy("cross entropy, bfloat16, capped", M=6, V=300, softcap=15.0, dtype=jnp.bfloat16, tolerance=ROUNDED)
     tiled_cross_entropy("cross entropy, blocks of tiles")
     tiled_cross_entropy("cross entropy, blocks of tiles, head frozen", of=(0,))
     tiled_cross_entropy("cross entropy, blocks of tiles, head alone", of=(1,))
+    tiled_cross_entropy("cross entropy, blocks of tiles, bfloat16", dtype=jnp.bfloat16, tolerance=ROUNDED)
     tiled_cross_entropy("cross entropy, one tile", M=8)

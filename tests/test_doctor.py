@@ -15,6 +15,7 @@ from packaging.requirements import Requirement
 from jaxft import doctor, self_test
 from jaxft.__main__ import main
 from jaxft.doctor import Card
+from jaxft.kernels.attention import attention
 
 KERNELS = Path(__file__).parent.parent / "kernels"
 H100 = Card("NVIDIA H100", "580.65.06", 80 << 30, 0)
@@ -33,11 +34,12 @@ ASKED = [
 def test_a_sound_cpu_installation_passes_and_says_what_is_not_tested(capsys):
     assert main(["--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert found["status"] == "ok" and found["failures"] == []
+    assert found["status"] == "ok" and found["failures"] == [] and found["dtype"] == "float32"
     verdicts = {(row["op"], row["way"]): row for row in found["kernels"]}
     for op, way in (
         *(("attention", "chunked"), ("linear", "fused"), ("linear, NF4", "fused"), ("mlp", "fused")),
         *(("linear_cross_entropy", "tiled"), ("linear, DoRA", "dora"), ("mlp, DoRA", "composed")),
+        *(("attention, capped", "chunked"), ("linear_cross_entropy, capped", "tiled")),
         ("mlp, kept", "fused"),
         ("linear, added", "fused"),
         ("qkv", "composed"),
@@ -56,6 +58,54 @@ def test_a_sound_cpu_installation_passes_and_says_what_is_not_tested(capsys):
     notes = " ".join(finding["text"] for finding in found["findings"] if finding["status"] == "note")
     assert "computes on the CPU" in notes and "not tested" in notes
     assert any("free" in f["text"] for f in found["findings"] if f["heading"] == "cache and disk")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_kernels_are_tested_in_the_dtype_that_is_asked_for(dtype, monkeypatch, capsys):
+    one_op("linear_cross_entropy", monkeypatch)
+    assert main(["--dtype", dtype, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["dtype"] == dtype and len(found["kernels"]) == 4
+    for row in found["kernels"]:
+        assert row["verdict"] == ("PASS" if row["way"] == "tiled" else "-")
+        if row["way"] == "tiled":
+            eps = float(jnp.finfo(dtype).eps)
+            assert eps / 8 < row["distance"] < row["tolerance"] == (100 if dtype == "float32" else 2) * eps
+
+
+def test_a_way_that_refuses_a_dtype_is_shown_with_its_reason(monkeypatch, capsys):
+    one_op("attention, whole tiles", monkeypatch)
+    monkeypatch.setattr(sys.modules[attention.__module__], "device_capability", lambda: 90)
+    monkeypatch.setattr("jaxft.kernels.gpu.find_spec", lambda name: None)
+    assert main(["--dtype", "float32", "--json"]) == 0
+    refused = {row["way"]: (row["verdict"], row["reason"]) for row in json.loads(capsys.readouterr().out)["kernels"]}
+    assert refused["mosaic"] == refused["cudnn"] == ("-", "dtype float32: needs bfloat16 or float16")
+    assert refused["triton"][1].startswith("triton is not installed")
+
+
+def one_op(op: str, monkeypatch) -> None:
+    """Leaves the self-test the cases whose names begin so."""
+    every = self_test.cases
+    monkeypatch.setattr(self_test, "cases", lambda dtype: [case for case in every(dtype) if case.op.startswith(op)])
+
+
+def test_attention_is_tested_on_single_tokens_one_token_a_document_and_padding_alone():
+    cases = {case.op: case for case in self_test.cases(jnp.float32)}
+    ways: set[str] = set()
+    for op in ("attention", "attention, whole tiles", "attention, short documents"):
+        one, tokens, mixed, padding = cases[op].arguments[-1].tolist()
+        T = len(one)
+        assert one == padding == [0] * T and tokens == list(range(T))
+        lengths = [mixed.count(start) for start in sorted(set(mixed))]
+        assert (len(lengths), lengths.count(1), sum(lengths)) == (6, 3, T)
+        ways |= set(cases[op].ways)
+    assert ways == {"mosaic", "cudnn", "triton", "chunked", "reference"}
+
+
+def test_cross_entropy_is_tested_where_no_row_counts():
+    (case,) = [case for case in self_test.cases(jnp.float32) if case.op == "linear_cross_entropy, capped"]
+    some, none = case.definition(*case.arguments)
+    assert some > 1 and none == 0 and not case.arguments[-1].any()
 
 
 def ways_of(folder: Path) -> set[str]:
@@ -170,7 +220,8 @@ def test_what_is_asked_for_is_read_from_the_package_or_its_pyproject():
     assert marker.evaluate({"extra": "cuda"}) and not marker.evaluate({"extra": ""})
 
 
-def test_unknown_flags_are_refused(capsys):
+@pytest.mark.parametrize("words", [["--no_such"], ["--dtype", "int8"]])
+def test_unknown_flags_and_dtypes_are_refused(words, capsys):
     with pytest.raises(SystemExit) as ended:
-        main(["--no_such"])
-    assert ended.value.code == 2 and "--no_such" in capsys.readouterr().err
+        main(words)
+    assert ended.value.code == 2 and words[-1] in capsys.readouterr().err
