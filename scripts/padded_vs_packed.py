@@ -1,11 +1,12 @@
-"""Tokens of real text a second: packed rows and padded rows of jaxft, and padded batches of transformers with PEFT.
+"""Tokens of real text a second: packed rows and padded rows, of jaxft and of transformers with PEFT.
 
     python scripts/padded_vs_packed.py MODEL_DIR DATASET [--batch_size 8] [--json FILE]
 
 The same documents in the same order, LoRA r = 16 on all linear layers, AdamW, the layers computed again in the backward
 pass. Padding is not counted as tokens. packed: rows of --max_length. padded: one document a row, of the longest
 document's length (rounded up to a multiple of 64), as one compiled shape needs it. hf: the same documents a batch,
-padded to the longest of the batch, `attn_implementation="sdpa"`, torch's AdamW. bfloat16 on a card, float32 on a CPU.
+padded to the longest of the batch, `attn_implementation="sdpa"`, torch's AdamW. hf_packed: our packed rows, whose
+documents transformers keeps apart by their positions. bfloat16 on a card, float32 on a CPU.
 Each way is a process of its own; MODEL_DIR may have random weights (scripts/random_model.py).
 """
 
@@ -31,7 +32,7 @@ from jaxft.errors import RunError, run_command
 from jaxft.packing import Batch, Batches, make_plan
 from jaxft.samples import Samples
 
-WAYS = ("packed", "padded", "hf")
+WAYS = ("packed", "padded", "hf", "hf_packed")
 ROUNDED = 64  # a padded row's length is a multiple of it
 LEARNING_RATE = 2e-4
 
@@ -100,7 +101,13 @@ def unpadded(batch: Batch) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return ids, mask, np.where(weights != 0, ids, -100)
 
 
-def hf(options: argparse.Namespace) -> dict[str, Any]:
+def joined(batch: Batch) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(ids, positions, labels), each (B, T), of a packed batch (1, B, T); positions begin anew with each document."""
+    ids, positions, weights = (batch[name][0] for name in ("tokens", "positions", "loss_weights"))
+    return ids, positions, np.where(weights != 0, ids, -100)
+
+
+def hf(options: argparse.Namespace, packing: bool) -> dict[str, Any]:
     # torch and PEFT are needed for this way alone, and beside a jax that measures they would take of its card
     import peft
     import torch
@@ -108,7 +115,7 @@ def hf(options: argparse.Namespace) -> dict[str, Any]:
 
     card = torch.cuda.is_available()
     place, dtype = ("cuda", torch.bfloat16) if card else ("cpu", torch.float32)
-    batches = batches_of(options, samples_of(options), packing=False)
+    batches = batches_of(options, samples_of(options), packing)
     model = transformers.AutoModelForCausalLM.from_pretrained(
         options.model_dir, dtype=dtype, attn_implementation="sdpa", local_files_only=True
     ).to(place)
@@ -119,9 +126,12 @@ def hf(options: argparse.Namespace) -> dict[str, Any]:
     adam = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=LEARNING_RATE, weight_decay=0.0)
 
     def step(batch: Batch) -> float:
-        ids, mask, labels = (torch.from_numpy(array).long().to(place) for array in unpadded(batch))
+        ids, where, labels = (
+            torch.from_numpy(array).long().to(place) for array in (joined if packing else unpadded)(batch)
+        )
+        told = {"position_ids" if packing else "attention_mask": where}
         with torch.autocast(place, dtype=torch.bfloat16, enabled=card):
-            loss = model(input_ids=ids, attention_mask=mask, labels=labels).loss
+            loss = model(input_ids=ids, labels=labels, **told).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         adam.step()
@@ -130,13 +140,15 @@ def hf(options: argparse.Namespace) -> dict[str, Any]:
 
     found = timed(options, batches, step)
     versions = {module.__name__: module.__version__ for module in (torch, transformers, peft)}
-    found |= {"device": torch.cuda.get_device_name() if card else "cpu", "versions": versions, "filled": None}
+    found |= {"device": torch.cuda.get_device_name() if card else "cpu", "versions": versions}
+    found |= {} if packing else {"filled": None}  # each batch is as wide as its longest document
     return found | {"peak_bytes": torch.cuda.max_memory_allocated() if card else None}
 
 
 def measure(way: str, options: argparse.Namespace) -> dict[str, Any]:
     """The figures of one way."""
-    return {"way": way} | (hf(options) if way == "hf" else ours(options, way == "packed"))
+    measured, packing = hf if way.startswith("hf") else ours, way.endswith("packed")
+    return {"way": way} | measured(options, packing)
 
 
 def table(found: Iterable[dict[str, Any]]) -> str:

@@ -397,11 +397,18 @@ def test_packed_and_padded_rows_hold_the_same_text_and_only_it_is_counted(padded
     assert ((labels == ids) | (labels == -100)).all() and (labels[mask == 0] == -100).all() and (labels != -100).any()
 
 
-def test_padded_rows_have_the_loss_of_transformers_and_peft(padded):
+@pytest.mark.parametrize(
+    "ways, rows",
+    [
+        (("padded", "hf"), ("| padded | 2 × 64 | ", "| hf | 2 × ≤ 64 |  | ")),
+        (("packed", "hf_packed"), ("| packed | 2 × 256 | ", "| hf_packed | 2 × 256 | ")),
+    ],
+)
+def test_rows_have_the_loss_of_transformers_and_peft(padded, ways, rows):
     pytest.importorskip("peft", reason="transformers' way needs torch and PEFT")
     module, options = padded
-    one, two = module.measure("padded", options), module.measure("hf", options)
+    one, two = (module.measure(way, options) for way in ways)
     # the same documents, and an adapter that is zero at first
     assert one["loss"][0] == pytest.approx(two["loss"][0], rel=1e-4)
-    lines = module.table([one, two]).splitlines()
-    assert lines[2].startswith("| padded | 2 × 64 | ") and lines[3].startswith("| hf | 2 × ≤ 64 |  | ")
+    for line, start in zip(module.table([one, two]).splitlines()[2:], rows, strict=True):
+        assert line.startswith(start)
