@@ -91,10 +91,9 @@ def document(found: list[dict], seeds: list[int], argv: list[str]) -> str:
         )
     lines += [
         "",
-        "Differences of a few thousandths before the fine-tune, and of a few ten-thousandths after it, are chance: a",
-        "small change of the weights may lower the loss as well as raise it, and another seed ends elsewhere (`--seeds",
-        "0 1 2` gives the mean of three). What has no such noise is how far the predictions move from those in 16",
-        "bits: [Four bits](four-bits.md) has it.",
+        "Differences of a few thousandths are chance: a small change of the weights may lower the loss as well as",
+        "raise it, and another seed ends elsewhere (`--seeds 0 1 2` gives the mean of three). What has no such",
+        "noise is how far the predictions move from those in 16 bits: [Four bits](four-bits.md) has it.",
     ]
     return "\n".join(lines) + "\n"
 
