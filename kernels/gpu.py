@@ -3,13 +3,15 @@
 import functools
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from importlib.util import find_spec
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
 
+T = TypeVar("T")
 # compute capability -> the kind of card that tables of tiles go by; what is not here is a consumer card
 CARDS = {80: "a100", 87: "a100", 90: "hopper", 100: "blackwell", 103: "blackwell", 110: "blackwell"}
 
@@ -19,36 +21,28 @@ _taken: ContextVar[dict[str, list[str]] | None] = ContextVar("taken", default=No
 
 
 @contextmanager
-def compiling_for(device: jax.Device) -> Iterator[None]:
+def _held(variable: ContextVar[T | None], value: T) -> Iterator[T]:
+    before = variable.set(value)
+    try:
+        yield value
+    finally:
+        variable.reset(before)
+
+
+def compiling_for(device: jax.Device) -> AbstractContextManager[jax.Device]:
     """Kernels traced inside are chosen and compiled for an NVIDIA GPU that may not be here."""
-    before = _target.set(device)
-    try:
-        yield
-    finally:
-        _target.reset(before)
+    return _held(_target, device)
 
 
-@contextmanager
-def holding_back() -> Iterator[list[Callable[[], None]]]:
+def holding_back() -> AbstractContextManager[list[Callable[[], None]]]:
     """What is traced inside may never be run: which ways it took is not said. Gives what says it, to be called."""
-    said: list[Callable[[], None]] = []
-    before = _held_back.set(said)
-    try:
-        yield said
-    finally:
-        _held_back.reset(before)
+    return _held(_held_back, [])
 
 
-@contextmanager
-def ways_taken() -> Iterator[dict[str, list[str]]]:
+def ways_taken() -> AbstractContextManager[dict[str, list[str]]]:
     """Which ways each op takes in what is traced inside, as {"attention": ["mosaic"], "mlp": ["triton"], …}; "xla" with
     the reason where no kernel serves."""
-    ways: dict[str, list[str]] = {}
-    before = _taken.set(ways)
-    try:
-        yield ways
-    finally:
-        _taken.reset(before)
+    return _held(_taken, {})
 
 
 def took(op: str, way: str, refusals: tuple[str, ...] = (), level: int = logging.INFO) -> None:

@@ -327,11 +327,9 @@ def shorter(data: Record) -> str:
     words = f" The rows run are {min(cut):.0%} to {max(cut):.0%} shorter for it." if any(cut) else ""
     for budget, run, found in runs:
         if run.get("named") and run["length"] < found["length"]:
-            words += f" The row of {budget} GiB is not the longest: `--length` made it "
-            words += (
-                f"{1 - run['length'] / found['length']:.0%} shorter than the {found['length']:,} tokens planned, which "
-            )
-            words += f"would need {_gib(found['host'])} of the host."
+            less, longest_row = 1 - run["length"] / found["length"], f"the {found['length']:,} tokens planned"
+            words += f" The row of {budget} GiB is not the longest: `--length` made it {less:.0%} shorter than "
+            words += f"{longest_row}, which would need {_gib(found['host'])} of the host."
     return words
 
 

@@ -77,21 +77,21 @@ def test_flags_win_over_the_embedded_settings_and_what_is_written_reads_back(tmp
 
 
 @pytest.fixture
-def first_run(tmp_path) -> tuple[Path, str]:
-    """The directory in which `python -m jaxft.train` ran without arguments, and what it said: the run that .ci/run has
-    done as README's first line, where there is one."""
+def first_run(tmp_path) -> tuple[Path, str, float]:
+    """The directory in which `python -m jaxft.train` ran without arguments, what it said, and how busy the machine was:
+    the run that .ci/run has done as README's first line, with nothing beside it, where there is one."""
     if "JAXFT_FIRST_RUN" in os.environ:
         said = Path(os.environ["JAXFT_FIRST_RUN_SAID"]).read_text(encoding="utf-8")
-        return Path(os.environ["JAXFT_FIRST_RUN"]), said
+        return Path(os.environ["JAXFT_FIRST_RUN"]), said, 1.0
     command, environment = [sys.executable, "-m", "jaxft.train"], os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout == "", done.stderr
-    return tmp_path, done.stderr
+    return tmp_path, done.stderr, max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
 
 
 @pytest.mark.long
 def test_without_arguments_the_held_out_loss_halves_and_peft_loads_the_adapter(first_run):
-    directory, said = first_run
+    directory, said, busy = first_run
     for word in ("prompt:", "before:", "after:"):
         assert len(re.findall(rf"^{word}", said, re.MULTILINE)) == 3
     assert said.splitlines()[-1] == "adapter written to runs/base-1"
@@ -99,7 +99,7 @@ def test_without_arguments_the_held_out_loss_halves_and_peft_loads_the_adapter(f
     evaluations = [line["eval_loss"] for line in lines_of(run) if "eval_loss" in line]
     assert evaluations[-1] < evaluations[0] / 2
     seconds = (run / "config.yaml").stat().st_mtime - run.parent.stat().st_mtime  # written last, and when run was made
-    assert 0 < seconds < 90 * max(1, os.getloadavg()[0] / (os.cpu_count() or 1)), f"{seconds:.0f} s"
+    assert 0 < seconds < 80 * busy, f"{seconds:.0f} s"  # the start before it takes less than another ten
     pytest.importorskip("peft", reason="the reference needs torch and peft")
     from peft import PeftModel
     from transformers import AutoModelForCausalLM

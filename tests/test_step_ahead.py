@@ -315,8 +315,9 @@ def test_nothing_is_said_of_a_step_before_a_run_takes_it(place, gains, programs,
     with caplog.at_level(logging.INFO, "jaxft"), begun(settings, prepared) as (begin, take):
         begin()
         assert take(run_of(settings, prepared, 2), prepared) is not None
-    ops = [line.split(":")[0] for line in said()]
-    assert len(set(ops)) == len(ops) and {"attention", "mlp", "qkv"} <= set(ops)  # each once
+    ways = dict(line.split(": ", 1) for line in said())
+    assert len(ways) == len(said()) and {"attention", "mlp", "qkv"} <= ways.keys()  # each once
+    assert ways["attention"].startswith("reference")
 
 
 @pytest.fixture
