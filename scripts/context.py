@@ -21,21 +21,20 @@ import os
 import shutil
 import subprocess
 import sys
-import textwrap
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import jax
+from context_page import Record, document, unsloth_length
 
 from jaxft import bench
 from jaxft.doctor import available_memory
 from jaxft.errors import InputError, RunError, run_command
 from jaxft.load import parameter_count
-from jaxft.memory import GIB, MARGIN
+from jaxft.memory import GIB, MARGIN, gib
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 WORKLOAD = "A7"
@@ -52,20 +51,6 @@ HOST_SPARE = 8  # GiB of pinned memory beside what a plan says
 HOST_KEPT = 6  # GiB of the host that are not pinned, for the process itself
 HELD = 0.99  # of a plan: what the allocator holds while the step runs
 POLL = 1.0  # seconds between two looks at a step that may be stopped
-STOPPED = (
-    " XLA allocates all that a step needs before its first kernel, so a step that ran and was stopped (`--stop_after`) "
-    "has the peak of a whole one. It proves that the row fits: nobody saw its loss, and its seconds are an estimate, "
-    "marked by ~."
-)
-UNMEASURED = " Rows without a peak are planned by the compiler alone, and their seconds are an estimate, marked by ~."
-UNSLOTH_FIXED, UNSLOTH_TOKEN = 7.37e9, 222 * 1024  # bytes; its published lengths lie on this line or a little below
-
-Record = dict[str, Any]
-
-
-def unsloth_length(budget: float) -> int:
-    """The length at which Unsloth's line reaches a budget of GiB."""
-    return int((budget * GIB - UNSLOTH_FIXED) / UNSLOTH_TOKEN)
 
 
 def step_seconds(model: str, policy: str, length: int) -> float:
@@ -106,7 +91,7 @@ class Results:
             sizes = {name: line[name] for name in ("total", "temporary", "arguments", "host")}
             self.data["compiled"][key] = {"policy": policy, "tiles": tiles, "length": length} | sizes
             self.save()
-            print(f"{key}: {_gib(line['total'])}, and {_gib(line['host'])} of the host", file=sys.stderr, flush=True)
+            print(f"{key}: {gib(line['total'])}, and {gib(line['host'])} of the host", file=sys.stderr, flush=True)
         return self.data["compiled"][key]
 
 
@@ -165,7 +150,7 @@ def plan(options: argparse.Namespace) -> int:
         results.save()
         print(
             f"{budget} GiB: {found['length']:,} tokens by --gradient_checkpointing {best[0]} --mlp_tiles "
-            f"{found['tiles']}, {_gib(found['total'])} and {_gib(found['host'])} of the host, a step about "
+            f"{found['tiles']}, {gib(found['total'])} and {gib(found['host'])} of the host, a step about "
             f"{seconds:.0f} s; Unsloth's line {unsloth_length(budget):,}",
             flush=True,
         )
@@ -184,7 +169,7 @@ def limit_memory(budget: float, host: int) -> int | None:
         return None
     card = int(ask_card("memory.total")) * (1 << 20)
     if budget * GIB > card:
-        raise InputError(f"--budget {budget:g}: the card has {_gib(card)}")
+        raise InputError(f"--budget {budget:g}: the card has {gib(card)}")
     pinned = max(min(host // GIB + HOST_SPARE, available_memory() // GIB - HOST_KEPT), 1)
     os.environ["XLA_PYTHON_CLIENT_MEM_FRACTION"] = str(budget * GIB / card)
     os.environ["XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB"] = str(pinned)
@@ -259,7 +244,7 @@ def step_on_card(results: Results, found: Record, length: int | None, limit: flo
         known = {0: found["arguments"], most: compiled(most)["total"]}
         length = longest(limit, lambda count: compiled(count)["total"], known, most) * STEP
         if not length:
-            raise RunError(f"no row of {STEP:,} tokens takes at most {_gib(limit)} on this card")
+            raise RunError(f"no row of {STEP:,} tokens takes at most {gib(limit)} on this card")
     return results.compiled(results.data["model"], None, candidate, length)
 
 
@@ -281,8 +266,8 @@ def measure(options: argparse.Namespace) -> int:
     length, tiles = planned["length"], planned["tiles"]
     if pinned is not None and planned["host"] > pinned:
         raise InputError(
-            f"--budget {budget}: {_gib(planned['host'])} of {length:,} tokens wait on the host, which has "
-            f"{_gib(pinned)} to pin; try a smaller --length"
+            f"--budget {budget}: {gib(planned['host'])} of {length:,} tokens wait on the host, which has "
+            f"{gib(pinned)} to pin; try a smaller --length"
         )
 
     def keep(more: Record) -> None:
@@ -319,107 +304,13 @@ def measure(options: argparse.Namespace) -> int:
     return 0
 
 
-def shorter(data: Record) -> str:
-    """By how much the rows that were run are shorter than planned without a card: for the card's own plan, and where a
-    length was named."""
-    runs = [(budget, run, data["budgets"][budget]) for budget, run in data["measured"].items()]
-    cut = [1 - run["length"] / found["length"] for _, run, found in runs if not run.get("named")]
-    words = f" The rows run are {min(cut):.0%} to {max(cut):.0%} shorter for it." if any(cut) else ""
-    for budget, run, found in runs:
-        if run.get("named") and run["length"] < found["length"]:
-            less, longest_row = 1 - run["length"] / found["length"], f"the {found['length']:,} tokens planned"
-            words += f" The row of {budget} GiB is not the longest: `--length` made it {less:.0%} shorter than "
-            words += f"{longest_row}, which would need {_gib(found['host'])} of the host."
-    return words
-
-
-def estimates(data: Record) -> str:
-    """How far the seconds that are estimated are from those that were measured, "" where none were."""
-    pairs = [(run, data["budgets"][budget]) for budget, run in data["measured"].items() if "step_seconds" in run]
-    if not pairs:
-        return ""
-    times = [run["step_seconds"] / found["estimated_seconds"] for run, found in pairs]
-    first = "; long ones are first steps, which pin the host's memory too"
-    first *= any(not run["warmup"] for run, _ in pairs)
-    return f" A step that was timed took {min(times):.1f} to {max(times):.1f} times its estimate{first}."
-
-
-def document(data: Record, unsloth: bool) -> str:
-    """docs/context.md; unsloth: with its line, which is of one model."""
-    measured = [(budget, data["measured"][budget]) for budget in data["budgets"] if budget in data["measured"]]
-    cards = ", ".join(sorted({run["device"] for _, run in measured}))
-    ran = []
-    for how, ended in (("Run on a card", True), ("Begun on a card and stopped", False)):
-        budgets = ", ".join(budget for budget, run in measured if ("step_seconds" in run) == ended)
-        ran += [f"{how}: {budgets} GiB ({cards})."] * bool(budgets)
-    stopped = STOPPED * any("stopped_after" in run for _, run in measured)
-    unmeasured = UNMEASURED * any(found and budget not in data["measured"] for budget, found in data["budgets"].items())
-    lines = [
-        "# How long a row fits",
-        "",
-        *textwrap.wrap(
-            f"{data['model']}, QLoRA in NF4, one row a step, r = 16 on all linear layers, 8-bit AdamW. The longest "
-            f"row, a multiple of {STEP}, whose step takes at most {data['margin']:.0%} of the budget by XLA's own plan "
-            f"for {data['device']}, made without one (jax {data['jax']}; the next longer row was compiled too and "
-            "takes more). Rows that were run have the card's own plan, which may need less, so that some tokens more "
-            f"might fit.{shorter(data)}{estimates(data)}",
-            120,
-        ),
-        "",
-        f"**{' '.join(ran) or 'No row was run on a card yet.'}**",
-        *textwrap.wrap(
-            "In a run XLA has no more of the card than the budget, weights and tokens are random, the loss is finite, "
-            f"and the peak is the allocator's.{stopped}{unmeasured} What waits on the host is beside the budget. "
-            "Positions are not scaled: beyond the model's own a real run scales its rope, at the same cost.",
-            120,
-        ),
-        "",
-    ]
-    if unsloth:
-        words = (
-            "Unsloth's column is an upper bound of its published table for Llama 3.1 8B, r = 32, at the same budget: "
-            "the line 7.37 GB and 222 KiB a token, with the units read in its favour, up to 2,750 tokens above it."
-        )
-        lines += [*textwrap.wrap(words, 120), ""]
-    lines += [
-        "`python scripts/context.py plan --device h200`, `measure --budget N [--stop_after 5]` and `table` repeat it.",
-        "",
-        "| budget, GiB | policy, MLP tiles | longest row | planned, GiB | measured peak, GiB | on the host, GiB "
-        "| seconds a step |" + (" Unsloth's line |" if unsloth else ""),
-        "|---|---|---|---|---|---|---|" + ("---|" if unsloth else ""),
-    ]
-    for budget, found in data["budgets"].items():
-        cells = [budget, "nothing fits", *[""] * 5]
-        if found:
-            cells = [budget, *_cells(found, data["measured"].get(budget))]
-        lines.append(f"| {' | '.join(cells + [f'{unsloth_length(float(budget)):,}'] * unsloth)} |")
-    return "\n".join(lines) + "\n"
-
-
-def _cells(found: Record, run: Record | None) -> list[str]:
-    """From the policy to the seconds; of the run where there is one, else of the plan without a card."""
-    row = run or found
-    peak = ""
-    if run is not None:
-        peak = "not known" if run["peak_bytes"] is None else f"{run['peak_bytes'] / GIB:.2f}"
-    seconds = f"{row['step_seconds']:.1f}" if "step_seconds" in row else f"~{row['estimated_seconds']:.0f}"
-    if "stopped_after" in row:
-        seconds += f", stopped after {row['stopped_after']:.0f}"
-    sizes = f"{row['total'] / GIB:.2f}", peak, f"{row['host'] / GIB:.1f}"
-    return [f"`{row['policy']}`, {row['tiles']}", f"{row['length']:,}", *sizes, seconds]
-
-
 def table(options: argparse.Namespace) -> int:
     if not options.results.exists():
         raise InputError(f"{options.results} does not exist; run the plan subcommand first")
     data = json.loads(options.results.read_text(encoding="utf-8"))
-    options.output.write_text(document(data, data["model"] == "llama-3-8b"), encoding="utf-8")
+    options.output.write_text(document(data, data["model"] == "llama-3-8b", STEP), encoding="utf-8")
     print(f"{options.output} written")
     return 0
-
-
-def _gib(size: float) -> str:
-    return f"{size / GIB:.2f} GiB"
 
 
 def main(argv: list[str] | None = None) -> int:
