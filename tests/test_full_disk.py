@@ -46,10 +46,11 @@ def whole(place):
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A file system of one megabyte of its own."""
+    """A file system of its own, small, and with room for several times what a run leaves: how much one checkpoint takes
+    depends on how Orbax's threads met (four of them and the result: 0.7 to more than 1 MiB)."""
     directory = tmp_path / "disk"
     directory.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(directory)]
+    mount = ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(directory)]
     try:
         done = subprocess.run(mount, capture_output=True, text=True)
     except FileNotFoundError:
