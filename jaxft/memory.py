@@ -26,6 +26,7 @@ from jaxft.offload_check import check_offload
 from jaxft.optim import state_shapes
 from jaxft.optim_paged import is_paged
 from jaxft.prepare import Prepared
+from jaxft.programs import HIDDEN, waiting_bytes
 from jaxft.quant import is_quantized
 from jaxft.settings import TrainSettings
 from jaxft.sharding import batch_sharding, data_parallel_size
@@ -58,8 +59,9 @@ class Plan:
     """The bytes of one device in a train step, and what it is compiled to.
 
     weights, trained, optimizer: of the frozen and trained leaves and of the optimizer's states. arguments: those and
-    the batch. temporary: the most that exists inside the step; gradients and logits (one tile of them, float32) are
-    part of it. output, aliased: what the step returns, and how much of that takes the place of arguments. host: what
+    the batch. temporary: the most that exists inside the step; activations (what waits for the backward pass; where
+    several devices share a row's work, the sum of theirs), gradients and logits (one tile of them, float32) are part of
+    it. output, aliased: what the step returns, and how much of that takes the place of arguments. host: what
     waits outside of the device. backends: the ways that each op of the step takes, see `ways_taken`. compiled: the step
     itself, called as the function was.
     """
@@ -70,6 +72,7 @@ class Plan:
     weights: int
     trained: int
     optimizer: int
+    activations: int
     gradients: int
     logits: int
     arguments: int
@@ -98,8 +101,10 @@ class Plan:
             ("trained", self.trained, "adapter, or all weights"),
             ("optimizer", self.optimizer, "its states"),
             ("batch", self.arguments - self.weights - self.trained - self.optimizer, "and what rounds the above up"),
-            ("temporaries", self.temporary, f"activations; {gib(self.gradients)} of gradients and "
-             f"{gib(self.logits)} of logits are among them"),
+            ("temporaries", self.temporary, "the most at one time; among them"),
+            ("  activations", self.activations, "kept by the forward pass for the backward one"),
+            ("  gradients", self.gradients, "of what is trained"),
+            ("  logits", self.logits, "one tile of tokens, float32"),
             ("results", self.output - self.aliased, "beside what takes the arguments' place"),
             ("together", self.total, self.policy),
             ("on the host", self.host, "not counted"),
@@ -152,6 +157,7 @@ def plan(
     found = compiled.memory_analysis()
     assert found is not None  # every backend that this runs on has one
     accumulated = batch["tokens"].shape[0] > 1  # then gradients are summed in float32
+    on_cpu = device.platform == "cpu"  # where the host's memory is the device's
     rows = math.prod(batch["tokens"].sharding.shard_shape(batch["tokens"].shape)[1:])
     return Plan(
         gradient_checkpointing=gradient_checkpointing,
@@ -159,8 +165,8 @@ def plan(
         kept_layers=kept_layers,
         weights=device_bytes(frozen),
         trained=device_bytes(trainable),
-        # on a CPU the host's memory is the device's
-        optimizer=device_bytes(opt_state, on_host=device.platform == "cpu"),
+        optimizer=device_bytes(opt_state, on_host=on_cpu),
+        activations=waiting_bytes(traced.jaxpr.jaxpr, HIDDEN, on_host=on_cpu) // data_parallel_size(mesh),
         gradients=device_bytes(trainable, 4 if accumulated else None),
         logits=4 * tile_rows(rows, model.config.vocab_size) * model.config.vocab_size,
         arguments=found.argument_size_in_bytes,

@@ -26,11 +26,12 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import jax
-from jax.extend.core import ClosedJaxpr, Jaxpr, Primitive
+from jax.extend.core import Jaxpr, Primitive
 from jax.interpreters import mlir, xla
 from jaxlib.mlir import ir
 
 from jaxft.kernels.compiled import kept, place
+from jaxft.programs import programs_in
 from jaxft.without_torch import unseen
 
 T = TypeVar("T")
@@ -270,12 +271,7 @@ def _compile(launch: _Launch, avals: Sequence[Any]) -> None:
 
 def _launches(jaxpr: Jaxpr) -> Iterator[Any]:
     """The launches of a program and of the programs in it."""
-    for eqn in jaxpr.eqns:
-        if eqn.primitive is _launch_p:
-            yield eqn
-        for leaf in jax.tree.leaves(eqn.params, is_leaf=lambda leaf: isinstance(leaf, Jaxpr | ClosedJaxpr)):
-            if isinstance(leaf, Jaxpr | ClosedJaxpr):
-                yield from _launches(leaf.jaxpr if isinstance(leaf, ClosedJaxpr) else leaf)
+    return (eqn for program in programs_in(jaxpr) for eqn in program.eqns if eqn.primitive is _launch_p)
 
 
 @functools.cache

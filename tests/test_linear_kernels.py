@@ -8,6 +8,7 @@ import pytest
 from jaxft.kernels.linear import Weights, dora, linears, times_scale
 from jaxft.kernels.linear_cross_entropy import linear_cross_entropy, reference, tile_rows, tiled
 from jaxft.kernels.mlp import mlp
+from jaxft.programs import programs_in
 from jaxft.quant import dense, quantize
 
 KEY = jax.random.key(7)
@@ -120,23 +121,13 @@ def test_fused_linears_in_bfloat16_are_no_further_from_the_truth_than_the_refere
     assert errors["fused"] < 1.2 * errors["reference"]
 
 
-def equations(jaxpr):
-    """All equations of a jaxpr and of the jaxprs inside it."""
-    for equation in jaxpr.eqns:
-        yield equation
-        for value in equation.params.values():
-            for inner in jax.tree.leaves(value, is_leaf=lambda leaf: hasattr(leaf, "eqns") or hasattr(leaf, "jaxpr")):
-                inner = getattr(inner, "jaxpr", inner)
-                if hasattr(inner, "eqns"):
-                    yield from equations(inner)
-
-
 def products(function, *arguments) -> list[tuple[tuple[int, ...], jnp.dtype]]:
     """Shape and dtype of every matrix product that a function's program holds."""
     jaxpr = jax.make_jaxpr(function)(*arguments).jaxpr
     return [
         (e.outvars[0].aval.shape, e.outvars[0].aval.dtype)
-        for e in equations(jaxpr)
+        for program in programs_in(jaxpr)
+        for e in program.eqns
         if e.primitive.name == "dot_general"
     ]
 

@@ -56,18 +56,18 @@ def settings_of(place, base, **more):
 
 @pytest.fixture(scope="module")
 def plans(place):
-    """plans(policy, tiles) of the usual run on the described model."""
-    prepared = prepare_shapes(settings_of(place, "described"), str(place / "described"), needed=False)
+    """plans(policy, tiles, base) of the usual run on a described model."""
     optimizer, made = make_optimizer(0.01), {}
 
-    def of(policy, tiles):
-        if (policy, tiles) not in made:
-            made[policy, tiles] = plan(
+    def of(policy, tiles, base="described"):
+        if (policy, tiles, base) not in made:
+            prepared = prepare_shapes(settings_of(place, base), str(place / base), needed=False)
+            made[policy, tiles, base] = plan(
                 prepared.model, optimizer=optimizer, trainable=prepared.trainable, frozen=prepared.frozen,
                 opt_state=state_shapes(optimizer, prepared.trainable), batch=batch_shapes(prepared.mesh, 1, 4, 64),
                 gradient_checkpointing=policy, mlp_tiles=tiles, dtype=prepared.compute_dtype, max_documents=4,
             )  # fmt: skip
-        return made[policy, tiles]
+        return made[policy, tiles, base]
 
     return of
 
@@ -103,9 +103,20 @@ def test_the_parts_of_a_plan_add_up_to_what_the_compiler_says(plans):
     parts = found.weights + found.trained + found.optimizer + 4 * 4 * 64 * 4  # and the batch's four arrays
     assert parts <= found.arguments <= parts + 64 * 100  # the key, and what aligns each array
     assert found.gradients == found.trained and found.optimizer >= 2 * found.trained
-    assert found.temporary > found.gradients + found.logits  # and each layer's input
+    assert found.temporary > max(found.gradients, found.logits) + found.activations
+    assert found.activations > 2 * 4 * 64 * 32 * 4  # each layer's input
     assert found.trained + found.optimizer <= found.aliased <= found.output
     assert found.total == found.arguments + found.temporary + found.output - found.aliased
+
+
+def test_activations_are_what_a_step_grows_by_with_each_layer(place, plans):
+    write_base(place / "deep", num_hidden_layers=6, **WIDE)
+    few, many = plans("products", 1), plans("products", 1, "deep")
+    grown = many.activations - few.activations + many.gradients - few.gradients
+    assert many.temporary - few.temporary == pytest.approx(grown, rel=0.05)
+    # of 4 x 64 tokens the MLP's two products, float32, are most of it
+    assert many.activations - few.activations > 4 * (4 * 64) * 2 * 512 * 4
+    assert plans("full", 1).activations < few.activations / 10
 
 
 def test_policies_and_tiles_that_keep_less_need_less(plans):

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from jaxft.kernels import attention as attention_op
 from jaxft.kernels.attention import documents, key_range
@@ -25,6 +26,7 @@ from jaxft.models.layers import (
     stack,
 )  # fmt: skip
 from jaxft.models.rope import Rope, document_lengths
+from jaxft.programs import HIDDEN
 from jaxft.sharding import constrain
 
 
@@ -123,6 +125,7 @@ class Decoder(nnx.Module):
         read = documents_read(self.config, max_documents, tokens.shape[1], dtype)
         context = self.context(segment_ids, positions, tiles, read, scratch=gradient_checkpointing != LEANEST)
         hidden = self._run(tokens, context, None, dtype, key, gradient_checkpointing, kept_layers)[0]
+        hidden = checkpoint_name(hidden, HIDDEN)
         return hidden if context.documents is None else jnp.where(context.documents.exact, hidden, jnp.nan)
 
     def context(
