@@ -23,7 +23,7 @@ from jaxft.errors import InputError, RunError, run_command
 from jaxft.flops import model_flops
 from jaxft.load import adapter_shapes, held_shapes, new_adapter, parameter_count
 from jaxft.lora import LoraConfig
-from jaxft.memory import Plan, batch_shapes, device_limit, fastest, plan
+from jaxft.memory import Plan, batch_shapes, check_residuals, device_limit, fastest, plan
 from jaxft.models import Model, describe_model, init_params
 from jaxft.models.layers import KEPT_MLP, REMAT
 from jaxft.models.quantized import all_linears, with_quantized
@@ -192,6 +192,7 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
     began = time.perf_counter()
     found = planned(name, options)
     compile_seconds = time.perf_counter() - began
+    check_residuals(found, jax.devices()[0])
     model = described(workload)
     params = init_params(model, jax.random.key(0), jnp.bfloat16)
     trainable: Tree = params

@@ -302,9 +302,15 @@ def plan_run(
                 f"--memory_budget in place of --gradient_checkpointing, --mlp_tiles and --kept_layers, {advice}"
             )
         print("fits" if limit is not None else "whether it fits is not known: name a --memory_budget")
-    elif planned.gradient_checkpointing in OFFLOADED and device.platform != "cpu":  # where the host is other memory
-        check_offload()
+    else:
+        check_residuals(planned, device)
     return planned
+
+
+def check_residuals(planned: Plan, device: jax.Device) -> None:
+    """`check_offload`, before a step runs whose residuals wait in memory that is not the device's own."""
+    if planned.gradient_checkpointing in OFFLOADED and device.platform != "cpu":
+        check_offload()
 
 
 def time_lines(run: Run, prepared: Prepared, planned: Plan) -> list[str]:

@@ -211,6 +211,15 @@ def test_what_a_budget_leaves_is_filled_with_kept_layers(policy, tiles, devices,
     assert len(said) == 2 + len(tried) + bool(wanted)
 
 
+def test_residuals_are_checked_where_the_host_is_other_memory(monkeypatch):
+    checked = []
+    monkeypatch.setattr(memory, "check_offload", lambda: checked.append(policy))
+    for policy in REMAT:
+        for platform in ("cpu", "gpu"):
+            memory.check_residuals(SimpleNamespace(gradient_checkpointing=policy), SimpleNamespace(platform=platform))
+    assert checked == [policy for policy in REMAT if policy.startswith("offload")]
+
+
 def test_on_several_devices_layers_are_kept_beside_an_offload_alone():
     settings, _ = train.read_settings(flags(kept_layers=1, gradient_checkpointing="offload"))
     check_kept_layers(settings, SimpleNamespace(size=2))
