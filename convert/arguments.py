@@ -16,7 +16,8 @@ from typing import Any, NamedTuple
 import yaml
 
 from jaxft.config import parse
-from jaxft.convert.arguments_table import ALL_TURNS, DEFAULTS, rule_for, taken_by_name
+from jaxft.convert.arguments_table import DEFAULTS, rule_for, taken_by_name
+from jaxft.convert.arguments_values import ALL_TURNS
 from jaxft.convert.script import Given, Source, read_script
 from jaxft.errors import InputError
 from jaxft.settings import GROUPS, LoraArguments, TrainSettings

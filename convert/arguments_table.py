@@ -4,224 +4,14 @@ A rule says what becomes of a setting that is given. The defaults that differ st
 """
 
 import dataclasses
-import typing
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
-from jaxft.settings import SCHEDULES, TrainArguments, TrainSettings
+from jaxft.convert import arguments_values as values
+from jaxft.convert.arguments_rules import Outcome, Rule, asked, changed, is_off, is_on, missing, needless, renamed, same
+from jaxft.settings import TrainSettings
 
 SETTINGS = {field.name for field in dataclasses.fields(TrainSettings)} - {"settings_given", "settings_ignored"}
 UNLIKE = ("debug",)  # names that are a setting here too, and another one
-
-
-class Outcome(NamedTuple):
-    """What a given setting becomes: settings of `jaxft.train`, what to know about it, and whether it is lost."""
-
-    settings: dict[str, Any]
-    remark: str = ""
-    lost: bool = False
-
-
-class Rule(NamedTuple):
-    """Some settings of theirs; `ours` as a reader is told it ('' where there is none), and what is to be known.
-
-    act: (name, value) -> Outcome. lost: whether something is given up where there is no setting of ours.
-    """
-
-    names: tuple[str, ...]
-    ours: str
-    remark: str
-    act: Callable[[str, Any], Outcome]
-    lost: bool = False
-
-
-def is_off(value: Any) -> bool:
-    """Whether a value asks for nothing: None, False, 0, '', 'no', 'none', {}."""
-    return value in (None, False, 0, "", "no", "none", "None", "false", "False", "0") or value in ({}, [])
-
-
-def is_on(value: Any) -> bool:
-    return value is True or (isinstance(value, str) and value.lower() in ("true", "yes", "1"))
-
-
-def same(names: str) -> Rule:
-    """Settings with the same name and meaning."""
-    return Rule(
-        tuple(names.split()), "the same", "", lambda name, value: Outcome({} if value is None else {name: value})
-    )
-
-
-def asked(names: str) -> Rule:
-    """Settings with the same name and meaning; a value that asks for nothing needs no setting."""
-
-    def act(name: str, value: Any) -> Outcome:
-        return Outcome({}, "as it is here") if is_off(value) else Outcome({name: value})
-
-    return Rule(tuple(names.split()), "the same", "", act)
-
-
-def renamed(theirs: str, ours: str, remark: str = "") -> Rule:
-    return Rule(tuple(theirs.split()), f"`{ours}`", remark, lambda _, v: Outcome({} if v is None else {ours: v}))
-
-
-def changed(names: str, ours: str, remark: str, act: Callable[[Any], Outcome]) -> Rule:
-    """Settings whose values are put otherwise; `ours` and `remark` are for the reader."""
-    return Rule(tuple(names.split()), ours, remark, lambda _, value: act(value))
-
-
-def needless(remark: str, names: str) -> Rule:
-    """Settings of which nothing is lost, whatever their value."""
-    return Rule(tuple(names.split()), "", remark, lambda *_: Outcome({}, remark))
-
-
-def missing(remark: str, names: str, unless: Callable[[Any], bool] = is_off) -> Rule:
-    """Settings that are not here; nothing is lost where the value is one that asks for nothing."""
-    lost = lambda _, value: Outcome({}, "as it is here" if unless(value) else remark, not unless(value))  # noqa: E731
-    return Rule(tuple(names.split()), "", remark, lost, True)
-
-
-def _optim(value: Any) -> Outcome:
-    name = str(value).lower().removeprefix("optimizernames.")
-    offered = typing.get_args(TrainArguments.__annotations__["optim"])
-    spellings = {
-        "adamw_torch": ("adamw",), "adamw_torch_fused": ("adamw",), "adamw_hf": ("adamw",), "adamw": ("adamw",),
-        "adamw_8bit": ("adamw_8bit",), "adamw_bnb_8bit": ("adamw_8bit",),
-        "paged_adamw": ("paged_adamw", "paged_adamw_32bit", "adamw"),
-        "paged_adamw_32bit": ("paged_adamw_32bit", "paged_adamw", "adamw"),
-        "paged_adamw_8bit": ("paged_adamw_8bit", "adamw_8bit"),
-    }  # fmt: skip
-    found = next((one for one in spellings.get(name, (name,)) if one in offered), None)
-    if found is None:
-        return Outcome({}, f"the optimizers here are {', '.join(offered)}", lost=True)
-    return Outcome({"optim": found}, "" if "paged" in found or "paged" not in name else "its states stay on the device")
-
-
-def _schedule(value: Any) -> Outcome:
-    name = str(value).lower().removeprefix("schedulertype.")
-    if name in SCHEDULES:
-        return Outcome({"lr_scheduler_type": name})
-    return Outcome({}, f"the schedules here are {', '.join(SCHEDULES)}", lost=True)
-
-
-def _warmup(value: Any) -> Outcome:
-    number = 0.0 if value is None else float(value)
-    return Outcome({"warmup_ratio": number} if 0 < number < 1 else {"warmup_steps": int(number)})
-
-
-def _checkpointing(value: Any) -> Outcome:
-    if value is None:
-        return Outcome({})
-    if str(value).lower() == "unsloth":
-        return Outcome({"gradient_checkpointing": "offload"}, "each layer's input on the host, as there")
-    return Outcome({"gradient_checkpointing": "full" if is_on(value) else "none"})
-
-
-def _offloading(value: Any) -> Outcome:
-    return Outcome({"gradient_checkpointing": "offload"} if is_on(value) else {})
-
-
-def _dtype(value: Any) -> Outcome:
-    name = str(value).rsplit(".", 1)[-1]
-    name = {"half": "float16", "bf16": "bfloat16", "fp16": "float16", "float": "float32"}.get(name, name)
-    if value is None or name in ("None", "auto"):
-        return Outcome({}, "bfloat16 on a GPU")
-    if name in ("float32", "bfloat16", "float16"):
-        return Outcome({"dtype": name})
-    return Outcome({}, "dtypes here are float32, bfloat16, float16", lost=True)
-
-
-def _names(value: Any) -> str:
-    return ",".join(map(str, value)) if isinstance(value, list | tuple | set) else str(value).replace(" ", ",")
-
-
-def _targets(value: Any) -> Outcome:
-    if value is None:
-        return Outcome({})
-    names = _names(value).split(",") if isinstance(value, list | tuple | set) else [str(value)]
-    whole = [name for name in names if name in ("embed_tokens", "lm_head")]
-    linear = [name for name in names if name not in whole]
-    settings = {"lora_target_modules": ",".join(linear)} if linear else {}
-    if whole:
-        return Outcome(settings | {"modules_to_save": ",".join(whole)}, f"{' and '.join(whole)} trained whole")
-    return Outcome(settings)
-
-
-def _layers(value: Any) -> Outcome:
-    return Outcome({} if value is None else {"layers_to_transform": _names(value)})
-
-
-def _saved(value: Any) -> Outcome:
-    return Outcome({} if is_off(value) else {"modules_to_save": _names(value)})
-
-
-def _resume(value: Any) -> Outcome:
-    if is_off(value):
-        return Outcome({})
-    if is_on(value):
-        return Outcome({"resume_from_checkpoint": "auto"})
-    return Outcome({}, "a checkpoint of another library cannot be gone on with", lost=True)
-
-
-def _save_strategy(value: Any) -> Outcome:
-    if str(value) == "no":
-        return Outcome({"save_steps": 0})
-    if str(value) == "steps":
-        return Outcome({}, "save_steps says when")
-    return Outcome({}, "checkpoints come by steps: set save_steps", lost=True)
-
-
-def _by_steps(value: Any) -> Outcome:
-    if str(value) == "steps":
-        return Outcome({}, "as it is here")
-    return Outcome({}, "counted in steps here", lost=str(value) != "no")
-
-
-def _evaluation(value: Any) -> Outcome:
-    name = str(value).lower().removeprefix("intervalstrategy.")
-    if is_off(value) or name == "no":
-        return Outcome({}, "as it is here")
-    return Outcome({"eval_strategy": name})
-
-
-def _template(value: Any) -> Outcome:
-    return Outcome({} if value is None else {"chat_template": value})
-
-
-def _sampling(value: Any) -> Outcome:
-    if str(value) in ("random", "None"):
-        return Outcome({}, "as it is here")
-    if str(value) == "sequential":
-        return Outcome({"shuffle_dataset": False})
-    return Outcome({}, "packing makes rows of one length", lost=False)
-
-
-def _assistant_only(value: Any) -> Outcome:
-    return Outcome({"train_on": "responses"}) if is_on(value) else Outcome({}, ALL_TURNS, lost=True)
-
-
-def _completion_only(value: Any) -> Outcome:
-    return Outcome({} if value is None else {"train_on": "responses" if is_on(value) else "all"})
-
-
-def _quant_type(value: Any) -> Outcome:
-    return Outcome({}, "as it is here" if value == "nf4" else "4 bits are NF4 here", lost=value != "nf4")
-
-
-def _loftq(value: Any) -> Outcome:
-    if is_off(value):
-        return Outcome({}, "as it is here")
-    if not isinstance(value, dict) or value.get("loftq_bits", 4) != 4:
-        return Outcome({}, "LoftQ is in 4 bits here", lost=True)
-    return Outcome({"loftq_iter": value.get("loftq_iter", 1)})
-
-
-def _nested(value: Any) -> Outcome:
-    return Outcome(
-        {}, "as it is here" if is_on(value) else "NF4 here is always doubly quantised", lost=not is_on(value)
-    )
-
-
-ALL_TURNS = "TRL then trains on every token of `messages`, jaxft on the answers; train_on: all does as TRL"
 
 TRAINING = [
     same(
@@ -232,23 +22,24 @@ TRAINING = [
     ),
     asked("load_best_model_at_end report_to push_to_hub hub_model_id hub_private_repo"),
     renamed("max_seq_length", "max_length"),
-    changed("lr_scheduler_type", "`lr_scheduler_type`", "those of `--help`", _schedule),
-    changed("warmup_steps", "`warmup_steps`", "below 1 it is a share: `warmup_ratio`", _warmup),
-    changed("optim", "`optim`", "every spelling of AdamW; others are not here", _optim),
-    changed("gradient_checkpointing", "`gradient_checkpointing`", "true is `full`, false `none`", _checkpointing),
-    changed("activation_offloading", "`gradient_checkpointing: offload`", "", _offloading),
-    changed("resume_from_checkpoint", "`resume_from_checkpoint`", "true is `auto`", _resume),
-    changed("save_strategy", "`save_steps`", "`no` is 0; `epoch` has to be said in steps", _save_strategy),
+    changed("lr_scheduler_type", "`lr_scheduler_type`", "those of `--help`", values.schedule),
+    changed("warmup_steps", "`warmup_steps`", "below 1 it is a share: `warmup_ratio`", values.warmup),
+    changed("optim", "`optim`", "every spelling of AdamW; others are not here", values.optim),
+    changed("gradient_checkpointing", "`gradient_checkpointing`", "true is `full`, false `none`", values.checkpointing),
+    changed("activation_offloading", "`gradient_checkpointing: offload`", "", values.offloading),
+    changed("resume_from_checkpoint", "`resume_from_checkpoint`", "true is `auto`", values.resume),
+    changed("save_strategy", "`save_steps`", "`no` is 0; `epoch` has to be said in steps", values.save_strategy),
     changed(
         "eval_strategy evaluation_strategy",
         "`eval_strategy`",
         "",
-        _evaluation,
+        values.evaluation,
     ),
-    changed("logging_strategy", "`logging_steps`", "counted in steps", _by_steps),
-    changed("train_sampling_strategy", "`shuffle_dataset`", "`sequential` is false", _sampling),
-    changed("assistant_only_loss", "`train_on`", "true is `responses`; false `all`, for `messages`", _assistant_only),
-    changed("completion_only_loss", "`train_on`", "true is `responses`, false `all`", _completion_only),
+    changed("logging_strategy", "`logging_steps`", "counted in steps", values.by_steps),
+    changed("train_sampling_strategy", "`shuffle_dataset`", "`sequential` is false", values.sampling),
+    changed("assistant_only_loss", "`train_on`", "true is `responses`; false `all`, for `messages`",
+            values.assistant_only),
+    changed("completion_only_loss", "`train_on`", "true is `responses`, false `all`", values.completion_only),
     needless("rows are shuffled by `seed` anyway", "shuffle_dataset"),
     needless("XLA compiles the step", "torch_compile torch_compile_backend torch_compile_mode torch_empty_cache_steps"),
     needless("losses and norms have their kernels here", "use_liger_kernel liger_kernel_config"),
@@ -315,7 +106,7 @@ TRAINING = [
         "chat_template_path chat_template",
         "`chat_template`",
         "a file or the name of one that is here",
-        _template,
+        values.template,
     ),
     missing("`debug` there is another thing", "debug"),
     missing("no code of a model's repository is run", "trust_remote_code"),
@@ -330,12 +121,12 @@ COMMAND = [
     renamed("dataset_streaming", "streaming"),
     renamed("pretrained_model_name_or_path", "model_name_or_path"),
     changed("use_peft", "`full_finetuning`", "LoRA is the default here: false is `full_finetuning: true`",
-            lambda value: Outcome({} if is_on(value) else {"full_finetuning": True})),
-    changed("dtype torch_dtype", "`dtype`", "", _dtype),
-    changed("lora_target_modules", "`lora_target_modules`", "", _targets),
-    changed("lora_modules_to_save", "`modules_to_save`", "`embed_tokens`, `lm_head`", _saved),
-    changed("bnb_4bit_quant_type", "", "4 bits are NF4 here", _quant_type),
-    changed("use_bnb_nested_quant bnb_4bit_use_double_quant", "", "NF4 is always doubly quantised", _nested),
+            lambda wanted: Outcome({} if is_on(wanted) else {"full_finetuning": True})),
+    changed("dtype torch_dtype", "`dtype`", "", values.dtype),
+    changed("lora_target_modules", "`lora_target_modules`", "", values.targets),
+    changed("lora_modules_to_save", "`modules_to_save`", "`embed_tokens`, `lm_head`", values.saved),
+    changed("bnb_4bit_quant_type", "", "4 bits are NF4 here", values.quant_type),
+    changed("use_bnb_nested_quant bnb_4bit_use_double_quant", "", "NF4 is always doubly quantised", values.nested),
     needless("attention has kernels of its own", "attn_implementation"),
     needless("storage is bitsandbytes' own", "bnb_4bit_quant_storage bnb_4bit_compute_dtype"),
     needless("there are no buffers", "ignore_bias_buffers"),
@@ -350,9 +141,9 @@ PEFT = [
         "lora_alpha lora_dropout use_rslora rank_pattern alpha_pattern ensure_weight_tying init_lora_weights use_dora"
     ),
     renamed("r", "lora_r"),
-    changed("target_modules", "`lora_target_modules`", "names, `all-linear` or a regular expression", _targets),
-    changed("layers_to_transform", "`layers_to_transform`", "", _layers),
-    changed("modules_to_save", "`modules_to_save`", "`embed_tokens`, `lm_head`", _saved),
+    changed("target_modules", "`lora_target_modules`", "names, `all-linear` or a regular expression", values.targets),
+    changed("layers_to_transform", "`layers_to_transform`", "", values.layers),
+    changed("modules_to_save", "`modules_to_save`", "`embed_tokens`, `lm_head`", values.saved),
     needless(
         "what a config file says about itself",
         "task_type peft_type auto_mapping peft_version base_model_name_or_path inference_mode layers_pattern "
@@ -360,7 +151,7 @@ PEFT = [
     ),
     missing("list what is wanted in `lora_target_modules`", "exclude_modules"),
     missing("biases stay frozen", "bias lora_bias"),
-    changed("loftq_config", "`loftq_iter`", "4 bits are those of `load_in_4bit`", _loftq),
+    changed("loftq_config", "`loftq_iter`", "4 bits are those of `load_in_4bit`", values.loftq),
     missing("not here", "use_qalora use_bdlora eva_config corda_config lora_ga_config "
             "velora_config monteclora_config arrow_config kasa_config alora_invocation_tokens"),
     missing("new tokens are trained by `add_tokens`", "trainable_token_indices"),
@@ -373,9 +164,11 @@ UNSLOTH = [
     renamed("model_name", "model_name_or_path"),
     renamed("max_seq_length", "max_length", "beyond the model's positions its rope is scaled, as there"),
     renamed("random_state", "seed"),
-    changed("target_modules", "`lora_target_modules`", "`embed_tokens`, `lm_head` go to `modules_to_save`", _targets),
-    changed("use_gradient_checkpointing", "`gradient_checkpointing`", "`\"unsloth\"` is `offload`", _checkpointing),
-    changed("dtype", "`dtype`", "", _dtype),
+    changed("target_modules", "`lora_target_modules`", "`embed_tokens`, `lm_head` go to `modules_to_save`",
+            values.targets),
+    changed("use_gradient_checkpointing", "`gradient_checkpointing`", "`\"unsloth\"` is `offload`",
+            values.checkpointing),
+    changed("dtype", "`dtype`", "", values.dtype),
     needless("16 bits are the default on a GPU", "load_in_16bit float32_mixed_precision"),
     needless("the whole of it runs in one process", "fast_inference gpu_memory_utilization max_lora_rank "
              "float8_kv_cache disable_log_stats unsloth_vllm_standby offload_embedding"),

@@ -30,8 +30,8 @@ from jaxft.kernels.linear_cross_entropy import logits
 from jaxft.models import Model
 from jaxft.packing import Batch
 from jaxft.quant import dense, kind_of
-from jaxft.settings import parse_bytes
 from jaxft.trees import Tree, flatten, unflatten
+from jaxft.typed import parse_bytes
 
 SCORES = ("weight", "output", "divergence")
 Rows = dict[str, jax.Array]  # of one batch, (B, T) each

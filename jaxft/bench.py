@@ -17,13 +17,14 @@ import jax.numpy as jnp
 import numpy as np
 from transformers import AutoConfig
 
+from jaxft.budget import check_residuals, device_limit, fastest
 from jaxft.cards import absent_card, peak_flops
 from jaxft.devices import use_compile_cache
 from jaxft.errors import InputError, RunError, run_command
 from jaxft.flops import model_flops
 from jaxft.load import adapter_shapes, held_shapes, new_adapter, parameter_count
 from jaxft.lora import LoraConfig
-from jaxft.memory import Plan, batch_shapes, check_residuals, device_limit, fastest, plan
+from jaxft.memory import Plan, batch_shapes, plan
 from jaxft.models import Model, describe_model, init_params
 from jaxft.models.layers import KEPT_MLP, REMAT
 from jaxft.models.quantized import all_linears, with_quantized
@@ -31,9 +32,9 @@ from jaxft.optim import OPTIMS, make_optimizer, state_shapes
 from jaxft.optim_paged import on_host
 from jaxft.packing import Batch
 from jaxft.profile import table
-from jaxft.settings import parse_bytes
 from jaxft.sharding import make_mesh, mesh_sizes
 from jaxft.trees import Tree
+from jaxft.typed import parse_bytes
 
 # constants of the public configurations of the named models
 CONFIGS: dict[str, dict[str, Any]] = {

@@ -20,11 +20,10 @@ from jaxft.settings import (
     DataSettings,
     EvaluateSettings,
     GenerateSettings,
-    JsonObject,
     Settings,
     TrainSettings,
-    is_expression,
 )
+from jaxft.typed import JsonObject, is_expression
 
 GIVEN_KEY = "settings_given"  # in a written config.yaml: which of its keys were chosen rather than left at defaults
 _UNSET: Any = object()

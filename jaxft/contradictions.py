@@ -14,9 +14,9 @@ from jaxft.settings import (
     GenerateSettings,
     LoraArguments,
     TrainSettings,
-    is_expression,
 )  # fmt: skip
 from jaxft.templates import read_template
+from jaxft.typed import is_expression
 
 RANGES: list[tuple[str, str, Callable[[float], bool]]] = [
     ("learning_rate embedding_learning_rate weight_decay max_grad_norm temperature", "at least 0", lambda x: x >= 0),

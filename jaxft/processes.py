@@ -95,6 +95,12 @@ def is_first() -> bool:
     return not jax.distributed.is_initialized() or jax.process_index() == 0
 
 
+def say(text: str) -> None:
+    """Everything but results goes to stderr; of several processes the first says it."""
+    if is_first():
+        print(text, file=sys.stderr, flush=True)
+
+
 def several() -> bool:
     """Whether the run has several processes. One that was never joined to others is not asked for its devices."""
     return jax.distributed.is_initialized() and jax.process_count() > 1

@@ -5,18 +5,29 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
-from jax.extend.core import ClosedJaxpr, Jaxpr, Var
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Var
 
 HIDDEN = "hidden"  # `checkpoint_name` of what the model gives the loss: the forward pass ends there
 
 
-def programs_in(jaxpr: Jaxpr) -> Iterator[Jaxpr]:
-    """A program, then those that its equations run, and theirs."""
-    yield jaxpr
+def equations_in(jaxpr: Jaxpr) -> Iterator[JaxprEqn]:
+    """The equations of a program, each followed by those of the programs that it runs."""
     for equation in jaxpr.eqns:
-        for leaf in jax.tree.leaves(equation.params, is_leaf=lambda leaf: isinstance(leaf, Jaxpr | ClosedJaxpr)):
-            if isinstance(leaf, Jaxpr | ClosedJaxpr):
-                yield from programs_in(leaf.jaxpr if isinstance(leaf, ClosedJaxpr) else leaf)
+        yield equation
+        for program in _run_by(equation):
+            yield from equations_in(program)
+
+
+def _programs_in(jaxpr: Jaxpr) -> Iterator[Jaxpr]:
+    yield jaxpr
+    for equation in equations_in(jaxpr):
+        yield from _run_by(equation)
+
+
+def _run_by(equation: JaxprEqn) -> Iterator[Jaxpr]:
+    for leaf in jax.tree.leaves(equation.params, is_leaf=lambda leaf: isinstance(leaf, Jaxpr | ClosedJaxpr)):
+        if isinstance(leaf, Jaxpr | ClosedJaxpr):
+            yield leaf.jaxpr if isinstance(leaf, ClosedJaxpr) else leaf
 
 
 def waiting_bytes(jaxpr: Jaxpr, name: str, *, on_host: bool = False) -> int:
@@ -26,7 +37,7 @@ def waiting_bytes(jaxpr: Jaxpr, name: str, *, on_host: bool = False) -> int:
     waits in the host's memory. Where `name` was given several times, the first counts. Raises ValueError for a program
     that has no such value.
     """
-    for program in programs_in(jaxpr):
+    for program in _programs_in(jaxpr):
         for at, equation in enumerate(program.eqns):
             if equation.primitive.name == "name" and equation.params["name"] == name:
                 made = {variable for earlier in program.eqns[: at + 1] for variable in earlier.outvars}

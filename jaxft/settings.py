@@ -1,8 +1,6 @@
 """The settings of the commands: which flags there are, and their defaults. `contradictions.py` says what is refused."""
 
 import dataclasses
-import json
-import re
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -11,21 +9,12 @@ from jaxft.columns import Columns, parse_template
 from jaxft.errors import InputError
 from jaxft.mixture import Source, parse_sources
 from jaxft.sharding import MESH_AXES
+from jaxft.typed import JsonObject, is_expression, parse_bytes, parse_seconds
 
 SCHEDULES = (
     *("linear", "constant", "constant_with_warmup", "cosine", "cosine_with_restarts", "cosine_with_min_lr"),
     *("polynomial", "inverse_sqrt", "warmup_stable_decay"),
 )
-
-
-class JsonObject(dict[str, Any]):
-    """A dict that is typed on the command line as a JSON object."""
-
-    def __init__(self, source: Any = ()) -> None:
-        value = json.loads(source) if isinstance(source, str) else source
-        if isinstance(source, str) and not isinstance(value, dict):
-            raise ValueError(f"{source} is not a JSON object")
-        super().__init__(value)
 
 
 TEMPLATE_KWARGS = {"help": 'settings of the chat template, such as {"enable_thinking": false}'}
@@ -34,36 +23,6 @@ TEMPLATE_KWARGS = {"help": 'settings of the chat template, such as {"enable_thin
 def _flag(default: Any, help: str, **options: Any) -> Any:
     """A field that becomes a flag; `options` go to argparse's add_argument."""
     return dataclasses.field(default=default, metadata={"help": help, **options})
-
-
-def is_expression(text: str) -> bool:
-    """Whether a target is a regular expression, and no name such as q_proj or mlp.up_proj."""
-    return re.search(r"[][\\^$*+?{}()|]", text) is not None
-
-
-def parse_bytes(text: str, expected: str = "--memory_budget {}: expected auto, or") -> int:
-    """'11GiB', '11.5 GB', '800MiB' as bytes: GiB is 2^30, GB 10^9. Raises InputError for anything else, or no bytes.
-
-    expected: how the error begins, {} being the text.
-    """
-    units = {f"{letter}{mark}B": base**power for power, letter in ((1, "K"), (2, "M"), (3, "G"), (4, "T"))
-             for mark, base in (("i", 1024), ("", 1000))}  # fmt: skip
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]i?B)", text.strip())
-    if not found or not (size := int(float(found[1]) * units[found[2]])):
-        raise InputError(f"{expected.format(repr(text))} a number with its unit, such as 11GiB or 800MiB")
-    return size
-
-
-def parse_seconds(text: str) -> float:
-    """'5400', '90m', '1h30m', '45s' in seconds. Raises InputError for anything else, or no time at all."""
-    found = re.fullmatch(r"(?:(\d+(?:\.\d+)?)s?|(?=\d)(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?)", text.strip())
-    seconds = 0.0
-    if found:
-        parts = zip(found.groups(), (1, 86400, 3600, 60, 1), strict=True)
-        seconds = sum(float(part) * unit for part, unit in parts if part)
-    if not seconds:
-        raise InputError(f"--max_time {text!r}: expected seconds, or a time such as 90m or 1h30m")
-    return seconds
 
 
 @dataclasses.dataclass(frozen=True)

@@ -31,7 +31,7 @@ from jax.interpreters import mlir, xla
 from jaxlib.mlir import ir
 
 from jaxft.kernels.compiled import kept, place
-from jaxft.programs import programs_in
+from jaxft.programs import equations_in
 from jaxft.without_torch import unseen
 
 T = TypeVar("T")
@@ -271,7 +271,7 @@ def _compile(launch: _Launch, avals: Sequence[Any]) -> None:
 
 def _launches(jaxpr: Jaxpr) -> Iterator[Any]:
     """The launches of a program and of the programs in it."""
-    return (eqn for program in programs_in(jaxpr) for eqn in program.eqns if eqn.primitive is _launch_p)
+    return (eqn for eqn in equations_in(jaxpr) if eqn.primitive is _launch_p)
 
 
 @functools.cache

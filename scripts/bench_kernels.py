@@ -25,7 +25,8 @@ from importlib.util import find_spec
 
 import jax
 import jax.numpy as jnp
-from kernel_cases import BASELINES, OPS, SHAPES, Case
+from kernel_cases import BASELINES, OPS, Case
+from kernel_shapes import SHAPES
 from kernel_sweeps import SWEEPS
 
 BOUNDS = {"H200": {"TFLOP/s": 745.0, "TB/s": 4.0}}  # large bfloat16 products; a copy, bytes read and written

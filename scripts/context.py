@@ -31,10 +31,11 @@ import jax
 from context_page import Record, document, unsloth_length
 
 from jaxft import bench
+from jaxft.budget import MARGIN
 from jaxft.doctor import available_memory
 from jaxft.errors import InputError, RunError, run_command
 from jaxft.load import parameter_count
-from jaxft.memory import GIB, MARGIN, gib
+from jaxft.memory import GIB, gib
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 WORKLOAD = "A7"

@@ -7,7 +7,7 @@ from dataclasses import asdict
 
 import jax
 import jax.numpy as jnp
-from kernel_cases import LAYERS, Shape, first_keys, folded, normal, qkv, stacked_nf4, through_layers
+from kernel_shapes import LAYERS, Shape, attention_inputs, first_keys, folded, normal, stacked_nf4, through_layers
 
 from jaxft.kernels.adamw_8bit import triton as adamw_triton
 from jaxft.kernels.attention import triton
@@ -56,11 +56,10 @@ def attention(shape: Shape, dtype: jnp.dtype, rank: int) -> Iterator[Try]:
     key = jax.random.key(0)
     fixed = dict(scale=shape.H**-0.5, softcap=shape.softcap, capability=device_capability())
     table = triton.tiles(fixed["capability"], shape.H, dtype)
-    q, k, v = qkv(shape, key, dtype)
-    (dout,), first_key = normal(key, (q.shape,), dtype), folded(shape, jnp.asarray(first_keys(shape)))
-    out, lse = jax.jit(lambda *x: triton.run_forward(*x, sizes=table, **fixed))(q, k, v, first_key)
-    run_queries = jax.jit(lambda *x: triton.run_queries_backward(*x, sizes=table, **fixed))
-    _, delta = run_queries(q, k, v, first_key, out, lse, dout)
+    q, k, v = attention_inputs(shape, key, dtype)
+    # what one kernel leaves for another is drawn, too: its time does not depend on it
+    (out, dout), first_key = normal(key, (q.shape, q.shape), dtype), folded(shape, jnp.asarray(first_keys(shape)))
+    lse, delta = normal(key, ((shape.B, shape.N, shape.T),) * 2, jnp.float32)
     launches = {
         "forward": (triton.run_forward, (q, k, v, first_key)),
         "queries_backward": (triton.run_queries_backward, (q, k, v, first_key, out, lse, dout)),

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from jaxft.config import parse
+from jaxft.convert.arguments_rules import Rule
 from jaxft.convert.arguments_table import (
     COMMAND,
     DEFAULTS,
@@ -17,7 +18,6 @@ from jaxft.convert.arguments_table import (
     TRAINER,
     TRAINING,
     UNSLOTH,
-    Rule,
     taken_by_name,
 )
 

@@ -18,7 +18,7 @@ EXIT = {"InputError": 2, "RunError": 1}
 
 # what the user was doing, by the beginning of a file's path; the longest beginning that fits counts
 GROUPS = {
-    "Typing settings": ("jaxft/config.py", "jaxft/settings.py", "jaxft/contradictions.py"),
+    "Typing settings": ("jaxft/config.py", "jaxft/settings.py", "jaxft/typed.py", "jaxft/contradictions.py"),
     "Bringing settings of another library": ("convert/arguments", "convert/script.py"),
     "Choosing devices and processes": ("jaxft/sharding.py", "jaxft/processes.py"),
     "Naming a model, its weights and its tokenizer": (
@@ -26,11 +26,12 @@ GROUPS = {
     ),
     "Reading and writing weight files": ("convert/",),
     "Naming an adapter": ("jaxft/lora", "jaxft/initial.py", "jaxft/adalora.py", "convert/peft.py"),
-    "Reading data": ("jaxft/data", "jaxft/columns.py", "jaxft/files.py", "jaxft/packing.py"),
+    "Reading data": ("jaxft/data", "jaxft/run_data.py", "jaxft/columns.py", "jaxft/files.py", "jaxft/packing.py"),
     "Rendering conversations": ("jaxft/chat.py", "jaxft/templates.py"),
     "Training": (
-        "jaxft/train.py", "jaxft/loop.py", "jaxft/optim", "jaxft/schedules.py", "jaxft/metrics.py", "jaxft/step.py",
-        "jaxft/loss.py", "jaxft/stopping.py", "jaxft/tasks.py", "jaxft/reporters.py",
+        "jaxft/train.py", "jaxft/make_run.py", "jaxft/loop.py", "jaxft/optim", "jaxft/schedules.py",
+        "jaxft/metrics.py", "jaxft/step.py", "jaxft/loss.py", "jaxft/budget.py", "jaxft/stopping.py", "jaxft/tasks.py",
+        "jaxft/reporters.py",
     ),
     "Saving and resuming": ("jaxft/checkpoint.py", "jaxft/output.py"),
     "Evaluating": ("jaxft/evaluate.py",),

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -72,3 +73,23 @@ def test_what_cannot_be_swept_is_said(bench, capsys):
         bench.main(["rms_norm", "--sweep"])
     said = "rms_norm has no tiles to try; attention, mlp, dequantize, nf4_product, adamw_8bit have"
     assert said in capsys.readouterr().err
+
+
+def test_what_is_swept_are_tiles_that_its_kernels_take(bench):
+    pytest.importorskip("triton", reason="needs triton, which [cuda] installs on Linux")
+    import jax
+    import jax.numpy as jnp
+    from kernel_shapes import Shape
+    from kernel_sweeps import SWEEPS
+
+    from jaxft.kernels.gpu import compiling_for
+
+    shape = Shape(1, 256, 4, 2, 64, 256, 512, 300, mean_document=100)
+    with compiling_for(SimpleNamespace(platform="gpu", compute_capability="9.0", device_kind="a card")):
+        for op, tries in SWEEPS.items():
+            traced = set()
+            for kernel, tile, function, arrays in tries(shape, jnp.dtype("bfloat16"), 16):
+                if kernel not in traced:  # what a change of a kernel's arguments breaks, the first tile shows
+                    traced.add(kernel)
+                    assert jax.tree.leaves(jax.eval_shape(function, *arrays)), (op, kernel, tile)
+            assert traced

@@ -11,7 +11,6 @@ from jaxft.config import parse
 from jaxft.convert import __main__ as command
 from jaxft.convert.arguments import convert
 from jaxft.convert.arguments_table import (
-    ALL_TURNS,
     COMMAND,
     DEFAULTS,
     ORIGINS,
@@ -21,6 +20,7 @@ from jaxft.convert.arguments_table import (
     TRAINING,
     rule_for,
 )
+from jaxft.convert.arguments_values import ALL_TURNS
 from jaxft.errors import InputError, run_command
 
 UNSLOTH = '''

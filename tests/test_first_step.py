@@ -11,7 +11,7 @@ import jax
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from jaxft import memory, prepare, train
+from jaxft import prepare, train
 from jaxft.errors import run_command
 from jaxft.read_ahead import reading_ahead
 from tests.tiny_runs import flags, losses_of, sums, write_base, write_rows
@@ -79,7 +79,7 @@ def readers() -> list[threading.Thread]:
 
 @pytest.mark.parametrize("more", [{}, {"memory_budget": "1GiB"}])
 def test_the_step_is_compiled_once_and_before_a_weight_is_read(command, monkeypatch, tmp_path, more):
-    monkeypatch.setattr(memory, "CPU_LADDER", (("full", 1),))
+    monkeypatch.setattr("jaxft.budget.CPU_LADDER", (("full", 1),))
     before, held = {id(array) for array in jax.live_arrays()}, []
 
     def read(*args):

@@ -10,13 +10,15 @@ import jax
 import pytest
 
 from jaxft import bench, cards, loop, memory, train
+from jaxft.budget import CPU_LADDER, LADDER, check_residuals, choose, fastest, ladder_of, what_helps
 from jaxft.config import parse
 from jaxft.errors import InputError, run_command
-from jaxft.memory import CPU_LADDER, LADDER, batch_shapes, choose, device_bytes, ladder_of, plan, what_helps
+from jaxft.make_run import schedule_of
+from jaxft.memory import batch_shapes, device_bytes, plan
 from jaxft.models.layers import REMAT
 from jaxft.optim import make_optimizer, state_shapes
 from jaxft.prepare import check_kept_layers, prepare, prepare_shapes
-from jaxft.settings import parse_bytes
+from jaxft.typed import parse_bytes
 from tests.tiny_models import CONFIGS
 from tests.tiny_runs import flags, losses_of, sums, write_base, write_rows
 
@@ -86,7 +88,7 @@ def test_what_is_planned_without_weights_is_what_a_run_holds(place, more):
     settings = settings_of(place, "base", **more)
     held = prepare(settings, str(place / "base"))
     described = prepare_shapes(settings, str(place / "described"), needed=False)
-    schedule = train.schedule_of(settings, 10)
+    schedule = schedule_of(settings, 10)
     optimizer = make_optimizer(schedule, optim=settings.optim)
     run = SimpleNamespace(optimizer=optimizer, schedule=schedule)
     states = loop.initial_optimizer_state(run, held), state_shapes(optimizer, described.trainable)
@@ -203,9 +205,9 @@ def test_what_a_budget_leaves_is_filled_with_kept_layers(policy, tiles, devices,
             total=1000 + 2 * max(0, kept - 4),
         )  # fmt: skip
 
-    monkeypatch.setattr(memory, "ladder_of", lambda *_: ((policy, tiles),))
+    monkeypatch.setattr("jaxft.budget.ladder_of", lambda *_: ((policy, tiles),))
     mesh, config = SimpleNamespace(size=devices), SimpleNamespace(num_layers=18)
-    found = memory.fastest(budget, make, mesh, config, say=said.append)
+    found = fastest(budget, make, mesh, config, say=said.append)
     assert (found.kept_layers, made) == (wanted, [0, *tried])
     assert (said[-1] == f"memory: and --kept_layers {wanted}") == bool(wanted)
     assert len(said) == 2 + len(tried) + bool(wanted)
@@ -213,10 +215,10 @@ def test_what_a_budget_leaves_is_filled_with_kept_layers(policy, tiles, devices,
 
 def test_residuals_are_checked_where_the_host_is_other_memory(monkeypatch):
     checked = []
-    monkeypatch.setattr(memory, "check_offload", lambda: checked.append(policy))
+    monkeypatch.setattr("jaxft.budget.check_offload", lambda: checked.append(policy))
     for policy in REMAT:
         for platform in ("cpu", "gpu"):
-            memory.check_residuals(SimpleNamespace(gradient_checkpointing=policy), SimpleNamespace(platform=platform))
+            check_residuals(SimpleNamespace(gradient_checkpointing=policy), SimpleNamespace(platform=platform))
     assert checked == [policy for policy in REMAT if policy.startswith("offload")]
 
 
@@ -262,7 +264,7 @@ def test_the_optimizer_that_helps_is_one_that_needs_less(optim, full, platform, 
 
 
 def test_a_run_within_a_budget_is_the_run_with_that_policy(command, tmp_path, monkeypatch):
-    monkeypatch.setattr(memory, "CPU_LADDER", CPU_LADDER[-3::2])  # fewer to compile
+    monkeypatch.setattr("jaxft.budget.CPU_LADDER", CPU_LADDER[-3::2])  # fewer to compile
     code, _, said = command(memory_budget="4MiB", output_dir="chosen")
     assert code == 0, said
     assert "memory: --gradient_checkpointing full --mlp_tiles 1 needs" in said and "too much" in said
@@ -394,7 +396,7 @@ def test_the_benchmark_plans_and_chooses_too(tiny_bench, capsys, monkeypatch):
     others = {"qkv", "norm_rope", "linear", "mlp", "residual_rms_norm", "linear_cross_entropy", "adamw_8bit"}
     assert set(ways) == {"attention"} | others
     assert all(ways[op] == ["xla (cpu device: needs an NVIDIA GPU)"] for op in others)
-    monkeypatch.setattr(memory, "CPU_LADDER", CPU_LADDER[-1:])
+    monkeypatch.setattr("jaxft.budget.CPU_LADDER", CPU_LADDER[-1:])
     for size, code in ((line["total"] + 2**20, 0), (2**20, 1)):
         assert run_command(bench.main, ["A1", "--dry_run", "--memory_budget", f"{size // 2**10}KiB"]) == code
     out, said = capsys.readouterr()

@@ -18,8 +18,9 @@ from jaxft.generate import Completion, write_answers
 from jaxft.lora import LoraConfig, add_lora
 from jaxft.prompts import Asked
 from jaxft.sampling import prompt_keys
-from jaxft.settings import GenerateSettings, JsonObject
+from jaxft.settings import GenerateSettings
 from jaxft.stops import cut_at_stop, stop_token_ids
+from jaxft.typed import JsonObject
 from tests.tiny_models import V as V_TINY
 from tests.tiny_models import nonzero_adapter, tiny_model
 from tests.tiny_runs import flags, make_tokenizer, write_base, write_rows

@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 import transformers
 
-from jaxft import LoraConfig, make_optimizer, make_schedule, make_train_step, train
+from jaxft import LoraConfig, make_optimizer, make_schedule, make_train_step
 from jaxft.config import parse
 from jaxft.errors import InputError
 from jaxft.load import new_adapter
 from jaxft.loop import initial_optimizer_state
+from jaxft.make_run import schedule_of
 from jaxft.memory import batch_shapes, key_shape
 from jaxft.optim import OPTIMS, state_shapes, with_loss_scale
 from jaxft.schedules import SCHEDULES, Numbers, scheduled, with_numbers
@@ -100,7 +101,7 @@ def adapter():
 
 def scheduled_by(steps: int, **more):
     """The schedule of the flags, for a run of so many steps."""
-    return train.schedule_of(parse("train", flags(model_name_or_path="m", dataset="d", **more))[0], steps)
+    return schedule_of(parse("train", flags(model_name_or_path="m", dataset="d", **more))[0], steps)
 
 
 @pytest.mark.parametrize("scaled", [False, True])

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxft import memory, train
+from jaxft import budget, make_run, memory, train
 from jaxft import step_ahead as ahead
 from jaxft.config import parse
 from jaxft.data import tokenize_dataset
@@ -54,7 +54,7 @@ def settings_of(place, **more):
     named = {"model_name_or_path": place / "base", "dataset": place / "train.jsonl"}
     settings, _ = parse("train", [*RUN, *flags(**(named | more))])
     prepared = prepare_shapes(settings, str(place / "base"))
-    return replace(settings, dry_run=False, device=None), train.guessed(settings, prepared)
+    return replace(settings, dry_run=False, device=None), make_run.guessed(settings, prepared)
 
 
 @pytest.fixture
@@ -83,12 +83,12 @@ def programs(monkeypatch):
 
 def begun(settings, prepared):
     """`step_ahead` of a run on a device where it pays."""
-    return ahead.step_ahead(settings, prepared, lambda some: train.some_optimizer(settings, some))
+    return ahead.step_ahead(settings, prepared, lambda some: make_run.some_optimizer(settings, some))
 
 
 def run_of(settings, prepared, documents, steps=1000):
     """What `plan_run` reads of a run of so many steps."""
-    optimizer = train.optimizer_of(settings, prepared, train.schedule_of(settings, steps))
+    optimizer = make_run.optimizer_of(settings, prepared, make_run.schedule_of(settings, steps))
     return SimpleNamespace(
         settings=settings, optimizer=optimizer, batches=SimpleNamespace(max_documents=documents), total_steps=steps
     )
@@ -129,18 +129,18 @@ def test_the_step_made_ahead_is_the_one_that_a_run_makes_with_the_same_kernels(
     with begun(settings, prepared) as (begin, take):
         begin()
         begin()
-        planned = memory.plan_run(run, prepared, print, take)
+        planned = budget.plan_run(run, prepared, print, take)
     ((thread, early),) = programs
     assert thread.startswith(THREAD) and isinstance(planned, memory.Plan)
     assert "module @jit_train_step" in early and len(names(kernels)) > 5
     before = names(kernels)
     with monkeypatch.context() as patch:
         refuse_to_compile(patch)  # they are kept
-        memory.plan_run(run, prepared, print)
+        budget.plan_run(run, prepared, print)
     jax.clear_caches()
     for path in kernels.iterdir():
         path.unlink()
-    memory.plan_run(run, prepared, print)
+    budget.plan_run(run, prepared, print)
     assert [text == early for _, text in programs] == [True] * 3
     assert names(kernels) == before
 
@@ -148,14 +148,14 @@ def test_the_step_made_ahead_is_the_one_that_a_run_makes_with_the_same_kernels(
 def test_a_wrong_guess_of_the_way_of_attention_changes_nothing_in_the_step(on_h200, kernels, programs, gains):
     settings, prepared = on_h200()
     run = run_of(settings, prepared, 3)
-    memory.plan_run(run, prepared, print)
+    budget.plan_run(run, prepared, print)
     needed = names(kernels)
     jax.clear_caches()
     with begun(settings, prepared) as (begin, take):
         begin()
         assert take(run_of(settings, prepared, None), prepared) is not None  # it is made
         assert len(names(kernels) - needed) == 3  # Triton's for attention, which cuDNN takes here
-        memory.plan_run(run, prepared, print, take)
+        budget.plan_run(run, prepared, print, take)
     (_, late), (thread, other), (_, again) = programs
     assert thread.startswith(THREAD) and late == again != other and "cudnn" in late.lower()
 
@@ -383,7 +383,7 @@ def test_a_plan_ends_at_the_next_part_of_its_work(last, place, programs, monkeyp
 
     settings, prepared = settings_of(place)
     with pytest.raises(Exception, match="ended"):
-        memory.plan_of(settings, prepared, train.some_optimizer(settings, prepared), None, between=between)
+        memory.plan_of(settings, prepared, make_run.some_optimizer(settings, prepared), None, between=between)
     assert parts == [0, "kernels", 1, 0, 0][: last + 1 + (last > 0)] and not programs
 
 

@@ -11,9 +11,9 @@ from jaxft import evaluate, loop, train, view
 from jaxft.config import parse
 from jaxft.errors import InputError, RunError
 from jaxft.samples import Sample
-from jaxft.settings import parse_seconds
 from jaxft.stopping import Course, Rules
 from jaxft.tasks import METRICS, Task, asked, final_number, find_metric, gsm8k
+from jaxft.typed import parse_seconds
 from tests.tiny_runs import flags, lines_of, losses_of, same_tensors, sums, write_base, write_rows
 
 RUN = flags(max_length=64, per_device_train_batch_size=8, learning_rate=0.01, gradient_checkpointing="none", lora_r=4)
