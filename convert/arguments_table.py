@@ -121,7 +121,7 @@ COMMAND = [
     renamed("dataset_streaming", "streaming"),
     renamed("pretrained_model_name_or_path", "model_name_or_path"),
     changed("use_peft", "`full_finetuning`", "LoRA is the default here: false is `full_finetuning: true`",
-            lambda wanted: Outcome({} if is_on(wanted) else {"full_finetuning": True})),
+            lambda value: Outcome({} if is_on(value) else {"full_finetuning": True})),
     changed("dtype torch_dtype", "`dtype`", "", values.dtype),
     changed("lora_target_modules", "`lora_target_modules`", "", values.targets),
     changed("lora_modules_to_save", "`modules_to_save`", "`embed_tokens`, `lm_head`", values.saved),

@@ -49,7 +49,7 @@ class Run:
     optimizer: optax.GradientTransformation
     schedule: Schedule
     fingerprint: dict[str, Any]
-    step: TrainStep | None = None  # compiled, by `memory.plan_run`
+    step: TrainStep | None = None  # compiled, by `budget.plan_run`
     task: Task | None = None  # what is answered at each evaluation
 
     def evaluates_after(self, step: int) -> bool:

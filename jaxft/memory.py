@@ -1,4 +1,4 @@
-"""What a train step needs of a device, read off its compiled program before it runs."""
+"""What a train step needs of a device, read off its program, traced and compiled, before it runs."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 import optax
+from jax.extend.core import Jaxpr
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxft.cards import COMPILER_OPTIONS, is_absent, step_options
@@ -17,10 +18,11 @@ from jaxft.kernels.gpu import compiling_for, ways_taken
 from jaxft.kernels.launch import begin_compiling
 from jaxft.kernels.linear_cross_entropy import tile_rows
 from jaxft.models import Model
+from jaxft.models.decoder import HIDDEN
 from jaxft.optim import state_shapes
 from jaxft.optim_paged import is_paged
 from jaxft.prepare import Prepared
-from jaxft.programs import HIDDEN, waiting_bytes
+from jaxft.programs import waiting_bytes
 from jaxft.settings import TrainSettings
 from jaxft.sharding import batch_sharding, data_parallel_size
 from jaxft.step import make_train_step
@@ -35,11 +37,12 @@ class Plan:
     """The bytes of one device in a train step, and what it is compiled to.
 
     weights, trained, optimizer: of the frozen and trained leaves and of the optimizer's states. arguments: those and
-    the batch. temporary: the most that exists inside the step; activations (what waits for the backward pass; where
-    several devices share a row's work, the sum of theirs), gradients and logits (one tile of them, float32) are part of
-    it. output, aliased: what the step returns, and how much of that takes the place of arguments. host: what
-    waits outside of the device. backends: the ways that each op of the step takes, see `ways_taken`. compiled: the step
-    itself, called as the function was.
+    the batch. temporary: the most that exists inside the step; activations, gradients and logits (one tile of them,
+    float32) are part of it. activations: what waits for the backward pass, on several devices as if rows split all of
+    it; None where some of them share a row's work, and the program does not say what each keeps. output, aliased: what
+    the step returns, and how much of that takes the place of arguments. host: what waits outside of the device.
+    backends: the ways that each op of the step takes, see `ways_taken`. compiled: the step itself, called as the
+    function was.
     """
 
     gradient_checkpointing: str
@@ -48,7 +51,7 @@ class Plan:
     weights: int
     trained: int
     optimizer: int
-    activations: int
+    activations: int | None
     gradients: int
     logits: int
     arguments: int
@@ -78,14 +81,16 @@ class Plan:
             ("optimizer", self.optimizer, "its states"),
             ("batch", self.arguments - self.weights - self.trained - self.optimizer, "and what rounds the above up"),
             ("temporaries", self.temporary, "the most at one time; among them"),
-            ("  activations", self.activations, "kept by the forward pass for the backward one"),
+            *([] if self.activations is None else [
+                ("  activations", self.activations, "kept by the forward pass for the backward one")
+            ]),
             ("  gradients", self.gradients, "of what is trained"),
             ("  logits", self.logits, "one tile of tokens, float32"),
             ("results", self.output - self.aliased, "beside what takes the arguments' place"),
             ("together", self.total, self.policy),
             ("on the host", self.host, "not counted"),
         ]  # fmt: skip
-        return [f"{name:12} {gib(size):>12}  {note}" for name, size, note in rows]
+        return [f"{name:13} {gib(size):>12}  {note}" for name, size, note in rows]
 
 
 def plan(
@@ -142,7 +147,7 @@ def plan(
         weights=device_bytes(frozen),
         trained=device_bytes(trainable),
         optimizer=device_bytes(opt_state, on_host=on_cpu),
-        activations=waiting_bytes(traced.jaxpr.jaxpr, HIDDEN, on_host=on_cpu) // data_parallel_size(mesh),
+        activations=kept_bytes(traced.jaxpr.jaxpr, mesh, on_cpu),
         gradients=device_bytes(trainable, 4 if accumulated else None),
         logits=4 * tile_rows(rows, model.config.vocab_size) * model.config.vocab_size,
         arguments=found.argument_size_in_bytes,
@@ -153,6 +158,13 @@ def plan(
         backends=backends,
         compiled=compiled,
     )
+
+
+def kept_bytes(jaxpr: Jaxpr, mesh: Mesh, on_host: bool) -> int | None:
+    """`Plan.activations` of a traced step; on_host: with what waits in the host's memory."""
+    if data_parallel_size(mesh) != mesh.size:
+        return None
+    return waiting_bytes(jaxpr, HIDDEN, on_host=on_host) // mesh.size
 
 
 def plan_of(

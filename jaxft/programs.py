@@ -1,4 +1,4 @@
-"""Traced programs read as data: the programs inside of one, and the bytes that wait across a named value."""
+"""Traced programs read as data: the equations inside of one, and the bytes that wait across a named value."""
 
 import math
 from collections.abc import Iterator
@@ -7,7 +7,9 @@ from typing import Any
 import jax
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Var
 
-HIDDEN = "hidden"  # `checkpoint_name` of what the model gives the loss: the forward pass ends there
+# what gives the same numbers again, and what gives some of them
+SAME = {"name", "reshape", "squeeze", "expand_dims"}
+SOME = {"slice", "dynamic_slice"}
 
 
 def equations_in(jaxpr: Jaxpr) -> Iterator[JaxprEqn]:
@@ -16,6 +18,22 @@ def equations_in(jaxpr: Jaxpr) -> Iterator[JaxprEqn]:
         yield equation
         for program in _run_by(equation):
             yield from equations_in(program)
+
+
+def waiting_bytes(jaxpr: Jaxpr, name: str, *, on_host: bool = False) -> int:
+    """Bytes of what is computed before the value called `name` by `checkpoint_name` and read after it, itself included.
+
+    Of the program alone in which that value stands: what programs around it keep is not counted. Nor is what the
+    program is given, or a slice of it. Of a program on several devices, the arrays are whole. on_host: with what waits
+    in the host's memory. Where `name` was given several times, the first counts. Raises ValueError for a program that
+    has no such value.
+    """
+    for program in _programs_in(jaxpr):
+        for at, equation in enumerate(program.eqns):
+            if equation.primitive.name == "name" and equation.params["name"] == name:
+                read = [*program.outvars, *(variable for later in program.eqns[at + 1 :] for variable in later.invars)]
+                return _bytes_of(_made(program, at + 1), read, on_host)
+    raise ValueError(f"nothing in the program is called {name!r}")
 
 
 def _programs_in(jaxpr: Jaxpr) -> Iterator[Jaxpr]:
@@ -30,23 +48,25 @@ def _run_by(equation: JaxprEqn) -> Iterator[Jaxpr]:
             yield leaf.jaxpr if isinstance(leaf, ClosedJaxpr) else leaf
 
 
-def waiting_bytes(jaxpr: Jaxpr, name: str, *, on_host: bool = False) -> int:
-    """Bytes of what is computed before the value called `name` by `checkpoint_name` and read after it, itself included.
+def _made(program: Jaxpr, count: int) -> dict[Var, Var | None]:
+    """What the first `count` equations make, each with that whose numbers it has: None for numbers that are given."""
+    made: dict[Var, Var | None] = {}
+    for equation in program.eqns[:count]:
+        for variable in equation.outvars:
+            made[variable] = variable
+        source = equation.invars[0] if equation.invars and equation.primitive.name in SAME | SOME else None
+        if isinstance(source, Var):
+            origin = made.get(source)
+            if origin is None or equation.primitive.name in SAME:
+                made[equation.outvars[0]] = origin
+    return made
 
-    What the program is given is not counted; of a program on several devices, the arrays are whole. on_host: with what
-    waits in the host's memory. Where `name` was given several times, the first counts. Raises ValueError for a program
-    that has no such value.
-    """
-    for program in _programs_in(jaxpr):
-        for at, equation in enumerate(program.eqns):
-            if equation.primitive.name == "name" and equation.params["name"] == name:
-                made = {variable for earlier in program.eqns[: at + 1] for variable in earlier.outvars}
-                read = [*program.outvars, *(variable for later in program.eqns[at + 1 :] for variable in later.invars)]
-                waiting = made.intersection(variable for variable in read if isinstance(variable, Var))
-                avals: list[Any] = [variable.aval for variable in waiting]
-                return sum(
-                    math.prod(aval.shape) * aval.dtype.itemsize
-                    for aval in avals
-                    if on_host or aval.memory_space != jax.memory.Space.Host
-                )
-    raise ValueError(f"nothing in the program is called {name!r}")
+
+def _bytes_of(made: dict[Var, Var | None], read: list[Any], on_host: bool) -> int:
+    origins = {made.get(variable) for variable in read if isinstance(variable, Var)} - {None}
+    avals: list[Any] = [origin.aval for origin in origins if origin is not None]
+    return sum(
+        math.prod(aval.shape) * aval.dtype.itemsize
+        for aval in avals
+        if on_host or aval.memory_space != jax.memory.Space.Host
+    )

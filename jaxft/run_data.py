@@ -24,19 +24,18 @@ from jaxft.streaming import StreamBatches
 
 def open_tables(settings: TrainSettings) -> tuple[list[Rows], list[Rows]]:
     """The rows to train on, one table a data set and none where they are streamed, and those that are held out."""
+    sources = [] if settings.streaming else settings.sources
+    tables, heldout_tables = [read("train", source, _split(source, settings), settings) for source in sources], []
+    if settings.eval_split is not None:
+        pairs = [split_known(rows, settings.eval_split, settings.seed) for rows in tables]
+        tables, heldout_tables = [rows for rows, _ in pairs], [held_out for _, held_out in pairs]
+    elif settings.eval_dataset:
+        split = held_out_split(settings.eval_dataset, settings)
+        heldout_tables = [read("held out", Source(settings.eval_dataset), split, settings)]
     if settings.streaming:
         source = settings.sources[0]
         say(f"train: a stream of {read_from(source.path, _split(source, settings))}, read while training")
-        tables = []
-    else:
-        tables = [read("train", source, _split(source, settings), settings) for source in settings.sources]
-    if settings.eval_split is not None:
-        pairs = [split_known(rows, settings.eval_split, settings.seed) for rows in tables]
-        return [rows for rows, _ in pairs], [held_out for _, held_out in pairs]
-    if not settings.eval_dataset:
-        return tables, []
-    split = held_out_split(settings.eval_dataset, settings)
-    return tables, [read("held out", Source(settings.eval_dataset), split, settings)]
+    return tables, heldout_tables
 
 
 def _split(source: Source, settings: TrainSettings) -> str | None:
@@ -50,30 +49,31 @@ def read(what: str, source: Source, split: str | None, settings: TrainSettings) 
     return rows
 
 
-@dataclass
+@dataclass(frozen=True)
 class RunData:
     """What a run trains and evaluates on.
 
     batches: of its steps. shared: what a resumed run must share to read the same. heldout: the samples to evaluate on.
-    lengths: of the samples in tokens, none of a stream. tables_rows: how many rows the tables had. notes: what was said
-    of the data.
+    lengths: of the samples in tokens, none of a stream. table_rows: how many rows the tables to train on have, 0 of a
+    stream. notes: what was said of the data.
     """
 
     batches: Batches | StreamBatches
     shared: dict[str, Any]
     heldout: Sequence[Sample]
     lengths: np.ndarray
-    tables_rows: int
+    table_rows: int
     notes: list[str]
 
     def rows_read(self) -> int:
-        """How many rows the run has read to train on; says what a stream has met so far."""
+        """How many rows the run has read to train on so far."""
+        return self.batches.report().rows if isinstance(self.batches, StreamBatches) else self.table_rows
+
+    def met(self) -> list[str]:
+        """What is to be said of a stream as far as it was read; nothing of tables, of which all was said."""
         if not isinstance(self.batches, StreamBatches):
-            return self.tables_rows
-        met = self.batches.report()
-        for line in met.lines():
-            note(self.notes, f"train: {line}")
-        return met.rows
+            return []
+        return [f"train: {line}" for line in self.batches.report().lines()]
 
 
 def read_data(

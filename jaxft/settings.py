@@ -16,7 +16,6 @@ SCHEDULES = (
     *("polynomial", "inverse_sqrt", "warmup_stable_decay"),
 )
 
-
 TEMPLATE_KWARGS = {"help": 'settings of the chat template, such as {"enable_thinking": false}'}
 
 

@@ -86,7 +86,8 @@ def train(settings: TrainSettings, provenance: dict[str, str]) -> int:
     on_first(lambda: write_subtracted(directory, prepared, settings))
     with jax.set_mesh(prepared.mesh):
         outcome = run_training(run, prepared)
-        rows = data.rows_read()
+        for line in (met := data.met()):
+            say(line)
         if outcome.stopped_by is not None:
             say(f"stopped by {outcome.stopped_by.name} after step {outcome.step} of {run.total_steps}; go on with "
                 f"--output_dir {directory} --resume_from_checkpoint auto")  # fmt: skip
@@ -97,7 +98,7 @@ def train(settings: TrainSettings, provenance: dict[str, str]) -> int:
             say(f"the best evaluation was after step {outcome.result_step}: its checkpoint is the result")
         facts = {
             "data": ", ".join(source.path for source in settings.sources),
-            "rows": rows,
+            "rows": data.rows_read(),
             "steps": outcome.step,
             **({"result of step": outcome.result_step} if outcome.result_step != outcome.step else {}),
             **outcome.figures,
@@ -105,8 +106,8 @@ def train(settings: TrainSettings, provenance: dict[str, str]) -> int:
         whole, card = gathered(outcome.trainable), model_card(prepared, settings, facts)
         told = Told(
             title=directory.name, settings=settings, provenance=provenance, environment=environment(prepared),
-            data=data.notes, lengths=data.lengths, use=usage(prepared, settings, directory), ended=outcome.ended,
-            result_step=outcome.result_step, lora=prepared.lora is not None,
+            data=[*data.notes, *met], lengths=data.lengths, use=usage(prepared, settings, directory),
+            result_step=outcome.result_step, ended=outcome.ended, lora=prepared.lora is not None,
         )  # fmt: skip
         page = report(told, MetricsFile(directory / METRICS).lines(), outcome.samples)
         on_first(lambda: write_result(directory, prepared, whole, settings, card, page))

@@ -1,4 +1,4 @@
-"""The shapes that kernels are measured at, and arrays of them: those of `jaxft.bench`'s workloads and a few more."""
+"""The shapes that kernels are measured at, of `jaxft.bench`'s workloads and a few more, and arrays of them."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace

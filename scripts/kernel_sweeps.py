@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 from kernel_shapes import LAYERS, Shape, attention_inputs, first_keys, folded, normal, stacked_nf4, through_layers
 
 from jaxft.kernels.adamw_8bit import triton as adamw_triton
-from jaxft.kernels.attention import triton
+from jaxft.kernels.attention import chunked, triton
 from jaxft.kernels.attention.triton import Tile, Tiles
 from jaxft.kernels.dequantize import Held
 from jaxft.kernels.dequantize import triton as dequantize_triton
@@ -57,9 +58,12 @@ def attention(shape: Shape, dtype: jnp.dtype, rank: int) -> Iterator[Try]:
     fixed = dict(scale=shape.H**-0.5, softcap=shape.softcap, capability=device_capability())
     table = triton.tiles(fixed["capability"], shape.H, dtype)
     q, k, v = attention_inputs(shape, key, dtype)
-    # what one kernel leaves for another is drawn, too: its time does not depend on it
-    (out, dout), first_key = normal(key, (q.shape, q.shape), dtype), folded(shape, jnp.asarray(first_keys(shape)))
-    lse, delta = normal(key, ((shape.B, shape.N, shape.T),) * 2, jnp.float32)
+    (dout,), first_key = normal(key, (q.shape,), dtype), folded(shape, jnp.asarray(first_keys(shape)))
+    block = chunked.block_size(shape.B, shape.T, shape.N, shape.T)
+    last_key = jnp.broadcast_to(jnp.arange(shape.T, dtype=jnp.int32), first_key.shape)
+    run = functools.partial(chunked.run_forward, scale=shape.H**-0.5, softcap=shape.softcap, block=block)
+    out, natural = jax.jit(run)(q, k, v, first_key, last_key)
+    lse, delta = natural * math.log2(math.e), jnp.einsum("BTNH,BTNH->BNT", dout, out).astype(jnp.float32)
     launches = {
         "forward": (triton.run_forward, (q, k, v, first_key)),
         "queries_backward": (triton.run_queries_backward, (q, k, v, first_key, out, lse, dout)),

@@ -75,7 +75,7 @@ def test_what_cannot_be_swept_is_said(bench, capsys):
     assert said in capsys.readouterr().err
 
 
-def test_what_is_swept_are_tiles_that_its_kernels_take(bench):
+def test_every_kernel_that_is_swept_takes_the_arrays_it_is_given(bench):
     pytest.importorskip("triton", reason="needs triton, which [cuda] installs on Linux")
     import jax
     import jax.numpy as jnp

@@ -20,8 +20,7 @@ from jaxft.kernels.norm_rope import norm_rope
 from jaxft.kernels.rms_norm import residual_rms_norm
 from jaxft.models.layers import REMAT
 from jaxft.quant import dense, describe_leaf, quantize
-from tests.test_linear_kernels import group, mlp_case
-from tests.tiny_layers import KEY, distance, layer, products, with_gradients
+from tests.tiny_layers import KEY, distance, group, layer, mlp_case, products, with_gradients
 
 
 def held(layers, kind):

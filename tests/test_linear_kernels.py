@@ -8,7 +8,7 @@ import pytest
 from jaxft.kernels.linear import Weights, dora, linears, times_scale
 from jaxft.kernels.mlp import mlp
 from jaxft.quant import dense, quantize
-from tests.tiny_layers import KEY, QUICKLY, distance, layer, products, raised, with_gradients
+from tests.tiny_layers import KEY, QUICKLY, distance, group, layer, mlp_case, products, raised, with_gradients
 
 
 @pytest.mark.parametrize("kind", ["linears", "mlp"])
@@ -31,22 +31,6 @@ def test_factors_rounded_beforehand_change_no_bit_and_the_gradients_are_those_of
         return with_gradients(of, x, tuple(one.lora for one in layers))
 
     assert distance(outputs(True), outputs(False)) == 0
-
-
-# three layers as q, k, v; LoRA on all, on some, on none; with and without bias; ranks that differ
-GROUPS = {
-    "qkv": [dict(rank=3), dict(rank=3), dict(rank=3)],
-    "qkv_bias": [dict(bias=True), dict(bias=True), dict(bias=True)],
-    "some_lora": [dict(rank=2), dict(rank=0, bias=True), dict(rank=5)],
-    "no_lora": [dict(rank=0), dict(rank=0)],
-    "one": [dict(rank=4)],
-}
-
-
-def group(name, dtype):
-    random = np.random.default_rng(len(name))
-    layers = tuple(layer(random, rows, 12, dtype, **how) for rows, how in zip((16, 8, 6), GROUPS[name], strict=False))
-    return jnp.asarray(random.normal(0, 1, (2, 7, 12)), dtype), layers
 
 
 @pytest.mark.parametrize(
@@ -114,14 +98,6 @@ def test_linears_refuses_an_unknown_implementation():
     x, layers = group("one", jnp.float32)
     with pytest.raises(ValueError, match="'fast'"):
         linears(x, layers, implementation="fast")
-
-
-def mlp_case(dtype, *, rank=3, bias=False, tokens=7):
-    random = np.random.default_rng(5)
-    D, F = 12, 20
-    sizes = ((F, D), (F, D), (D, F))
-    gate, up, down = (layer(random, rows, columns, dtype, rank=rank, bias=bias) for rows, columns in sizes)
-    return jnp.asarray(random.normal(0, 1, (2, tokens, D)), dtype), gate, up, down
 
 
 @pytest.mark.parametrize(

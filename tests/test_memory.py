@@ -14,10 +14,14 @@ from jaxft.budget import CPU_LADDER, LADDER, check_residuals, choose, fastest, l
 from jaxft.config import parse
 from jaxft.errors import InputError, run_command
 from jaxft.make_run import schedule_of
-from jaxft.memory import batch_shapes, device_bytes, plan
+from jaxft.memory import batch_shapes, device_bytes, kept_bytes, key_shape, plan
+from jaxft.models import layers
+from jaxft.models.decoder import HIDDEN
 from jaxft.models.layers import REMAT
 from jaxft.optim import make_optimizer, state_shapes
 from jaxft.prepare import check_kept_layers, prepare, prepare_shapes
+from jaxft.programs import waiting_bytes
+from jaxft.step import make_train_step
 from jaxft.typed import parse_bytes
 from tests.tiny_models import CONFIGS
 from tests.tiny_runs import flags, losses_of, sums, write_base, write_rows
@@ -119,6 +123,41 @@ def test_activations_are_what_a_step_grows_by_with_each_layer(place, plans):
     # of 4 x 64 tokens the MLP's two products, float32, are most of it
     assert many.activations - few.activations > 4 * (4 * 64) * 2 * 512 * 4
     assert plans("full", 1).activations < few.activations / 10
+
+
+@pytest.fixture
+def programs(place):
+    """programs(policy): the step of 8 tokens, traced."""
+    prepared = prepare_shapes(settings_of(place, "described"), str(place / "described"), needed=False)
+    optimizer, mesh = make_optimizer(0.01), prepared.mesh
+
+    def traced(policy):
+        step = make_train_step(
+            prepared.model, optimizer=optimizer, gradient_checkpointing=policy, dtype=prepared.compute_dtype
+        )
+        state, batch = state_shapes(optimizer, prepared.trainable), batch_shapes(mesh, 1, 1, 8)
+        with jax.set_mesh(mesh):
+            made = jax.jit(step).trace(prepared.trainable, state, prepared.frozen, batch, key_shape(mesh))
+        return made.jaxpr.jaxpr
+
+    return traced
+
+
+def test_weights_are_no_activations_where_the_layers_are_unrolled(programs, monkeypatch):
+    looped = waiting_bytes(programs("none"), HIDDEN)
+    monkeypatch.setattr(layers, "one_gpu", lambda: True)
+    assert waiting_bytes(programs("none"), HIDDEN) == pytest.approx(looped, rel=0.1)
+
+
+def test_what_waits_on_the_host_is_kept_on_a_cpu_and_rows_split_it(programs):
+    def on(data, fsdp, tensor):
+        return SimpleNamespace(shape={"data": data, "fsdp": fsdp, "tensor": tensor}, size=data * fsdp * tensor)
+
+    jaxpr = programs("offload")
+    on_card, on_cpu = (kept_bytes(jaxpr, on(1, 1, 1), on_host) for on_host in (False, True))
+    assert on_cpu - on_card == 2 * 8 * 32 * 4  # each layer's input
+    assert kept_bytes(jaxpr, on(2, 2, 1), True) == on_cpu // 4
+    assert kept_bytes(jaxpr, on(2, 1, 2), True) is None
 
 
 def test_policies_and_tiles_that_keep_less_need_less(plans):
@@ -265,7 +304,10 @@ def test_the_optimizer_that_helps_is_one_that_needs_less(optim, full, platform, 
 
 def test_a_run_within_a_budget_is_the_run_with_that_policy(command, tmp_path, monkeypatch):
     monkeypatch.setattr("jaxft.budget.CPU_LADDER", CPU_LADDER[-3::2])  # fewer to compile
+    checked = []
+    monkeypatch.setattr("jaxft.budget.check_residuals", lambda planned, _: checked.append(planned.mlp_tiles))
     code, _, said = command(memory_budget="4MiB", output_dir="chosen")
+    assert checked == [8]
     assert code == 0, said
     assert "memory: --gradient_checkpointing full --mlp_tiles 1 needs" in said and "too much" in said
     assert "memory: taken --gradient_checkpointing full --mlp_tiles 8, the fastest within 4.00 MiB" in said
@@ -286,7 +328,8 @@ def test_the_flags_reach_the_step(command, monkeypatch):
     assert said.endswith('error: {"mlp_tiles": 3, "gradient_checkpointing": "attention"}\n')
 
 
-def test_a_dry_run_needs_no_weights_and_writes_nothing(command, tmp_path):
+def test_a_dry_run_needs_no_weights_and_writes_nothing(command, tmp_path, monkeypatch):
+    monkeypatch.setattr("jaxft.budget.check_residuals", None)  # which is for steps that run
     code, out, said = command("--dry_run", base="described", memory_budget="1GiB", mlp_tiles=8, output_dir="out")
     assert code == 0, said
     assert re.search(r"^together +\d+\.\d+ MiB  --gradient_checkpointing full --mlp_tiles 8$", out, re.MULTILINE)
@@ -387,7 +430,9 @@ def tiny_bench(monkeypatch):
 
 
 def test_the_benchmark_plans_and_chooses_too(tiny_bench, capsys, monkeypatch):
-    assert run_command(bench.main, ["A1", "--dry_run", "--mlp_tiles", "8"]) == 0
+    checked = []
+    monkeypatch.setattr(bench, "check_residuals", lambda planned, _: checked.append(planned.mlp_tiles))
+    assert run_command(bench.main, ["A1", "--dry_run", "--mlp_tiles", "8"]) == 0 and not checked
     line = json.loads(capsys.readouterr().out)
     assert line["id"] == "A1" and (line["gradient_checkpointing"], line["mlp_tiles"]) == ("full", 8)
     assert line["total"] == line["arguments"] + line["temporary"] + line["output"] - line["aliased"]
@@ -405,7 +450,7 @@ def test_the_benchmark_plans_and_chooses_too(tiny_bench, capsys, monkeypatch):
     monkeypatch.setattr(bench, "planned", lambda *_: chosen)
     assert run_command(bench.main, ["A1", "--memory_budget", "1GiB", "--steps", "1", "--warmup", "0"]) == 0
     measured = json.loads(capsys.readouterr().out)
-    assert measured["mlp_tiles"] == 8 and measured["backends"] == line["backends"]
+    assert checked == [8] and measured["mlp_tiles"] == 8 and measured["backends"] == line["backends"]
     assert measured["step_ms"] > 0 and measured["tokens_per_second"] == pytest.approx(
         measured["shape"][0] * measured["shape"][1] / measured["step_ms"] * 1e3
     )

@@ -10,7 +10,7 @@ from jaxft.programs import equations_in, waiting_bytes
 X = jax.ShapeDtypeStruct((10, 8), jnp.float32)
 
 
-def test_equations_are_found_wherever_one_runs_a_program_and_in_its_order():
+def test_equations_are_found_wherever_one_runs_a_program_right_behind_it():
     def function(x):
         once = jax.jit(lambda x: jax.lax.scan(lambda c, _: (jnp.sin(c), None), x, length=3)[0])
         return jax.lax.cond(x[0, 0] > 0, once, jnp.cos, x)
@@ -31,6 +31,16 @@ def test_what_waits_is_what_was_made_before_and_is_read_after():
     assert waiting_bytes(jaxpr, "middle") == 10 * 8 * (4 + 2) + 10 * 2 * 4
     with pytest.raises(ValueError, match="nothing in the program is called 'end'"):
         waiting_bytes(jaxpr, "end")
+
+
+def test_what_is_given_is_not_counted_in_other_shapes_or_slices_and_an_array_counts_once():
+    def function(x, at):
+        row, turned, again = jax.lax.dynamic_slice(x, (at, 0), (1, 8)), x.reshape(8, 10), jnp.sin(x)
+        middle = checkpoint_name(x[0, 0] + 1, "middle")
+        return middle + row.sum() + x[2:5].sum() + turned.sum() + again.sum() + again.reshape(80).sum()
+
+    jaxpr = jax.make_jaxpr(function)(X, jax.ShapeDtypeStruct((), jnp.int32)).jaxpr
+    assert waiting_bytes(jaxpr, "middle") == X.size * 4 + 4
 
 
 @pytest.mark.parametrize(("keep", "arrays"), [(("inner",), 2), ((), 1)])

@@ -1,4 +1,4 @@
-"""Layers of a few numbers, and what their tests say of results: distances, gradients, products of a program."""
+"""Layers of a few numbers, and how their results are compared: distances, gradients, the products of a program."""
 
 import jax
 import jax.numpy as jnp
@@ -60,3 +60,27 @@ def products(function, *arguments) -> list[tuple[tuple[int, ...], jnp.dtype]]:
         for e in equations_in(jaxpr)
         if e.primitive.name == "dot_general"
     ]
+
+
+# three layers as q, k, v; LoRA on all, on some, on none; with and without bias; ranks that differ
+GROUPS = {
+    "qkv": [dict(rank=3), dict(rank=3), dict(rank=3)],
+    "qkv_bias": [dict(bias=True), dict(bias=True), dict(bias=True)],
+    "some_lora": [dict(rank=2), dict(rank=0, bias=True), dict(rank=5)],
+    "no_lora": [dict(rank=0), dict(rank=0)],
+    "one": [dict(rank=4)],
+}
+
+
+def group(name, dtype):
+    random = np.random.default_rng(len(name))
+    layers = tuple(layer(random, rows, 12, dtype, **how) for rows, how in zip((16, 8, 6), GROUPS[name], strict=False))
+    return jnp.asarray(random.normal(0, 1, (2, 7, 12)), dtype), layers
+
+
+def mlp_case(dtype, *, rank=3, bias=False, tokens=7):
+    random = np.random.default_rng(5)
+    D, F = 12, 20
+    sizes = ((F, D), (F, D), (D, F))
+    gate, up, down = (layer(random, rows, columns, dtype, rank=rank, bias=bias) for rows, columns in sizes)
+    return jnp.asarray(random.normal(0, 1, (2, tokens, D)), dtype), gate, up, down

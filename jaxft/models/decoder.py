@@ -26,8 +26,9 @@ from jaxft.models.layers import (
     stack,
 )  # fmt: skip
 from jaxft.models.rope import Rope, document_lengths
-from jaxft.programs import HIDDEN
 from jaxft.sharding import constrain
+
+HIDDEN = "hidden_states"  # the name of what the loss gets: there the forward pass of a traced step ends
 
 
 @dataclass(frozen=True)
