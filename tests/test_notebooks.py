@@ -38,6 +38,7 @@ def test_a_notebook_runs_within_two_minutes(path, tmp_path, monkeypatch):
     pytest.importorskip("ipykernel", reason="it is the kernel")
     pytest.importorskip("matplotlib", reason="two of the notebooks plot")
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "0")  # as who reads it has it: the same few programs run often
     monkeypatch.setenv("JUPYTER_RUNTIME_DIR", str(tmp_path / "runtime"))
     book = nbformat.read(path, as_version=4)
     began = time.monotonic()

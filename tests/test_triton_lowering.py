@@ -1,7 +1,7 @@
 """Triton kernels compiled to PTX for every card without a GPU, what they ask of it, and what they compute, interpreted.
 
 Needs triton, jax-triton and the small jax-cuda13-plugin wheel beside a CPU jaxlib. Compiling takes seconds a kernel, so
-only one size goes through every architecture; `-m "long or not long"` takes all sizes and dtypes.
+one size goes through every architecture, and `-m "long or not long"` takes all sizes and dtypes through some.
 """
 
 import re
@@ -28,6 +28,8 @@ from tests.ptx import CAPABILITIES, MISSING, NEEDED, SHARED, assemble, compiled
 
 pytestmark = [pytest.mark.skipif(bool(MISSING), reason=NEEDED), pytest.mark.lowering]
 S = jax.ShapeDtypeStruct
+# cards that have tiles of their own (`kernels.gpu.CARDS`), and of the others one; those have the least shared memory
+KINDS = (80, 89, 90, 100)
 KERNELS = ["forward", "keys_backward", "queries_backward"]
 
 
@@ -82,8 +84,8 @@ def test_attention_compiles_with_softcap_odd_head_size_and_odd_length(tmp_path):
 
 @pytest.mark.long
 @pytest.mark.parametrize("H", [64, 96, 256])
-@pytest.mark.parametrize("capability", CAPABILITIES)
-def test_attention_fits_every_card_at_every_head_size(capability, H, tmp_path):
+@pytest.mark.parametrize("capability", KINDS)
+def test_attention_fits_every_kind_of_card_at_every_head_size(capability, H, tmp_path):
     check(capability, H, jnp.bfloat16, tmp_path, spill=512)
 
 
@@ -115,8 +117,8 @@ def test_the_mlp_kernels_compile_for_every_card_and_fit_it(capability, tmp_path)
 
 @pytest.mark.long
 @pytest.mark.parametrize("rank", [8, 32, 40, 128])
-@pytest.mark.parametrize("capability", CAPABILITIES)
-def test_the_mlp_kernels_fit_every_card_at_every_rank(capability, rank, tmp_path):
+@pytest.mark.parametrize("capability", [89, 90])
+def test_the_mlp_kernels_fit_at_every_rank(capability, rank, tmp_path):
     check_mlp(capability, rank, tmp_path)
 
 
@@ -245,7 +247,7 @@ def test_the_norms_compile_for_every_card_and_fit_it(capability, tmp_path):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("capability", [89, 90])
 @pytest.mark.parametrize(
     "H, D, dtype, spill",
     [
@@ -255,7 +257,7 @@ def test_the_norms_compile_for_every_card_and_fit_it(capability, tmp_path):
         (64, 2**14, jnp.bfloat16, 256),
     ],
 )
-def test_the_norms_fit_every_card_at_every_size(capability, H, D, dtype, spill, tmp_path):
+def test_the_norms_fit_at_every_size(capability, H, D, dtype, spill, tmp_path):
     check_norms(capability, tmp_path, H=H, D=D, dtype=dtype, spill=spill)
 
 
