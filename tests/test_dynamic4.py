@@ -148,7 +148,8 @@ def test_on_planted_outliers_a_tenth_more_bytes_closes_most_of_the_held_out_loss
 @pytest.fixture
 def most_alive(monkeypatch):
     """The bytes of arrays on the device whenever a tensor is read, quantised or put in its place; what was before."""
-    before, seen = sum(array.nbytes for array in jax.live_arrays()), [0]
+    earlier, seen = jax.live_arrays(), [0]  # held here: what other tests left is not collected meanwhile
+    before = sum(array.nbytes for array in earlier)
 
     def watched(function):
         def run(*arguments):
@@ -160,7 +161,8 @@ def most_alive(monkeypatch):
 
     for name in ("write_rows", "quantize_matrix", "_write_leaf"):
         monkeypatch.setattr(hf, name, watched(getattr(hf, name)))
-    return seen
+    yield seen
+    del earlier
 
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])

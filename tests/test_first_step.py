@@ -80,7 +80,8 @@ def readers() -> list[threading.Thread]:
 @pytest.mark.parametrize("more", [{}, {"memory_budget": "1GiB"}])
 def test_the_step_is_compiled_once_and_before_a_weight_is_read(command, monkeypatch, tmp_path, more):
     monkeypatch.setattr("jaxft.budget.CPU_LADDER", (("full", 1),))
-    before, held = {id(array) for array in jax.live_arrays()}, []
+    earlier, held = jax.live_arrays(), []  # held here, so that no id is given again
+    before = {id(array) for array in earlier}
 
     def read(*args):
         held.extend(array.nbytes for array in jax.live_arrays() if id(array) not in before)
