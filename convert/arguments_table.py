@@ -29,12 +29,7 @@ TRAINING = [
     changed("activation_offloading", "`gradient_checkpointing: offload`", "", values.offloading),
     changed("resume_from_checkpoint", "`resume_from_checkpoint`", "true is `auto`", values.resume),
     changed("save_strategy", "`save_steps`", "`no` is 0; `epoch` has to be said in steps", values.save_strategy),
-    changed(
-        "eval_strategy evaluation_strategy",
-        "`eval_strategy`",
-        "",
-        values.evaluation,
-    ),
+    changed("eval_strategy evaluation_strategy", "`eval_strategy`", "", values.evaluation),
     changed("logging_strategy", "`logging_steps`", "counted in steps", values.by_steps),
     changed("train_sampling_strategy", "`shuffle_dataset`", "`sequential` is false", values.sampling),
     changed("assistant_only_loss", "`train_on`", "true is `responses`; false `all`, for `messages`",
@@ -102,12 +97,8 @@ TRAINING = [
     missing("AdamW has the settings of its own flags", "optim_args optim_target_modules"),
     missing("what counts on answers is `eval_metric: MODULE:FUNCTION`", "include_for_metrics"),
     missing("`jaxft.load_model` in a script of your own", "model_init_kwargs dataset_kwargs"),
-    changed(
-        "chat_template_path chat_template",
-        "`chat_template`",
-        "a file or the name of one that is here",
-        values.template,
-    ),
+    changed("chat_template_path chat_template", "`chat_template`", "a file or the name of one that is here",
+            values.template),
     missing("`debug` there is another thing", "debug"),
     missing("no code of a model's repository is run", "trust_remote_code"),
 ]  # fmt: skip

@@ -31,6 +31,7 @@ from jaxft.models.quantized import all_linears, with_quantized
 from jaxft.optim import OPTIMS, make_optimizer, state_shapes
 from jaxft.optim_paged import on_host
 from jaxft.packing import Batch
+from jaxft.processes import say
 from jaxft.profile import table
 from jaxft.sharding import make_mesh, mesh_sizes
 from jaxft.trees import Tree
@@ -166,7 +167,7 @@ def planned(name: str, options: argparse.Namespace) -> Plan:
     if limit is None:
         raise InputError(f"--memory_budget auto: {device.device_kind} has no memory of its own; name a number")
     try:
-        return fastest(limit, make, mesh, model.config, say=lambda line: print(line, file=sys.stderr))
+        return fastest(limit, make, mesh, model.config, say=say)
     except InputError as failure:
         if options.dry_run:  # which was asked whether it fits: the answer is no
             raise RunError(str(failure)) from failure

@@ -16,6 +16,7 @@ from jaxft.decode import generate
 from jaxft.errors import InputError, RunError, run_command
 from jaxft.models.rope import DynamicRope
 from jaxft.prepare import Prepared, model_of, prepare
+from jaxft.processes import say
 from jaxft.prompts import ANSWER_FIELDS, Asked, prompt_tokens, read_asked
 from jaxft.sampling import prompt_keys
 from jaxft.settings import GenerateSettings
@@ -109,11 +110,6 @@ def main(argv: list[str] | None = None) -> int:
             answers = (complete(prepared, settings, prompts[window], keys[window]) for window in windows)
             write_answers(output, asked, prompts, answers)
     return 0
-
-
-def say(text: str) -> None:
-    """Everything but answers goes to stderr."""
-    print(text, file=sys.stderr, flush=True)
 
 
 def _tokens(asked: Asked, prepared: Prepared, settings: GenerateSettings) -> list[int]:

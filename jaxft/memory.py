@@ -81,16 +81,14 @@ class Plan:
             ("optimizer", self.optimizer, "its states"),
             ("batch", self.arguments - self.weights - self.trained - self.optimizer, "and what rounds the above up"),
             ("temporaries", self.temporary, "the most at one time; among them"),
-            *([] if self.activations is None else [
-                ("  activations", self.activations, "kept by the forward pass for the backward one")
-            ]),
+            ("  activations", self.activations, "kept by the forward pass for the backward one"),
             ("  gradients", self.gradients, "of what is trained"),
             ("  logits", self.logits, "one tile of tokens, float32"),
             ("results", self.output - self.aliased, "beside what takes the arguments' place"),
             ("together", self.total, self.policy),
             ("on the host", self.host, "not counted"),
         ]  # fmt: skip
-        return [f"{name:13} {gib(size):>12}  {note}" for name, size, note in rows]
+        return [f"{name:13} {gib(size):>12}  {note}" for name, size, note in rows if size is not None]
 
 
 def plan(

@@ -63,7 +63,7 @@ def _made(program: Jaxpr, count: int) -> dict[Var, Var | None]:
 
 
 def _bytes_of(made: dict[Var, Var | None], read: list[Any], on_host: bool) -> int:
-    origins = {made.get(variable) for variable in read if isinstance(variable, Var)} - {None}
+    origins = {made.get(variable) for variable in read if isinstance(variable, Var)}
     avals: list[Any] = [origin.aval for origin in origins if origin is not None]
     return sum(
         math.prod(aval.shape) * aval.dtype.itemsize

@@ -13,16 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from kernel_shapes import (
-    LAYERS,
-    Shape,
-    attention_inputs,
-    first_keys,
-    folded,
-    normal,
-    stacked_nf4,
-    through_layers,
-)
+from kernel_shapes import LAYERS, Shape, attention_inputs, first_keys, folded, normal, stacked_nf4, through_layers
 
 from jaxft.kernels.adamw_8bit import adamw_8bit
 from jaxft.kernels.attention import attention, chunked, documents

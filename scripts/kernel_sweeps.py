@@ -61,7 +61,7 @@ def attention(shape: Shape, dtype: jnp.dtype, rank: int) -> Iterator[Try]:
     (dout,), first_key = normal(key, (q.shape,), dtype), folded(shape, jnp.asarray(first_keys(shape)))
     block = chunked.block_size(shape.B, shape.T, shape.N, shape.T)
     last_key = jnp.broadcast_to(jnp.arange(shape.T, dtype=jnp.int32), first_key.shape)
-    run = functools.partial(chunked.run_forward, scale=shape.H**-0.5, softcap=shape.softcap, block=block)
+    run = functools.partial(chunked.run_forward, scale=fixed["scale"], softcap=shape.softcap, block=block)
     out, natural = jax.jit(run)(q, k, v, first_key, last_key)
     lse, delta = natural * math.log2(math.e), jnp.einsum("BTNH,BTNH->BNT", dout, out).astype(jnp.float32)
     launches = {
