@@ -1,6 +1,7 @@
 """scripts/bench_kernels.py runs every op at a tiny shape, finds each way right, and finds a wrong one."""
 
 import json
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -66,6 +67,24 @@ def test_a_wrong_gradient_is_found_and_named(bench, tmp_path, capsys, monkeypatc
     assert code == 1 and "WRONG" in capsys.readouterr().out
     assert [r["right"] for r in found] == [False, True]
     assert max(found[0]["distance"].values()) == found[0]["distance"]["[1][0]"]
+
+
+def test_a_short_call_on_a_gpu_is_timed_by_its_kernels(bench, monkeypatch):
+    import jax
+    import jax.numpy as jnp
+
+    def traced(directory):
+        assert list(directory.rglob("*.trace.json.gz"))
+        return Counter({"copies": 20.0, "other": 40.0}), Counter(), Counter()
+
+    monkeypatch.setattr(bench, "device_time", traced)
+    double, x = jax.jit(lambda x: 2 * x), jnp.ones(3)
+    monkeypatch.setattr(bench, "SENDING", 60.0)
+    assert bench.seconds(double, [(x,)], 3)[0] != 2e-5
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert bench.seconds(double, [(x,)], 3)[0] == pytest.approx(2e-5)
+    monkeypatch.setattr(bench, "SENDING", 0.0)
+    assert bench.seconds(double, [(x,)], 3)[0] != pytest.approx(2e-5)
 
 
 def test_what_cannot_be_swept_is_said(bench, capsys):
