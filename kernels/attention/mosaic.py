@@ -53,7 +53,7 @@ LONGEST = 4096
 TILES = {64: (Tile(128, 2), Tile(64, 3)), 128: (Tile(64, 3), Tile(64, 2))}
 # by head size: bytes that kept gradients of scores may take; none is, until that has been measured
 KEPT: dict[int, int] = {}
-STAGES = 4  # slots of the kernel that reads them
+STAGES = 3  # slots of the kernel that reads them
 
 
 def check(

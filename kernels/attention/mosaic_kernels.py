@@ -18,6 +18,7 @@ would need, is not the same bytes each time. Measured on an H200 beside cuDNN: d
 """
 
 import functools
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -335,15 +336,17 @@ def queries_from_scores(
 
     dscores: (B, N, T/ROWS · (T/ROWS + 1) / 2, ROWS, ROWS) as `keys_backward` leaves it, of a pair of ROWS queries and
     ROWS keys the transposed tile; what no query of a pair sees was not written. ranges: of each ROWS queries the first
-    ROWS keys of which they see any (B, T/ROWS) int32, or None.
+    ROWS keys of which they see any (B, T/ROWS) int32, or None. A program takes two heads of a group where there are
+    two, so that a tile of keys is fetched for half as many.
     """
     B, T, K, H = k.shape
     N, tiles = dscores.shape[1], T // TILE
+    heads = 2 - N // K % 2
     arrays, unpack = _optional((dscores, k), ranges)
 
     def kernel(*refs):
         (ds_ref, k_ref), from_ref, (dq_ref, dq_s, ds_s, k_s, here, free) = unpack(refs)
-        n, b, group = (lax.axis_index(name) for name in ("head", "row", "group"))
+        part, b, group = (lax.axis_index(name) for name in ("head", "row", "group"))
         at = tiles - 1 - lax.axis_index("tile")  # the longest walk first
         own = at * GROUPS
 
@@ -360,27 +363,32 @@ def queries_from_scores(
             def step(i, dq):
                 slot = _slot(i, stages)
                 plgpu.barrier_wait(here.at[slot])
-                (dq,) = _add((dq,), ((ds_s.at[slot, group].transpose((1, 0)), k_s.at[slot]),), interpret)
+                tiles = [ds_s.at[slot, head * GROUPS + group].transpose((1, 0)) for head in range(heads)]
+                dq = _add(dq, tuple((tile, k_s.at[slot]) for tile in tiles), interpret)
                 plgpu.barrier_arrive(free.at[slot])
                 return dq
 
             skipped, end = first(group) - begin, own + group + 1 - begin
             _skip(0, skipped, stages, ((here, free),))
-            dq = lax.fori_loop(skipped, end, step, _zeros(ROWS, H))
+            dq = lax.fori_loop(skipped, end, step, (_zeros(ROWS, H),) * heads)
             _skip(end, steps, stages, ((here, free),))
-            dq_s.at[group][...] = (dq * scale).astype(k.dtype)
-            plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(dq_s.at[group], dq_ref.at[b, pl.ds(at * TILE + group * ROWS, ROWS), n])
+            rows = pl.ds(at * TILE + group * ROWS, ROWS)
+            for head in range(heads):
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                dq_s.at[group][...] = (dq[head] * scale).astype(k.dtype)
+                plgpu.commit_smem()
+                plgpu.copy_smem_to_gmem(dq_s.at[group], dq_ref.at[b, rows, part * heads + head])
             plgpu.wait_smem_to_gmem(0)
 
         @pl.when(group == GROUPS)
         def memory():
             def fetch(step, slot):
                 key = begin + step
-                for one in range(GROUPS):  # a pair that is not there is another one's, and not read
-                    pair = ds_ref.at[b, n, _pair(own + one, key)]
-                    plgpu.copy_gmem_to_smem(pair, ds_s.at[slot, one], here.at[slot])
-                rows = b, pl.ds(key * ROWS, ROWS), _down(n, N // K)
+                for head, one in itertools.product(range(heads), range(GROUPS)):
+                    # a pair that is not there is another one's, and not read
+                    pair = ds_ref.at[b, part * heads + head, _pair(own + one, key)]
+                    plgpu.copy_gmem_to_smem(pair, ds_s.at[slot, head * GROUPS + one], here.at[slot])
+                rows = b, pl.ds(key * ROWS, ROWS), _down(part, N // K // heads)
                 plgpu.copy_gmem_to_smem(k_ref.at[rows], k_s.at[slot], here.at[slot])
 
             _fetch(steps, stages, [(free, fetch)])
@@ -388,9 +396,9 @@ def queries_from_scores(
     free, _ = _free(stages)
     return _call(
         "attention_queries_from_scores", kernel, arrays, jax.ShapeDtypeStruct((B, T, N, H), k.dtype),
-        (_matrix(GROUPS, ROWS, H, dtype=k.dtype), _matrix(stages, GROUPS, ROWS, ROWS, dtype=k.dtype),
-         _matrix(stages, ROWS, H, dtype=k.dtype), *_here(stages, GROUPS + 1), free),
-        (tiles, N, B), interpret,
+        (_matrix(GROUPS, ROWS, H, dtype=k.dtype), _matrix(stages, heads * GROUPS, ROWS, ROWS, dtype=k.dtype),
+         _matrix(stages, ROWS, H, dtype=k.dtype), *_here(stages, heads * GROUPS + 1), free),
+        (tiles, N // heads, B), interpret,
     )  # fmt: skip
 
 
