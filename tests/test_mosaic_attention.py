@@ -139,6 +139,27 @@ def test_documents_choose_the_tile_of_their_forward_pass(H, tiles):
     assert [mosaic.packed_tile(q, one) for one in known] == tiles
 
 
+@pytest.mark.parametrize(
+    ("shape", "documents_a_row", "kept"),
+    [
+        ((8, 2048, 32, 128), 1, True),
+        ((8, 2048, 32, 128), 5, True),
+        ((8, 2048, 32, 128), 6, False),
+        ((8, 2048, 32, 128), None, False),
+        ((9, 2048, 32, 128), 1, False),
+        ((8, 2048, 32, 64), 1, False),
+    ],
+)
+def test_gradients_of_scores_are_kept_where_they_fit_and_documents_are_long(shape, documents_a_row, kept, monkeypatch):
+    q, first = jax.ShapeDtypeStruct(shape, jnp.bfloat16), jax.ShapeDtypeStruct(shape[:2], jnp.int32)
+    pairs = 32 * 33 // 2 * 64 * 64  # a head's, of 2,048 tokens in tiles of 64
+    monkeypatch.setattr(mosaic, "KEPT", {128: 8 * 32 * pairs * 2})
+    known = (
+        None if documents_a_row is None else jax.eval_shape(functools.partial(documents, most=documents_a_row), first)
+    )
+    assert mosaic.keeps_scores(q, known) == kept
+
+
 def all_kernels(q, k, first, lse):
     """The gradients of rows of one document and of packed ones, added up, and the forward passes of both."""
     ways = itertools.product((None, first), (False, True))
