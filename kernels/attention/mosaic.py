@@ -166,7 +166,7 @@ def run_forward(
 ) -> tuple[jax.Array, jax.Array]:
     """out (B, T, N, H) and the log-sum-exp (B, N, T) float32, first_key and the base as `run_backward` takes them."""
     B, T, N, _ = q.shape
-    like = jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct((B, N, T), jnp.float32)
+    like = _like(q), jax.ShapeDtypeStruct((B, N, T), jnp.float32)
     ranges = None if first_key is None else (first_key, *walks(first_key, TILE, tile.others))
     return _launch("forward", (q, k, v, ranges), like, interpret=interpret, scale=scale, tile=tile)
 

@@ -267,9 +267,10 @@ def keys_backward(
                     return p, p * (plgpu.wgmma_accumulator_load(dp) - _columns(delta, ROWS))
 
                 p, ds = pl.run_scoped(scores, *[plgpu.ACC((ROWS, queries), jnp.float32)] * 2)
-                p, ds = p.astype(q.dtype), ds.astype(q.dtype)
-                beside = functools.partial(keep, ds, i, g) if kept else None
-                sums = _add(sums, ((ds, q_s.at[slot]), (p, do_s.at[slot])), interpret, beside)
+                ds, p = ds.astype(q.dtype), p.astype(q.dtype)
+                if kept:
+                    keep(ds, i, g)
+                sums = _add(sums, ((ds, q_s.at[slot]), (p, do_s.at[slot])), interpret)
                 plgpu.barrier_arrive(do_free.at[slot])
                 plgpu.barrier_arrive(q_free.at[slot])
                 return sums
@@ -494,20 +495,15 @@ def _skip(begin, end, stages: int, slots: Sequence[tuple[Any, Any]]) -> None:
     lax.fori_loop(begin, end, one, None)
 
 
-def _add(sums: tuple, products: tuple, interpret: Any, beside: Callable | None = None) -> tuple:
-    """Each sum (rows, columns) float32 in registers, and the product of a, there or in shared memory, with b there.
-    beside: what is done until the products are."""
+def _add(sums: tuple, products: tuple, interpret: Any) -> tuple:
+    """Each sum (rows, columns) float32 in registers, and the product of a, there or in shared memory, with b there."""
     if interpret is not None:  # the simulated GPU has no sum that begins with a value
-        if beside is not None:
-            beside()
         pairs = zip(sums, products, strict=True)
         return tuple(one + jnp.dot(a[...], b[...], preferred_element_type=jnp.float32) for one, (a, b) in pairs)
 
     def issue(accumulators):
         for accumulator, (a, b) in zip(accumulators, products, strict=True):
             plgpu.wgmma(accumulator, a, b)
-        if beside is not None:
-            beside()
 
     return pl.run_state(issue)(tuple(map(plgpu.ACC.init, sums)))
 
