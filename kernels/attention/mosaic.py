@@ -10,7 +10,6 @@ Milliseconds a backward pass on an H200, jax 0.11.2, 32/8 heads: docs/log.md, "A
 
 import functools
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +22,7 @@ from jaxft.kernels.attention import cudnn, triton
 from jaxft.kernels.attention.cudnn import Documents
 from jaxft.kernels.gpu import check_16_bits, one_device
 
-TILE, ROWS = 128, 64  # tokens that a program has for its own, and one of its warpgroups
+TILE = 128  # tokens that a program has for its own
 PROGRAMS = 256  # fewer of them leave multiprocessors without work: then a group's heads are parted
 
 
@@ -51,9 +50,6 @@ LONG = {64: 1024, 128: 400}
 LONGEST = 4096
 # by head size: of the kernel of dq, of that of dk and dv
 TILES = {64: (Tile(128, 2), Tile(64, 3)), 128: (Tile(64, 3), Tile(64, 2))}
-# by head size: bytes that kept gradients of scores may take; none is, until that has been measured
-KEPT: dict[int, int] = {}
-STAGES = 3  # slots of the kernel that reads them
 
 
 def check(
@@ -109,13 +105,6 @@ def is_slow(q: jax.Array, documents: Documents | None) -> bool:
     return is_one_document(documents) and q.shape[1] > LONGEST
 
 
-def keeps_scores(q: jax.Array, documents: Documents | None) -> bool:
-    """Whether the backward pass keeps the gradients of scores, with a place for each query and each key before it: not
-    where there are more of them than KEPT, nor where documents are short or not known."""
-    known = documents is not None and q.shape[1] // documents.lengths.shape[1] >= LONG[q.shape[3]]
-    return known and score_tiles(q).size * q.dtype.itemsize <= KEPT.get(q.shape[3], 0)
-
-
 def attention(
     q: jax.Array, k: jax.Array, v: jax.Array, first_key: jax.Array, documents: Documents | None, *, scale: float,
     capability: int,
@@ -152,7 +141,7 @@ def _attention_fwd(q, k, v, first_key, documents, scale, capability):
 def _attention_bwd(scale, capability, kept, dout):
     q, k, v, first_key, documents, out, lse = kept
     ranges = None if is_one_document(documents) else first_key
-    grads = run_backward(q, k, v, ranges, out, lse, dout, scale=scale, kept=keeps_scores(q, documents))
+    grads = run_backward(q, k, v, ranges, out, lse, dout, scale=scale)
     none = None if documents is None else Documents(None, None, None)  # type: ignore[arg-type]
     return *grads, None, none
 
@@ -166,69 +155,38 @@ def run_forward(
 ) -> tuple[jax.Array, jax.Array]:
     """out (B, T, N, H) and the log-sum-exp (B, N, T) float32, first_key and the base as `run_backward` takes them."""
     B, T, N, _ = q.shape
-    like = _like(q), jax.ShapeDtypeStruct((B, N, T), jnp.float32)
-    ranges = None if first_key is None else (first_key, *walks(first_key, TILE, tile.others))
-    return _launch("forward", (q, k, v, ranges), like, interpret=interpret, scale=scale, tile=tile)
+    like = jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct((B, N, T), jnp.float32)
+    ranges = None if first_key is None else (first_key, *walks(first_key, tile.others))
+    return _launch("forward", (q, k, v, ranges), like, interpret, scale=scale, tile=tile)
 
 
-@functools.partial(jax.jit, static_argnames=("scale", "tiles", "heads", "kept", "interpret"))  # one trace a shape
+@functools.partial(jax.jit, static_argnames=("scale", "tiles", "heads", "interpret"))  # one trace a shape
 def run_backward(
     q: jax.Array, k: jax.Array, v: jax.Array, first_key: jax.Array | None, out: jax.Array, lse: jax.Array,
-    dout: jax.Array, *, scale: float, tiles: tuple[Tile, Tile] | None = None, heads: int | None = None,
-    kept: bool = False, interpret=None,
+    dout: jax.Array, *, scale: float, tiles: tuple[Tile, Tile] | None = None, heads: int | None = None, interpret=None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:  # fmt: skip
     """The gradients of q, k and v. first_key: None where all keys before a query are seen. lse: (B, N, T) float32, to
-    base e where first_key is None, else to base 2, as the forward passes of either leave it. kept: seven products
-    become five, as the kernel of dk and dv keeps the gradients of scores for that of dq, which else computes scores,
-    too, and comes first. tiles and heads replace what is chosen, for measurements and tests.
-    """
-    of_queries, of_keys = TILES[q.shape[3]] if tiles is None else tiles
-    options: dict[str, Any] = dict(scale=scale, base=math.e if first_key is None else 2.0, interpret=interpret)
-    if not kept:
-        ranges = None if first_key is None else (first_key, *walks(first_key, TILE, of_queries.others))
-        of_all = q, k, v, out, lse, dout, ranges
-        dq, delta = _launch("queries_backward", of_all, (_like(q), _like(lse)), tile=of_queries, **options)
-        arrays = q, k, v, lse, dout, delta
-        dk, dv = _of_keys(arrays, first_key, tile=of_keys, heads=heads, kept=False, **options)
-        return dq, dk, dv
-    delta = jnp.transpose(jnp.sum(out.astype(jnp.float32) * dout.astype(jnp.float32), axis=3), (0, 2, 1))
-    arrays = q, k, v, lse, dout, delta
-    dk, dv, dscores = _of_keys(arrays, first_key, tile=of_keys, heads=heads, kept=True, **options)
-    begins = None if first_key is None else (walks(first_key, ROWS, ROWS)[0],)
-    of_scores = dict(scale=scale, stages=STAGES, interpret=interpret)
-    return _launch("queries_from_scores", (dscores, k, begins), _like(q), **of_scores), dk, dv
-
-
-def _of_keys(
-    arrays: Sequence[jax.Array], first_key: jax.Array | None, *, heads: int | None, kept: bool, **options: Any
-) -> list[jax.Array]:
-    """The gradients of k and v, of q, k, v, lse, dout and delta, and those of the scores where they are kept."""
-    q, k = arrays[:2]
+    base e where first_key is None, else to base 2, as the forward passes of either leave it. tiles and heads replace
+    what is chosen, for measurements and tests."""
     (B, T, N, H), K = q.shape, k.shape[2]
+    of_queries, of_keys = TILES[H] if tiles is None else tiles
     heads = _heads(N // K, B * K * (T // TILE)) if heads is None else heads
-    parts = N // K // heads
+    common = dict(scale=scale, base=math.e if first_key is None else 2.0)
+    ranges = None if first_key is None else (first_key, *walks(first_key, of_queries.others))
+    like = jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct((B, N, T), jnp.float32)
+    arrays = q, k, v, out, lse, dout, ranges
+    dq, delta = _launch("queries_backward", arrays, like, interpret, tile=of_queries, **common)
     ranges = None if first_key is None else (first_key, *triton.reach(first_key, TILE))
-    like = [jax.ShapeDtypeStruct((B, T, K * parts, H), k.dtype if parts == 1 else jnp.float32)] * 2
-    like += [score_tiles(q)] if kept else []
-    options |= dict(heads=heads, kept=kept)
-    dk, dv, *dscores = _launch("keys_backward", (*arrays, ranges), tuple(like), **options)
+    parts = N // K // heads
+    like = (jax.ShapeDtypeStruct((B, T, K * parts, H), k.dtype if parts == 1 else jnp.float32),) * 2
+    arrays = q, k, v, lse, dout, delta, ranges
+    dk, dv = _launch("keys_backward", arrays, like, interpret, tile=of_keys, heads=heads, **common)
     if parts > 1:
         dk, dv = (one.reshape(B, T, K, parts, H).sum(3).astype(k.dtype) for one in (dk, dv))
-    return [dk, dv, *dscores]
+    return dq, dk, dv
 
 
-def _like(x: jax.Array) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(x.shape, x.dtype)
-
-
-def score_tiles(q: jax.Array) -> jax.ShapeDtypeStruct:
-    """What holds a number of the score of each query and each key not behind it, in tiles of ROWS × ROWS."""
-    B, T, N, _ = q.shape
-    rows = T // ROWS
-    return jax.ShapeDtypeStruct((B, N, rows * (rows + 1) // 2, ROWS, ROWS), q.dtype)
-
-
-def _launch(name: str, arrays: tuple, like: Any, *, interpret: Any, **options: Any) -> Any:
+def _launch(name: str, arrays: tuple, like: Any, interpret: Any, **options: Any) -> Any:
     """A kernel of `mosaic_kernels`, called on a simulated GPU where `interpret` says so."""
     if interpret is not None:
         from jaxft.kernels.attention import mosaic_kernels
@@ -245,8 +203,8 @@ def _heads(group: int, programs: int) -> int:
     )
 
 
-def walks(first_key: jax.Array, queries: int, keys: int) -> tuple[jax.Array, jax.Array]:
-    """Of each tile of `queries` queries: the first tile of `keys` keys that some query sees any of, and the first of
-    which, and of those after it up to the query, all see all. (B, tiles) int32 twice."""
-    tiles = first_key.reshape(len(first_key), -1, queries)
+def walks(first_key: jax.Array, keys: int) -> tuple[jax.Array, jax.Array]:
+    """Of each tile of TILE queries: the first tile of `keys` keys that some query sees any of, and the first of which,
+    and of those after it up to the query, all see all. (B, tiles) int32 twice."""
+    tiles = first_key.reshape(len(first_key), -1, TILE)
     return jnp.min(tiles, axis=2) // keys, -(-jnp.max(tiles, axis=2) // keys)

@@ -1,4 +1,4 @@
-"""The Mosaic GPU kernels of packed causal attention on Hopper: out; dq, and dk with dv, or dk with dv, and dq.
+"""The Mosaic GPU kernels of packed causal attention on Hopper: out; dq, and dk with dv.
 
 `mosaic.py` launches them. The formula is that of `triton_kernels.py`, without softcap. What Triton does not write here:
 products from shared memory whose sums stay in one warpgroup's registers while another computes exponentials, and a
@@ -12,13 +12,10 @@ are seen, and the loop that documents and windows begin with is not there. dk an
 group, in registers; where one program goes through fewer heads than a group has (`heads`), their parts are float32 and
 added by XLA. No atomics: the same bytes each time.
 
-Of dq first, delta (B, N, T) float32 comes out for dk and dv, which compute the scores and their gradients again. Of dk
-and dv first, those gradients come out, and dq is one product with them: a sum by atomics, as one kernel of all three
-would need, is not the same bytes each time. Measured on an H200 beside cuDNN: docs/log.md.
+delta (B, N, T) float32 comes out of the first kernel for the second. Measured on an H200 beside cuDNN: docs/log.md.
 """
 
 import functools
-import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -29,10 +26,11 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from jaxft.kernels.attention.mosaic import ROWS, TILE, Tile, score_tiles
+from jaxft.kernels.attention.mosaic import TILE, Tile
 
 LOG2E = math.log2(math.e)
-GROUPS = TILE // ROWS
+GROUPS = 2
+ROWS = TILE // GROUPS  # what one warpgroup's product takes
 HIDDEN = -(2.0**99)  # a score that is not seen; a power of two, so that its product with the factor is exact
 MOST, LEAST = 240, 24  # registers a thread of those that compute, of those that fetch
 WHOLE, BY_ROW, BY_COLUMN = plgpu.Layout.WGMMA, plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
@@ -207,25 +205,20 @@ def queries_backward(
 def keys_backward(
     q: jax.Array, k: jax.Array, v: jax.Array, lse: jax.Array, dout: jax.Array, delta: jax.Array,
     ranges: tuple[jax.Array, jax.Array, jax.Array] | None, *, scale: float, base: float, tile: Tile, heads: int,
-    kept: bool, interpret: Any = None,
-) -> tuple[jax.Array, ...]:  # fmt: skip
+    interpret: Any = None,
+) -> tuple[jax.Array, jax.Array]:  # fmt: skip
     """The gradients of k and v, arrays as for `queries_backward`. ranges: first_key and of `triton.reach` two numbers a
     tile, or None. heads: of how many query heads a program takes the sum, a divisor of N / K; where that is fewer than
-    all, they are float32 parts (B, T, N / heads, H), a kv head's side by side. kept: whether the gradients of scores
-    come out too, as `queries_from_scores` takes them; then tile.others must be ROWS."""
+    all, they are float32 parts (B, T, N / heads, H), a kv head's side by side."""
     B, T, N, H = q.shape
     K, queries, stages, tiles = k.shape[2], tile.others, tile.stages, T // TILE
     parts = N // K // heads
     factor = scale * LOG2E
     arrays, unpack = _optional((q, k, v, lse, dout, delta), ranges)
-    like = [jax.ShapeDtypeStruct((B, T, K * parts, H), k.dtype if parts == 1 else jnp.float32)] * 2
-    like += [score_tiles(q)] if kept else []
-    outputs = len(like)
 
     def kernel(*refs):
         (q_ref, k_ref, v_ref, lse_ref, dout_ref, delta_ref), from_ref, refs = unpack(refs)
-        (dk_ref, dv_ref, *ds_ref), refs = refs[:outputs], refs[outputs:]
-        k_s, v_s, q_s, do_s, lse_s, delta_s, first_s, here, q_here, do_here, q_free, do_free, *ds_s = refs
+        dk_ref, dv_ref, k_s, v_s, q_s, do_s, lse_s, delta_s, first_s, here, q_here, do_here, q_free, do_free = refs
         part, b, at, group = (lax.axis_index(name) for name in ("head", "row", "tile", "group"))
         k0 = at * TILE
         each = _up((T if from_ref is None else from_ref[2][b, at]) - k0, queries)  # steps a head
@@ -239,15 +232,7 @@ def keys_backward(
             plgpu.copy_gmem_to_smem(v_ref.at[rows], v_s.at[group], here.at[group])
             plgpu.barrier_wait(here.at[group])
 
-            def keep(ds, i, g):
-                plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # for the tile of a step ago, which is gone long since
-                ds_s[0].at[group][...] = ds
-                plgpu.commit_smem()
-                pair = _pair(at * GROUPS + i, at * GROUPS + group)
-                plgpu.copy_smem_to_gmem(ds_s[0].at[group], ds_ref[0].at[b, part * heads + g, pair])
-
-            def step(i, sums, g, hides):
-                before = g * each
+            def step(i, sums, before, hides):
                 slot = _slot(before + i, stages)
 
                 def scores(s, dp):
@@ -267,17 +252,14 @@ def keys_backward(
                     return p, p * (plgpu.wgmma_accumulator_load(dp) - _columns(delta, ROWS))
 
                 p, ds = pl.run_scoped(scores, *[plgpu.ACC((ROWS, queries), jnp.float32)] * 2)
-                ds, p = ds.astype(q.dtype), p.astype(q.dtype)
-                if kept:
-                    keep(ds, i, g)
-                sums = _add(sums, ((ds, q_s.at[slot]), (p, do_s.at[slot])), interpret)
+                sums = _add(sums, ((ds.astype(q.dtype), q_s.at[slot]), (p.astype(q.dtype), do_s.at[slot])), interpret)
                 plgpu.barrier_arrive(do_free.at[slot])
                 plgpu.barrier_arrive(q_free.at[slot])
                 return sums
 
             def of_head(g, sums):
                 before = g * each
-                hidden, seen = (functools.partial(step, g=g, hides=hides) for hides in (True, False))
+                hidden, seen = (functools.partial(step, before=before, hides=hides) for hides in (True, False))
                 skipped, diagonal = _down(group * ROWS, queries), _up((group + 1) * ROWS, queries)
                 _skip(before, before + skipped, stages, ((q_here, q_free), (do_here, do_free)))
                 sums = lax.fori_loop(skipped, diagonal, hidden, sums)
@@ -291,7 +273,6 @@ def keys_backward(
             if parts > 1:
                 dk_ref.at[to][...] = dk * scale
                 dv_ref.at[to][...] = dv
-                plgpu.wait_smem_to_gmem(0)
                 return
             k_s.at[group][...] = (dk * scale).astype(k.dtype)
             v_s.at[group][...] = dv.astype(v.dtype)
@@ -317,95 +298,16 @@ def keys_backward(
             of_do = stream(do_here, do_free, (dout_ref, do_s), (delta_ref, delta_s))
             _fetch(each * heads, stages, (of_q, of_do))
 
+    like = jax.ShapeDtypeStruct((B, T, K * parts, H), k.dtype if parts == 1 else jnp.float32)
     own, other = _matrix(GROUPS, ROWS, H, dtype=q.dtype), _matrix(stages, queries, H, dtype=q.dtype)
     number, first = (plgpu.SMEM((stages, queries), dtype) for dtype in (jnp.float32, jnp.int32))
     here = _here(stages, 2 if ranges is None else 3, 2)
-    sent = [_matrix(GROUPS, ROWS, ROWS, dtype=q.dtype)] if kept else []
     return _call(
-        "attention_keys_backward", kernel, arrays, tuple(like),
+        "attention_keys_backward", kernel, arrays, (like, like),
         (own, own, other, other, number, number, first, plgpu.Barrier(num_arrivals=2, num_barriers=GROUPS), *here,
-         *_free(stages), *sent),
+         *_free(stages)),
         (tiles, K * parts, B), interpret,
     )  # fmt: skip
-
-
-def queries_from_scores(
-    dscores: jax.Array, k: jax.Array, ranges: tuple[jax.Array] | None, *, scale: float, stages: int,
-    interpret: Any = None,
-) -> jax.Array:  # fmt: skip
-    """The gradient of q (B, T, N, H) out of that of the scores: one product where `queries_backward` needs three.
-
-    dscores: (B, N, T/ROWS · (T/ROWS + 1) / 2, ROWS, ROWS) as `keys_backward` leaves it, of a pair of ROWS queries and
-    ROWS keys the transposed tile; what no query of a pair sees was not written. ranges: of each ROWS queries the first
-    ROWS keys of which they see any (B, T/ROWS) int32, or None. A program takes two heads of a group where there are
-    two, so that a tile of keys is fetched for half as many.
-    """
-    B, T, K, H = k.shape
-    N, tiles = dscores.shape[1], T // TILE
-    heads = 2 - N // K % 2
-    arrays, unpack = _optional((dscores, k), ranges)
-
-    def kernel(*refs):
-        (ds_ref, k_ref), from_ref, (dq_ref, dq_s, ds_s, k_s, here, free) = unpack(refs)
-        part, b, group = (lax.axis_index(name) for name in ("head", "row", "group"))
-        at = tiles - 1 - lax.axis_index("tile")  # the longest walk first
-        own = at * GROUPS
-
-        def first(group):
-            return jnp.int32(0) if from_ref is None else from_ref[0][b, own + group]
-
-        begin = functools.reduce(jnp.minimum, map(first, range(GROUPS)))
-        steps = own + GROUPS - begin
-
-        @pl.when(group < GROUPS)
-        def compute():
-            plgpu.set_max_registers(MOST, action="increase")
-
-            def step(i, dq):
-                slot = _slot(i, stages)
-                plgpu.barrier_wait(here.at[slot])
-                tiles = [ds_s.at[slot, head * GROUPS + group].transpose((1, 0)) for head in range(heads)]
-                dq = _add(dq, tuple((tile, k_s.at[slot]) for tile in tiles), interpret)
-                plgpu.barrier_arrive(free.at[slot])
-                return dq
-
-            skipped, end = first(group) - begin, own + group + 1 - begin
-            _skip(0, skipped, stages, ((here, free),))
-            dq = lax.fori_loop(skipped, end, step, (_zeros(ROWS, H),) * heads)
-            _skip(end, steps, stages, ((here, free),))
-            rows = pl.ds(at * TILE + group * ROWS, ROWS)
-            for head in range(heads):
-                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                dq_s.at[group][...] = (dq[head] * scale).astype(k.dtype)
-                plgpu.commit_smem()
-                plgpu.copy_smem_to_gmem(dq_s.at[group], dq_ref.at[b, rows, part * heads + head])
-            plgpu.wait_smem_to_gmem(0)
-
-        @pl.when(group == GROUPS)
-        def memory():
-            def fetch(step, slot):
-                key = begin + step
-                for head, one in itertools.product(range(heads), range(GROUPS)):
-                    # a pair that is not there is another one's, and not read
-                    pair = ds_ref.at[b, part * heads + head, _pair(own + one, key)]
-                    plgpu.copy_gmem_to_smem(pair, ds_s.at[slot, head * GROUPS + one], here.at[slot])
-                rows = b, pl.ds(key * ROWS, ROWS), _down(part, N // K // heads)
-                plgpu.copy_gmem_to_smem(k_ref.at[rows], k_s.at[slot], here.at[slot])
-
-            _fetch(steps, stages, [(free, fetch)])
-
-    free, _ = _free(stages)
-    return _call(
-        "attention_queries_from_scores", kernel, arrays, jax.ShapeDtypeStruct((B, T, N, H), k.dtype),
-        (_matrix(GROUPS, ROWS, H, dtype=k.dtype), _matrix(stages, heads * GROUPS, ROWS, ROWS, dtype=k.dtype),
-         _matrix(stages, ROWS, H, dtype=k.dtype), *_here(stages, heads * GROUPS + 1), free),
-        (tiles, N // heads, B), interpret,
-    )  # fmt: skip
-
-
-def _pair(queries, keys):
-    """Where the tile of the scores of these ROWS queries and ROWS keys, not behind them, lies among all."""
-    return _down(queries * (queries + 1), 2) + keys
 
 
 def _optional(arrays: tuple, ranges: tuple | None) -> tuple[tuple, Callable]:
@@ -496,10 +398,10 @@ def _skip(begin, end, stages: int, slots: Sequence[tuple[Any, Any]]) -> None:
 
 
 def _add(sums: tuple, products: tuple, interpret: Any) -> tuple:
-    """Each sum (rows, columns) float32 in registers, and the product of a, there or in shared memory, with b there."""
+    """Each sum (rows, columns) float32 in registers, and the product of a in registers with b in shared memory."""
     if interpret is not None:  # the simulated GPU has no sum that begins with a value
         pairs = zip(sums, products, strict=True)
-        return tuple(one + jnp.dot(a[...], b[...], preferred_element_type=jnp.float32) for one, (a, b) in pairs)
+        return tuple(one + jnp.dot(a, b[...], preferred_element_type=jnp.float32) for one, (a, b) in pairs)
 
     def issue(accumulators):
         for accumulator, (a, b) in zip(accumulators, products, strict=True):
