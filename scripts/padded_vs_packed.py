@@ -7,7 +7,8 @@ pass. Padding is not counted as tokens. packed: rows of --max_length. padded: on
 document's length (rounded up to a multiple of 64), as one compiled shape needs it. hf: the same documents a batch,
 padded to the longest of the batch, `attn_implementation="sdpa"`, torch's AdamW. hf_packed: our packed rows, whose
 documents transformers keeps apart by their positions. bfloat16 on a card, float32 on a CPU.
-Each way is a process of its own; MODEL_DIR may have random weights (scripts/random_model.py).
+Each way is a process of its own, and runs its batches once before they are timed. MODEL_DIR may have random weights
+(scripts/random_model.py).
 """
 
 import argparse
@@ -52,13 +53,14 @@ def batches_of(options: argparse.Namespace, samples: Samples, packing: bool) -> 
 
 
 def timed(options: argparse.Namespace, batches: Batches, step: Callable[[Batch], float]) -> dict[str, Any]:
-    """Runs step(batch) -> loss for the first batches in turn; the figures are of those after the warm-up."""
+    """Runs step(batch) -> loss for the first batches in turn, twice: each width is new to torch once. The second time
+    counts."""
     losses, seconds, tokens, places = [], 0.0, 0, 0
-    for number in range(options.warmup + options.steps):
+    for turn, number in itertools.product(range(2), range(options.steps)):
         batch = batches.batch(number)
         began = time.perf_counter()
         losses.append(step(batch))
-        if number >= options.warmup:
+        if turn:
             seconds += time.perf_counter() - began
             tokens += int(np.count_nonzero(batch["segment_ids"]))
             places += batch["tokens"].size
@@ -169,14 +171,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--way", choices=WAYS, nargs="+", default=WAYS)
     parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument("--max_length", type=int, default=1024)
-    parser.add_argument("--warmup", type=int, default=5)
     parser.add_argument("--steps", type=int, default=15)
     parser.add_argument("--json", type=Path, help="write the figures here, too")
     options = parser.parse_args(argv)
     if len(options.way) == 1:
         print(json.dumps(measure(options.way[0], options)), flush=True)
         return 0
-    flags = [[f"--{name}", str(getattr(options, name))] for name in ("batch_size", "max_length", "warmup", "steps")]
+    flags = [[f"--{name}", str(getattr(options, name))] for name in ("batch_size", "max_length", "steps")]
     found = []
     for way in options.way:
         command = [sys.executable, __file__, str(options.model_dir), options.dataset, "--way", way]

@@ -376,7 +376,7 @@ def padded(scripts, tmp_path):
 
     base, data = write_base(tmp_path / "base", num_hidden_layers=1), write_rows(tmp_path / "rows.jsonl", sums(12))
     options = argparse.Namespace(
-        model_dir=base, dataset=str(data), batch_size=2, max_length=256, warmup=1, steps=2, way=["packed"], json=None
+        model_dir=base, dataset=str(data), batch_size=2, max_length=256, steps=2, way=["packed"], json=None
     )
     return padded_vs_packed, options
 
@@ -390,8 +390,8 @@ def test_packed_and_padded_rows_hold_the_same_text_and_only_it_is_counted(padded
         assert sum(map(len, real)) == samples.lengths.sum()
         assert batches.max_length == (256 if packing else 64) and samples.lengths.max() <= 64
         found = module.timed(options, batches, lambda batch: 0.0)
-        timed = [batches.batch(number)["segment_ids"] for number in (1, 2)]
-        assert found["filled"] == np.mean([np.mean(one > 0) for one in timed]) and len(found["loss"]) == 3
+        timed = [batches.batch(number)["segment_ids"] for number in (0, 1)]
+        assert found["filled"] == np.mean([np.mean(one > 0) for one in timed]) and len(found["loss"]) == 4
     ids, mask, labels = module.unpadded(batches.batch(0))
     assert ids.shape == mask.shape == labels.shape and mask.sum(axis=1).max() == ids.shape[1]
     assert ((labels == ids) | (labels == -100)).all() and (labels[mask == 0] == -100).all() and (labels != -100).any()
